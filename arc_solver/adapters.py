@@ -1,0 +1,170 @@
+"""LoRA for K tasks at once over one frozen base; PEFT format in and out.
+
+A bank holds K adapters in stacked tensors, A: [K, r, in] and B: [K, out, r] (Hu et al. 2021, arXiv 2106.09685). The
+tokens of a batch are laid out adapter by adapter, so one `baddbmm` serves them all; K = 1 is ordinary LoRA. Adapters
+are float32 over a base of any type.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .config import AdaptConfig, UserError
+from .model import Model
+
+PEFT_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """One LoRA adapter, on the CPU."""
+
+    rank: int
+    alpha: float
+    weights: Mapping[str, tuple[Tensor, Tensor]]  # name of the linear layer -> A [r, in], B [out, r], float32
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer with K adapters: row block k of the input goes through adapter k."""
+
+    def __init__(self, base: nn.Linear, count: int, rank: int, alpha: float):
+        super().__init__()
+        self.base, self.scale = base, alpha / rank
+        device = base.weight.device
+        self.A_KRI = nn.Parameter(torch.zeros(count, rank, base.in_features, device=device))
+        self.B_KOR = nn.Parameter(torch.zeros(count, base.out_features, rank, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        count = len(self.A_KRI)
+        x_KNI = x.reshape(count, -1, x.shape[-1])
+        y_KNO = self.base(x_KNI)
+        low_KNR = torch.bmm(x_KNI, self.A_KRI.to(x.dtype).transpose(1, 2))
+        out_KNO = torch.baddbmm(y_KNO, low_KNR, self.B_KOR.to(x.dtype).transpose(1, 2), alpha=self.scale)
+        return out_KNO.view(*x.shape[:-1], -1)
+
+
+@dataclass(frozen=True, eq=False)
+class LoraBank:
+    """The adapters that are attached to a model."""
+
+    rank: int
+    alpha: float
+    layers: Mapping[str, LoraLinear]  # name of the linear layer -> its wrapper
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for layer in self.layers.values() for p in (layer.A_KRI, layer.B_KOR)]
+
+    def export(self, k: int) -> Adapter:
+        """A copy of adapter k."""
+        weights = {
+            name: (layer.A_KRI[k].detach().cpu().clone(), layer.B_KOR[k].detach().cpu().clone())
+            for name, layer in self.layers.items()
+        }
+        return Adapter(self.rank, self.alpha, weights)
+
+
+@contextmanager
+def attached(model: Model, adapters: Sequence[Adapter]) -> Iterator[LoraBank]:
+    """The model with these adapters on its linear layers, one block of rows each; the bare model again afterwards.
+
+    Raises:
+        UserError: an adapter is for another model, or they differ in rank, alpha or layers.
+    """
+    first = adapters[0]
+    if any((a.rank, a.alpha, set(a.weights)) != (first.rank, first.alpha, set(first.weights)) for a in adapters):
+        raise UserError("adapters that are used together must have the same rank, alpha and target layers")
+    modules = dict(model.lm.named_modules())
+    layers: dict[str, LoraLinear] = {}
+    for name, (a, b) in first.weights.items():
+        base = modules.get(name)
+        if not isinstance(base, nn.Linear) or (a.shape[1], b.shape[0]) != (base.in_features, base.out_features):
+            raise UserError(f"the adapter does not fit this model: no linear layer {name} of that size")
+        layers[name] = layer = LoraLinear(base, len(adapters), first.rank, first.alpha)
+        with torch.no_grad():
+            layer.A_KRI.copy_(torch.stack([adapter.weights[name][0] for adapter in adapters]))
+            layer.B_KOR.copy_(torch.stack([adapter.weights[name][1] for adapter in adapters]))
+    frozen = [p for p in model.lm.parameters() if p.requires_grad]
+    try:
+        for p in frozen:
+            p.requires_grad_(False)
+        for name, layer in layers.items():
+            _replace(model.lm, name, layer)
+        yield LoraBank(first.rank, first.alpha, layers)
+    finally:
+        for name, layer in layers.items():
+            _replace(model.lm, name, layer.base)
+        for p in frozen:
+            p.requires_grad_(True)
+
+
+def fresh_adapter(model: Model, config: AdaptConfig, rng: np.random.Generator) -> Adapter:
+    """An adapter that changes nothing yet: A uniform in +-1/sqrt(in), as `nn.Linear` and PEFT have it, B zero.
+
+    Raises:
+        UserError: a target names no linear layer of the model.
+    """
+    weights: dict[str, tuple[Tensor, Tensor]] = {}
+    generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+    for name, module in model.lm.named_modules():
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in config.targets:
+            bound = 1 / math.sqrt(module.in_features)
+            a = (torch.rand(config.rank, module.in_features, generator=generator) * 2 - 1) * bound
+            weights[name] = (a, torch.zeros(module.out_features, config.rank))
+    found = {name.rpartition(".")[2] for name in weights}
+    if missing := set(config.targets) - found:
+        raise UserError(f"adapt.targets: the model has no linear layer named {', '.join(sorted(missing))}")
+    return Adapter(config.rank, config.alpha, weights)
+
+
+def save_adapter(adapter: Adapter, folder: Path) -> None:
+    """Writes the two files of a PEFT adapter."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, Tensor] = {}
+    for name, (a, b) in adapter.weights.items():
+        tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = a
+        tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = b
+    save_file(tensors, folder / "adapter_model.safetensors")
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": adapter.rank,
+        "lora_alpha": adapter.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted({name.rpartition(".")[2] for name in adapter.weights}),
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=1) + "\n")
+
+
+def load_adapter(folder: Path) -> Adapter:
+    """Reads a PEFT adapter.
+
+    Raises:
+        UserError: there is none, or it is not plain LoRA.
+    """
+    for needed in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / needed).is_file():
+            raise UserError(f"{folder} holds no adapter: {needed} is missing")
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    if settings.get("peft_type") != "LORA" or settings.get("use_dora") or settings.get("use_rslora"):
+        raise UserError(f"{folder} is not a plain LoRA adapter")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    weights: dict[str, tuple[Tensor, Tensor]] = {}
+    for key, a in tensors.items():
+        if key.endswith(".lora_A.weight"):
+            b = tensors[key.replace(".lora_A.", ".lora_B.")]
+            weights[key.removeprefix(PEFT_PREFIX).removesuffix(".lora_A.weight")] = (a.float(), b.float())
+    return Adapter(settings["r"], settings["lora_alpha"], weights)
+
+
+def _replace(root: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(root.get_submodule(parent), child, module)

@@ -1,0 +1,98 @@
+"""Reversible changes that keep a task's rule: 8 geometries x colour permutation x pair order.
+
+An `Augmentation` is a value: `apply` it to a grid or a task, `undo` it on a predicted grid. A task under one
+augmentation is a *view* of the task.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from .tasks import COLOURS, Grid, Pair, Task, freeze
+
+GEOMETRIES = 8  # the dihedral group: geometry = 4 * transposed + quarter turns
+
+IDENTITY_COLOURS = tuple(range(COLOURS))
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Transpose (if geometry >= 4), then geometry % 4 quarter turns; then colour c becomes colours[c].
+
+    `order` holds the demonstrations' indexes in the order in which they are shown.
+    """
+
+    geometry: int = 0
+    colours: tuple[int, ...] = IDENTITY_COLOURS
+    order: tuple[int, ...] | None = None  # None = as given
+
+    def apply(self, grid: Grid) -> Grid:
+        turned = np.rot90(grid.T if self.geometry >= 4 else grid, self.geometry % 4)
+        return freeze(np.array(self.colours, dtype=np.uint8)[turned])
+
+    def undo(self, grid: Grid) -> Grid:
+        original = np.argsort(self.colours).astype(np.uint8)[grid]
+        turned = np.rot90(original, -(self.geometry % 4))
+        return freeze(np.ascontiguousarray(turned.T if self.geometry >= 4 else turned))
+
+    def apply_pair(self, pair: Pair) -> Pair:
+        return Pair(self.apply(pair.input), self.apply(pair.output))
+
+    def apply_task(self, task: Task) -> Task:
+        order = self.order or range(len(task.train))
+        train = tuple(self.apply_pair(task.train[i]) for i in order)
+        return Task(task.id, train, tuple(self.apply(grid) for grid in task.test))
+
+
+@dataclass(frozen=True)
+class ColourPolicy:
+    """Which colours may be permuted.
+
+    keep_background: share of the augmentations in which colour 0 stays 0 (1.0: always).
+    output_only: what happens to colours that the outputs have and no input has. "keep" leaves them as they are:
+        nothing in a view's input could tell into what they were permuted.
+    """
+
+    keep_background: float = 0.8
+    output_only: Literal["keep", "permute"] = "permute"
+
+
+def output_only_colours(pairs: Sequence[Pair]) -> set[int]:
+    """Colours that the outputs have and no input has."""
+    inputs = {int(c) for pair in pairs for c in np.unique(pair.input)}
+    return {int(c) for pair in pairs for c in np.unique(pair.output)} - inputs
+
+
+def random_colours(rng: np.random.Generator, policy: ColourPolicy, pairs: Sequence[Pair]) -> tuple[int, ...]:
+    """A permutation of the colours, uniform over those that the policy allows."""
+    fixed = {0} if rng.random() < policy.keep_background else set()
+    if policy.output_only == "keep":
+        fixed |= output_only_colours(pairs)
+    free = [c for c in range(COLOURS) if c not in fixed]
+    colours = list(IDENTITY_COLOURS)
+    for c, new in zip(free, rng.permutation(free), strict=True):
+        colours[c] = int(new)
+    return tuple(colours)
+
+
+def random_augmentation(
+    rng: np.random.Generator, policy: ColourPolicy, pairs: Sequence[Pair], geometry: int | None = None
+) -> Augmentation:
+    """An augmentation drawn uniformly: geometry (unless given), colours that the policy allows, order of `pairs`."""
+    drawn = int(rng.integers(GEOMETRIES))
+    order = tuple(int(i) for i in rng.permutation(len(pairs)))
+    return Augmentation(drawn if geometry is None else geometry, random_colours(rng, policy, pairs), order)
+
+
+def spread_augmentations(
+    count: int, rng: np.random.Generator, policy: ColourPolicy, pairs: Sequence[Pair]
+) -> list[Augmentation]:
+    """`count` augmentations, even over the 8 geometries: their counts differ by one at most, for any `count`.
+
+    The first is the task as it is, so one view alone is a plain question.
+    """
+    geometries = [0, *(int(g) for g in 1 + rng.permutation(GEOMETRIES - 1))]
+    spread = [random_augmentation(rng, policy, pairs, geometries[i % GEOMETRIES]) for i in range(count)]
+    return [Augmentation(), *spread[1:]] if count else []

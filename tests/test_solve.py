@@ -1,0 +1,237 @@
+"""The whole sentence: on a toy model through the real command, and a tiny model that learns five tasks by heart."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import TOY, flip_task, hasty
+
+import arc_solver.solve
+from arc_solver.config import Config, FormatConfig, OptimConfig, PredictConfig, TrainConfig, named_rng
+from arc_solver.corpus import pack
+from arc_solver.encode import encode_sample
+from arc_solver.engine import TorchEngine
+from arc_solver.model import Model, new_model, save_model
+from arc_solver.predict import predict
+from arc_solver.solve import default_run_dir, main, solve_task
+from arc_solver.submission import read_submission, score
+from arc_solver.tasks import Pair, TasksConfig, TaskSet, load_tasks, smallest
+from arc_solver.train import fit, make_optimizers, packed_loss, train
+from arc_solver.vote import vote
+
+QUICK = ["adapt.steps=3", "adapt.rank=4", "predict.views=3"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A toy model that bin/train trained, and that was made hasty."""
+    folder = tmp_path_factory.mktemp("toy")
+    settings = TrainConfig(steps=2, batch_tokens=1024, validation_tokens=1000, loader_workers=0, compile="no")
+    trained = train(Config(model=TOY, train=settings), folder / "training")
+    save_model(hasty(trained), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def challenges(tmp_path_factory):
+    """Four small tasks with one to four test inputs, one of them with a single demonstration."""
+    rng = np.random.default_rng(0)
+    tasks = [flip_task(rng, f"task{i}", demonstrations=4 - i, tests=i + 1) for i in range(4)]
+    tasks[3] = flip_task(rng, "task3", demonstrations=1, tests=4)
+    file = tmp_path_factory.mktemp("tasks") / "toy_challenges.json"
+    content = {
+        t.id: {
+            "train": [{"input": p.input.tolist(), "output": p.output.tolist()} for p in t.train],
+            "test": [{"input": g.tolist()} for g in t.test],
+        }
+        for t in tasks
+    }
+    file.write_text(json.dumps(content))
+    solutions = {t.id: [g[:, ::-1].tolist() for g in t.test] for t in tasks}
+    file.with_name("toy_solutions.json").write_text(json.dumps(solutions))
+    return file
+
+
+def command(*words) -> list[str]:
+    return [sys.executable, "-m", "arc_solver.solve", *map(str, words)]
+
+
+def run(*words, expect: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command(*words), capture_output=True, text=True)
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done
+
+
+def test_the_whole_sentence_is_reproducible(checkpoint, challenges, tmp_path):
+    """bin/solve twice, with one worker and with two: byte-identical submissions, valid and complete."""
+    model = f"model.path={checkpoint}"
+    first = run("--tasks", challenges, "--out", tmp_path / "a", model, *QUICK, "run.workers=2")
+    run("--tasks", challenges, "--out", tmp_path / "b", model, *QUICK, "run.workers=1")
+    other = run("--tasks", challenges, "--out", tmp_path / "c", model, *QUICK, "--seed", "1", "--limit", "2")
+    files = [(tmp_path / name / "submission.json").read_bytes() for name in "ab"]
+    assert files[0] == files[1]
+    for record in (
+        "config.json",
+        "log.jsonl",
+        "summary.json",
+        "tasks/task2.json",
+        "adapters/task3/adapter_config.json",
+    ):
+        assert (tmp_path / "a" / record).is_file(), record
+    found = load_tasks(TasksConfig(spec=str(challenges)))
+    result = score(read_submission(tmp_path / "a" / "submission.json", found.tasks), found.solutions)
+    assert (len(result.per_task), result.outputs) == (4, 10)
+    summary = json.loads((tmp_path / "a" / "summary.json").read_text())
+    assert summary["score"] == result.to_json()
+    log = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
+    assert {record["task"]: record["candidates"] for record in log} == {f"task{i}": 3 * (i + 1) for i in range(4)}
+    for text in ("test outputs solved", str(tmp_path / "a"), "leak audit passed", "seed 0", "4 tasks"):
+        assert text in first.stdout.replace("\n", "")
+    assert "seed 1" in other.stdout
+    assert len(json.loads((tmp_path / "c" / "submission.json").read_text())) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--tasks", "nowhere.json"], "not found"),
+        (["--ids", "zzz"], "has no task zzz"),
+        (["adapt.typo=1"], "unknown setting adapt.typo"),
+        (["adapt.targets=['nose']"], "no linear layer named nose"),
+        (["nowhere.toml"], "does not exist"),
+        (["model.path=nowhere"], "holds no checkpoint"),
+        (["run.device=gpu"], "is no device"),
+        (["--limit", "-1"], "tasks.limit"),
+    ],
+)
+def test_what_a_user_gets_wrong_is_one_sentence(words, said, tmp_path):
+    done = run(*words, "--out", tmp_path / "run", expect=2)
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert said in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_directory_is_not_overwritten(checkpoint, challenges, tmp_path):
+    (tmp_path / "submission.json").write_text("precious")
+    done = run("--tasks", challenges, "--out", tmp_path, f"model.path={checkpoint}", expect=2)
+    assert "not empty" in done.stderr
+    assert (tmp_path / "submission.json").read_text() == "precious"
+
+
+def test_a_failing_task_is_an_answer(checkpoint, challenges, tmp_path, monkeypatch, capsys):
+    """One task raises: it is named with its traceback, the others are solved, and the submission is whole."""
+
+    def faulty(task, *rest):
+        if task.id == "task1":
+            raise RuntimeError("injected")
+        return predict(task, *rest)
+
+    monkeypatch.setattr(arc_solver.solve, "predict", faulty)
+    words = ["--tasks", challenges, "--out", tmp_path / "run", f"model.path={checkpoint}", "run.workers=1", *QUICK]
+    assert main([str(word) for word in words]) == 1
+    said = capsys.readouterr().out
+    assert "1 of 4 tasks failed: task1" in said
+    assert "injected" in said
+    assert "RuntimeError: injected" in json.loads((tmp_path / "run" / "tasks" / "task1.json").read_text())["error"]
+    answers = read_submission(tmp_path / "run" / "submission.json", load_tasks(TasksConfig(spec=str(challenges))).tasks)
+    assert [both[0].tolist() for both in answers["task1"]] == [[[0]], [[0]]]
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["failed"] == ["task1"]
+
+
+def test_ctrl_c_leaves_a_valid_submission(checkpoint, challenges, tmp_path):
+    words = command("--tasks", challenges, "--out", tmp_path / "run", f"model.path={checkpoint}", "adapt.steps=1000000")
+    words.append("adapt.budget_tokens=1000000000000")
+    process = subprocess.Popen(
+        words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    submission = tmp_path / "run" / "submission.json"
+    while not submission.exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(5)  # the workers are up, or on their way
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "interrupted" in errors
+    assert "Traceback" not in errors
+    read_submission(submission, load_tasks(TasksConfig(spec=str(challenges))).tasks)
+
+
+def test_a_killed_main_process_leaves_no_workers(checkpoint, challenges, tmp_path):
+    words = command("--tasks", challenges, "--out", tmp_path / "run", f"model.path={checkpoint}", "adapt.steps=1000000")
+    words += ["adapt.budget_tokens=1000000000000", "run.workers=2"]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    while not (tmp_path / "run" / "submission.json").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(5)
+    process.kill()
+    process.wait()
+    for _ in range(600):
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    raise AssertionError("workers outlived the main process")
+
+
+def test_a_tiny_model_learns_five_tasks_by_heart(arc):
+    """Through the same fit, predict and vote: all test outputs of the five smallest training tasks, exactly."""
+    config = FormatConfig()
+    wider = TOY.model_copy(update={"width": 64, "mlp_width": 128, "heads": 4, "kv_heads": 4})
+    model = new_model(wider, config, seed=0)
+    tasks = smallest(arc["training"].tasks, 5)
+    solutions = {task.id: arc["training"].solutions[task.id] for task in tasks}
+    samples = []
+    for task in tasks:
+        for test_input, output in zip(task.test, solutions[task.id], strict=True):
+            samples.append(encode_sample([*task.train, Pair(test_input, output)], config))
+    batch = pack(samples, sum(map(len, samples)))
+    optim = OptimConfig(optimizer="muon", lr=5e-3, steps=150)
+    named = list(model.lm.named_parameters())
+    losses: list[float] = []
+    fit(
+        [p for _, p in named],
+        make_optimizers(named, optim),
+        optim,
+        lambda _: packed_loss(model, batch),
+        after_step=lambda step: losses.append(step.loss),
+    )
+    assert losses[-1] < 0.01
+    engine = TorchEngine(Model(model.lm.eval(), config, None), 10_000)
+    settings = Config(predict=PredictConfig(views=1))
+    submission = {}
+    for task in tasks:
+        candidates = predict(task, engine, None, settings.predict, named_rng(0))
+        submission[task.id] = vote(candidates, len(task.test), settings.vote)
+    assert score(submission, solutions).share_of_outputs == 1.0
+
+
+def test_solve_task_does_not_depend_on_what_ran_before(toy_model, rng, tmp_path):
+    config = Config().model_copy(update={"predict": PredictConfig(views=2)})
+    config = config.model_copy(update={"adapt": config.adapt.model_copy(update={"steps": 2, "rank": 2})})
+    engine = TorchEngine(toy_model, 10_000)
+    tasks = [flip_task(rng, f"task{i}") for i in range(2)]
+    quiet = lambda task_id, share: None  # noqa: E731
+    forwards = [solve_task(t, engine, config, tmp_path / "f", quiet) for t in tasks]
+    backwards = [solve_task(t, engine, config, tmp_path / "b", quiet) for t in reversed(tasks)][::-1]
+    for a, b in zip(forwards, backwards, strict=True):
+        assert [c.to_json() for c in a.candidates] == [c.to_json() for c in b.candidates]
+
+
+def test_run_directories_get_names_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = TaskSet("arc-agi-1/evaluation", (), {})
+    first = default_run_dir(found)
+    first.mkdir(parents=True)
+    assert first.name.startswith("arc-agi-1-evaluation-")
+    assert default_run_dir(found) != first
