@@ -54,7 +54,7 @@ def _labelled(label: str, grid: Grid, style: str = "") -> Table:
 
 def save_picture(shown: RenderableType, file: Path, title: str) -> None:
     """What the terminal shows, as an SVG that a browser opens."""
-    recorder = Console(record=True, width=110, file=io.StringIO(), force_terminal=True, color_system="truecolor")
+    recorder = Console(record=True, width=130, file=io.StringIO(), force_terminal=True, color_system="truecolor")
     recorder.print(shown)
     recorder.save_svg(str(file), title=title)
 
