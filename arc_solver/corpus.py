@@ -271,7 +271,7 @@ class LeakAudit:
 
     def __str__(self) -> str:
         if self.passed:
-            return f"leak audit passed: none of the {self.tasks} tasks is in the training data, by id or by content"
+            return f"leak audit passed: none of the tasks ({self.tasks}) is in the training data, by id or by content"
         return (
             f"leak audit: {len(self.by_id)} of the {self.tasks} tasks are in the training data by id,"
             f" {len(self.by_content)} share a pair with it: not a score on unseen tasks"

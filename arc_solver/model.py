@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .config import PACKAGE_DIR, FormatConfig, ModelConfig, UserError
@@ -121,8 +120,9 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torc
             folder, dtype=dtype, use_safetensors=True, attn_implementation=ATTENTION, local_files_only=True
         )
         trained_on = TrainingData.from_json(json.loads(data_file.read_text())) if data_file.is_file() else None
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise UserError(f"the checkpoint in {folder} is damaged: {error}") from None
+    except Exception as error:  # transformers and safetensors raise many kinds; all of them mean these files
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"the checkpoint in {folder} is damaged, copy or make it again: {first}") from error
     return Model(lm.to(device).eval(), format, trained_on)
 
 

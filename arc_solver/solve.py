@@ -12,6 +12,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -281,12 +282,18 @@ def _results(found: TaskSet, results: dict[str, Result], config: Config, model: 
 
 
 def _make_run_dir(run_dir: Path) -> None:
-    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"--out {run_dir} is a file: give a folder")
+    if run_dir.exists() and any(run_dir.iterdir()):
         raise UserError(f"{run_dir} exists and is not empty: give another --out")
     try:
         (run_dir / "tasks").mkdir(parents=True)
     except OSError as error:
         raise UserError(f"{run_dir} cannot be made ({error.strerror}): give another --out") from None
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def default_run_dir(found: TaskSet) -> Path:
@@ -313,6 +320,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seed", type=int)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args(arguments)
+    if args.limit is not None and args.limit < 1:
+        raise UserError(f"--limit is at least 1, got {args.limit}; leave it out for all tasks")
     overrides = list(args.overrides)
     if args.config and "=" in args.config and not Path(args.config).exists():
         overrides, args.config = [args.config, *overrides], None
@@ -339,11 +348,15 @@ def main(arguments: list[str]) -> int:
     _make_run_dir(run_dir)
     plain = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     plain(
-        f"{len(found.tasks)} tasks from {found.name}; model of {model.parameters_count:,} parameters on {device},"
-        f" {workers} worker{'s' * (workers > 1)}; run directory {run_dir}"
+        f"{_count(len(found.tasks), 'task')} from {found.name}; model of {model.parameters_count:,} parameters on"
+        f" {device}, {_count(workers, 'worker')}; run directory {run_dir}"
     )
     start = time.monotonic()
-    results = solve(found, config, run_dir, console)
+    try:
+        results = solve(found, config, run_dir, console)
+    except KeyboardInterrupt:
+        print(f"interrupted; the answers so far are in {run_dir}/submission.json", file=sys.stderr)
+        return 1
     minutes = (time.monotonic() - start) / 60
     shown, final = _results(found, results, config, model)
     failed = [i for i, result in results.items() if result.error]

@@ -81,9 +81,12 @@ def read_submission(file: Path, tasks: Sequence[Task]) -> Submission:
         raise UserError(f"{file}: expected a JSON object, task id -> list of attempts")
     wanted = {task.id: task for task in tasks}
     if missing := sorted(wanted.keys() - content.keys()):
-        raise UserError(f"{file}: {len(missing)} tasks have no answer, e.g. {missing[0]}")
+        raise UserError(
+            f"{file}: no answer to {len(missing)} of {len(wanted)} tasks, e.g. {missing[0]};"
+            " if it answers a part of them, name it with --ids or --limit"
+        )
     if unknown := sorted(content.keys() - wanted.keys()):
-        raise UserError(f"{file}: {len(unknown)} tasks are not among the tasks given, e.g. {unknown[0]}")
+        raise UserError(f"{file}: answers to {len(unknown)} tasks that --tasks does not hold, e.g. {unknown[0]!r}")
     return {
         task_id: _read_outputs(content[task_id], task, f"{file}: task {task_id}") for task_id, task in wanted.items()
     }
@@ -138,13 +141,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--tasks", required=True, metavar="SPEC", help="the tasks that it answers")
     parser.add_argument("--solutions", default="", metavar="FILE", help="solutions file, if not beside the challenges")
     parser.add_argument("--ids", help="only these tasks, separated by commas")
-    parser.add_argument("--limit", type=int, default=0, metavar="N", help="the N tasks with the fewest tokens")
+    parser.add_argument("--limit", type=int, metavar="N", help="the N tasks with the fewest tokens")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     args = parser.parse_args(arguments)
     ids = tuple(i.strip() for i in args.ids.split(",")) if args.ids is not None else ()
-    if args.limit < 0:
-        raise UserError(f"--limit must not be negative, got {args.limit}")
-    found = load_tasks(TasksConfig(spec=args.tasks, solutions=args.solutions, ids=ids, limit=args.limit))
+    if not args.tasks or (args.limit is not None and args.limit < 1):
+        raise UserError("--tasks names the tasks, and --limit is at least 1")
+    found = load_tasks(TasksConfig(spec=args.tasks, solutions=args.solutions, ids=ids, limit=args.limit or 0))
     if not found.solutions:
         raise UserError(f"{args.tasks} has no solutions to score against: give --solutions FILE")
     result = score(read_submission(args.submission, found.tasks), found.solutions)

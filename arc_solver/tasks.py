@@ -118,7 +118,7 @@ def load_tasks(config: TasksConfig) -> TaskSet:
     if config.ids:
         missing = [i for i in config.ids if i not in by_id]
         if missing:
-            raise UserError(f"{found.name} has no task {', '.join(missing)}; it has {len(by_id)} tasks")
+            raise UserError(f"{found.name} has no task {', '.join(map(repr, missing))}; it has {len(by_id)} tasks")
         tasks = [by_id[i] for i in dict.fromkeys(config.ids)]
     if config.limit:
         tasks = smallest(tasks, config.limit)
@@ -249,8 +249,10 @@ def read_json(file: Path) -> Any:
         return json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique)
     except FileNotFoundError:
         raise UserError(f"{file} does not exist") from None
-    except (ValueError, RecursionError) as error:
+    except json.JSONDecodeError as error:
         raise UserError(f"{file} is not JSON: {error}") from None
+    except (ValueError, RecursionError):
+        raise UserError(f"{file} is not JSON: not UTF-8 text, or numbers or nesting beyond all measure") from None
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}") from None
 
@@ -268,7 +270,9 @@ def _add(tasks: list[Task], solutions: Solutions, task_id: str, raw: Any, file: 
         if not isinstance(raw[part], list) or not raw[part]:
             raise UserError(f"{where}: '{part}' must be a list of at least one pair, got {_shown(raw[part])}")
         for i, pair in enumerate(raw[part]):
-            if not isinstance(pair, dict) or "input" not in pair:
+            if not isinstance(pair, dict):
+                raise UserError(f"{where}, {part} pair {i}: expected an object with 'input', got {_shown(pair)}")
+            if "input" not in pair:
                 raise UserError(f"{where}, {part} pair {i}: 'input' is missing")
     for i, pair in enumerate(raw["train"]):
         if "output" not in pair:

@@ -181,17 +181,23 @@ def train(config: Config, out_dir: Path, max_s: float = math.inf, resume: bool =
     Raises:
         UserError: `out_dir` holds a run and `resume` is false, or the other way round.
     """
+    started = time.monotonic()
     checkpoint = latest_checkpoint(out_dir) if resume else None
     if resume and checkpoint is None:
         raise UserError(f"{out_dir} holds no checkpoint to resume from: leave --resume out")
-    if not resume and (out_dir / "log.jsonl").exists():
-        raise UserError(f"{out_dir} holds a training run: give another --out, or --resume to continue it")
     if out_dir.exists() and not out_dir.is_dir():
         raise UserError(f"--out {out_dir} is a file: give a folder")
+    if not resume and (out_dir / "log.jsonl").exists():
+        raise UserError(f"{out_dir} holds a training run: give another --out, or --resume to continue it")
+    if not resume and out_dir.exists() and any(out_dir.iterdir()):
+        raise UserError(f"{out_dir} is not empty: give another --out")
     if checkpoint:
         _check_same_config(config, out_dir / "config.json")
     device = pick_device(config.run.device)
     model, progress = _start(config, checkpoint, device)
+    if progress.spent_s >= max_s:
+        spent = f"{progress.spent_s / 60:.1f}"
+        raise UserError(f"--max-minutes counts from the start of the run, which has spent {spent}: give more")
     named = list(model.lm.named_parameters())
     optimizers = make_optimizers(named, config.train)
     if checkpoint:
@@ -226,8 +232,9 @@ def train(config: Config, out_dir: Path, max_s: float = math.inf, resume: bool =
         f" {len(stream.arc)} ARC tasks; validation on {config.corpus.holdout_tasks} held-out tasks"
     )
     with (out_dir / "log.jsonl").open("a", buffering=1) as log, _progress_bar(console) as bar:
-        line = bar.add_task("train", total=config.train.steps, completed=progress.step, text="starting")
-        tokens_before, spent_before_s = progress.tokens, progress.spent_s
+        line = bar.add_task("train", total=config.train.steps, completed=progress.step, text="")
+        bar.update(line, text="compiling, which takes a minute" if compiles else "starting")
+        tokens_before, spent_before_s = progress.tokens, progress.spent_s + time.monotonic() - started
 
         def after_step(step: Step) -> None:
             progress.step, progress.spent_s = step.step, step.elapsed_s
@@ -242,7 +249,8 @@ def train(config: Config, out_dir: Path, max_s: float = math.inf, resume: bool =
             if step.step % config.train.checkpoint_every == 0:
                 save_checkpoint(out_dir, model, optimizers, progress)
             speed = (progress.tokens - tokens_before) / (step.elapsed_s - spent_before_s)
-            text = f"loss {progress.loss:.3f}  validation {progress.validation_loss:.3f}  {speed:,.0f} tokens/s"
+            known = "" if math.isnan(progress.validation_loss) else f"  validation {progress.validation_loss:.3f}"
+            text = f"loss {progress.loss:.3f}{known}  {speed:,.0f} tokens/s"
             in_time = step.step * max(1.0, max_s / step.elapsed_s)
             bar.update(line, completed=step.step, total=min(config.train.steps, in_time), text=text)
 
@@ -252,7 +260,7 @@ def train(config: Config, out_dir: Path, max_s: float = math.inf, resume: bool =
             config.train,
             loss_at,
             first_step=progress.step,
-            spent_s=progress.spent_s,
+            spent_s=spent_before_s,
             max_s=max_s,
             after_step=after_step,
         )
@@ -383,7 +391,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("config", help="TOML file, e.g. configs/bundled.toml")
     parser.add_argument("--out", required=True, type=Path, help="folder for the log, the checkpoint and the model")
     parser.add_argument(
-        "--max-minutes", type=float, default=math.inf, help="stop by then; the schedule is shaped to it"
+        "--max-minutes", type=float, default=math.inf, help="end training by then; the schedule is shaped to it"
     )
     parser.add_argument("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
     parser.add_argument("--seed", type=int, help="run.seed")

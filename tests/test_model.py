@@ -113,6 +113,10 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match="does not describe"):
         load_model(tmp_path)
+    settings.update(arc_format=FormatConfig().model_dump(), num_hidden_layers=99)
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="damaged"):
+        load_model(tmp_path)
     save_model(new_model(TOY, FormatConfig(), seed=0), tmp_path)
     (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
     with pytest.raises(UserError, match="damaged"):

@@ -127,6 +127,7 @@ BAD_TASKS = [
         (changed("train", 1, "output", to=[[c]]), ["train pair 1, output, row 0", "0-9"])
         for c in (True, 3.0, "3", 10, -1)
     ),
+    (changed("test", 0, to=[1]), ["test pair 0", "expected an object"]),
     ([1], ["object"]),
 ]
 
@@ -189,7 +190,7 @@ def test_bad_specs(tmp_path):
         load(tmp_path / "nothing")
     with pytest.raises(UserError, match=r"no \.json files"):
         load(tmp_path)
-    with pytest.raises(UserError, match="has no task zzz"):
+    with pytest.raises(UserError, match="has no task 'zzz'"):
         load("demo", ids=("zzz",))
     with pytest.raises(UserError, match="does not exist"):
         load(write(tmp_path / "x_challenges.json", {"aa": GOOD}), solutions=str(tmp_path / "none.json"))

@@ -176,6 +176,10 @@ def test_what_a_user_gets_wrong(tmp_path):
     train(small(steps=1), tmp_path / "a")
     with pytest.raises(UserError, match="holds a training run"):
         train(SMALL, tmp_path / "a")
+    with pytest.raises(UserError, match="not empty"):
+        train(SMALL, tmp_path)
+    with pytest.raises(UserError, match="give more"):
+        train(small(steps=1), tmp_path / "a", resume=True, max_s=0.01)
     with pytest.raises(UserError, match=r"train\.optimizer is 'adamw'"):
         train(small(steps=1, optimizer="adamw"), tmp_path / "a", resume=True)
     with pytest.raises(UserError, match="is a file"):
