@@ -247,6 +247,36 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
+def add_task_arguments(parser: Parser, required: bool = False) -> None:
+    """The arguments that choose tasks, the same for every command."""
+    parser.add_argument(
+        "--tasks",
+        metavar="SPEC",
+        required=required,
+        help="demo, arc-agi-1/training, arc-agi-1/evaluation, a file or a folder",
+    )
+    parser.add_argument("--solutions", metavar="FILE", help="solutions file, if not beside the challenges")
+    parser.add_argument("--ids", help="only these tasks, separated by commas")
+    parser.add_argument("--limit", type=int, metavar="N", help="the N tasks with the fewest tokens")
+
+
+def task_overrides(args: argparse.Namespace) -> list[str]:
+    """What those arguments say, as overrides for `load_config`."""
+    if args.limit is not None and args.limit < 1:
+        raise UserError(f"--limit is at least 1, got {args.limit}; leave it out for all tasks")
+    ids = None if args.ids is None else [i.strip() for i in args.ids.split(",")]
+    given = {"spec": args.tasks, "solutions": args.solutions, "ids": ids, "limit": args.limit}
+    return [f"tasks.{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given.items() if value is not None]
+
+
+def require_new_dir(folder: Path) -> None:
+    """Refuses an --out that is a file or holds anything."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out {folder} is a file: give a folder")
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} exists and is not empty: give another --out")
+
+
 def run_main(main: Callable[[list[str]], int]) -> None:
     """Runs a command: exit code 0 done, 2 the user's input is wrong (one sentence, no traceback), 1 anything else."""
     try:

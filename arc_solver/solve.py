@@ -34,7 +34,17 @@ from rich.text import Text
 
 from .adapt import adapt, planned_steps
 from .adapters import fresh_adapter, save_adapter
-from .config import Config, Parser, UserError, load_config, named_rng, run_main
+from .config import (
+    Config,
+    Parser,
+    UserError,
+    add_task_arguments,
+    load_config,
+    named_rng,
+    require_new_dir,
+    run_main,
+    task_overrides,
+)
 from .corpus import leak_audit
 from .engine import TorchEngine
 from .model import Model, fast_dtype, load_model, pick_device
@@ -116,10 +126,11 @@ def solve(found: TaskSet, config: Config, run_dir: Path, console: Console) -> di
             submission[result.task_id] = result.attempts
             write_submission(submission, run_dir / "submission.json")
             (run_dir / "tasks" / f"{result.task_id}.json").write_text(json.dumps(result.to_json()) + "\n")
-            log.write(json.dumps(_log_record(result, config)) + "\n")
+            record = _log_record(result, config)
+            log.write(json.dumps(record) + "\n")
             on_progress(result.task_id, 1.0)
             bar.update(line, tasks_done=len(results))
-            console.print(_task_line(result, config))
+            console.print(_task_line(result, record))
     return results
 
 
@@ -237,11 +248,10 @@ def _log_record(result: Result, config: Config) -> dict[str, Any]:
     }
 
 
-def _task_line(result: Result, config: Config) -> str:
+def _task_line(result: Result, record: dict[str, Any]) -> str:
     if result.error:
         last = escape(result.error.splitlines()[-1])
         return f"[red]{result.task_id} failed after {result.seconds:.0f} s:[/red] {last}"
-    record = _log_record(result, config)
     votes = "; ".join(
         f"votes {' and '.join(map(str, v))} of {d} distinct"
         for v, d in zip(record["votes"], record["distinct"], strict=True)
@@ -282,10 +292,7 @@ def _results(found: TaskSet, results: dict[str, Result], config: Config, model: 
 
 
 def _make_run_dir(run_dir: Path) -> None:
-    if run_dir.exists() and not run_dir.is_dir():
-        raise UserError(f"--out {run_dir} is a file: give a folder")
-    if run_dir.exists() and any(run_dir.iterdir()):
-        raise UserError(f"{run_dir} exists and is not empty: give another --out")
+    require_new_dir(run_dir)
     try:
         (run_dir / "tasks").mkdir(parents=True)
     except OSError as error:
@@ -310,31 +317,16 @@ def default_run_dir(found: TaskSet) -> Path:
 def main(arguments: list[str]) -> int:
     parser = Parser(prog="bin/solve", description="Solve ARC tasks and write submission.json.")
     parser.add_argument("config", nargs="?", help="TOML file; without it, the defaults and the demo set")
-    parser.add_argument(
-        "--tasks", metavar="SPEC", help="demo, arc-agi-1/training, arc-agi-1/evaluation, a file or a folder"
-    )
-    parser.add_argument("--solutions", metavar="FILE", help="solutions file, if not beside the challenges")
-    parser.add_argument("--ids", help="only these tasks, separated by commas")
-    parser.add_argument("--limit", type=int, metavar="N", help="the N tasks with the fewest tokens")
+    add_task_arguments(parser)
     parser.add_argument("--out", type=Path, metavar="RUN_DIR", help="a new folder; default runs/<tasks>-<time>")
     parser.add_argument("--seed", type=int)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args(arguments)
-    if args.limit is not None and args.limit < 1:
-        raise UserError(f"--limit is at least 1, got {args.limit}; leave it out for all tasks")
     overrides = list(args.overrides)
     if args.config and "=" in args.config and not Path(args.config).exists():
         overrides, args.config = [args.config, *overrides], None
-    given = {
-        "tasks.spec": args.tasks,
-        "tasks.solutions": args.solutions,
-        "run.seed": args.seed,
-        "tasks.limit": args.limit,
-    }
-    overrides += [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given.items() if value is not None]
-    if args.ids is not None:
-        overrides.append(f"tasks.ids={json.dumps([i.strip() for i in args.ids.split(',')])}")
-    config = load_config(args.config, overrides)
+    seed = [] if args.seed is None else [f"run.seed={args.seed}"]
+    config = load_config(args.config, [*overrides, *task_overrides(args), *seed])
 
     console = Console()
     found = load_tasks(config.tasks)

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .config import Parser, TasksConfig, UserError, run_main
+from .config import Parser, UserError, add_task_arguments, load_config, run_main, task_overrides
 from .tasks import Attempts, Solutions, Task, load_tasks, make_grid, read_json, same_grid
 
 Submission = dict[str, list[Attempts]]  # task id -> the two attempts for each of its test inputs
@@ -138,16 +138,10 @@ def merge(first: Submission, second: Submission) -> Submission:
 def main(arguments: list[str]) -> int:
     parser = Parser(prog="bin/score", description="Validate and score a submission.")
     parser.add_argument("submission", type=Path, help="submission.json")
-    parser.add_argument("--tasks", required=True, metavar="SPEC", help="the tasks that it answers")
-    parser.add_argument("--solutions", default="", metavar="FILE", help="solutions file, if not beside the challenges")
-    parser.add_argument("--ids", help="only these tasks, separated by commas")
-    parser.add_argument("--limit", type=int, metavar="N", help="the N tasks with the fewest tokens")
+    add_task_arguments(parser, required=True)
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     args = parser.parse_args(arguments)
-    ids = tuple(i.strip() for i in args.ids.split(",")) if args.ids is not None else ()
-    if not args.tasks or (args.limit is not None and args.limit < 1):
-        raise UserError("--tasks names the tasks, and --limit is at least 1")
-    found = load_tasks(TasksConfig(spec=args.tasks, solutions=args.solutions, ids=ids, limit=args.limit or 0))
+    found = load_tasks(load_config(None, task_overrides(args)).tasks)
     if not found.solutions:
         raise UserError(f"{args.tasks} has no solutions to score against: give --solutions FILE")
     result = score(read_submission(args.submission, found.tasks), found.solutions)

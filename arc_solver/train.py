@@ -25,7 +25,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import __version__
-from .config import Config, OptimConfig, Parser, TrainConfig, UserError, load_config, named_rng, run_main
+from .config import (
+    Config,
+    OptimConfig,
+    Parser,
+    TrainConfig,
+    UserError,
+    load_config,
+    named_rng,
+    require_new_dir,
+    run_main,
+)
 from .corpus import Batch, BatchStream, SampleStream, TrainingData, batches, pack, training_data
 from .encode import IGNORE, Sample
 from .model import Model, fast_dtype, load_model, new_model, pick_device, save_model
@@ -185,12 +195,10 @@ def train(config: Config, out_dir: Path, max_s: float = math.inf, resume: bool =
     checkpoint = latest_checkpoint(out_dir) if resume else None
     if resume and checkpoint is None:
         raise UserError(f"{out_dir} holds no checkpoint to resume from: leave --resume out")
-    if out_dir.exists() and not out_dir.is_dir():
-        raise UserError(f"--out {out_dir} is a file: give a folder")
     if not resume and (out_dir / "log.jsonl").exists():
         raise UserError(f"{out_dir} holds a training run: give another --out, or --resume to continue it")
-    if not resume and out_dir.exists() and any(out_dir.iterdir()):
-        raise UserError(f"{out_dir} is not empty: give another --out")
+    if not resume:
+        require_new_dir(out_dir)
     if checkpoint:
         _check_same_config(config, out_dir / "config.json")
     device = pick_device(config.run.device)
@@ -232,8 +240,8 @@ def train(config: Config, out_dir: Path, max_s: float = math.inf, resume: bool =
         f" {len(stream.arc)} ARC tasks; validation on {config.corpus.holdout_tasks} held-out tasks"
     )
     with (out_dir / "log.jsonl").open("a", buffering=1) as log, _progress_bar(console) as bar:
-        line = bar.add_task("train", total=config.train.steps, completed=progress.step, text="")
-        bar.update(line, text="compiling, which takes a minute" if compiles else "starting")
+        first = "compiling, which takes a minute" if compiles else "starting"
+        line = bar.add_task("train", total=config.train.steps, completed=progress.step, text=first)
         tokens_before, spent_before_s = progress.tokens, progress.spent_s + time.monotonic() - started
 
         def after_step(step: Step) -> None:
