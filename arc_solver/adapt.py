@@ -14,11 +14,11 @@ from torch import Tensor
 from .adapters import Adapter, attached, fresh_adapter
 from .augment import ColourPolicy, random_augmentation
 from .config import AdaptConfig, FormatConfig
-from .corpus import pack
 from .encode import Sample, encode_sample, sample_tokens
-from .model import Model
+from .model import Model, packed_loss
+from .optimize import Step, fit, make_optimizers
+from .stream import pack
 from .tasks import Pair, Task
-from .train import Step, fit, make_optimizers, packed_loss
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,12 +71,14 @@ def adapt(
     losses: list[float] = []
     tokens = 0
 
-    def loss_at(_: int) -> Tensor:
+    def backward_at(_: int) -> Tensor:
         nonlocal tokens
         chosen = [next(samples)[0] for _ in range(config.batch_size)]
         length = sum(len(sample) for sample in chosen)
         tokens += length
-        return packed_loss(model, pack(chosen, length))
+        loss = packed_loss(model, pack(chosen, length))
+        loss.backward()
+        return loss
 
     def after_step(step: Step) -> None:
         losses.append(step.loss)
@@ -85,7 +87,7 @@ def adapt(
     settings = config.model_copy(update={"steps": planned_steps(task, config)})
     with attached(model, [fresh_adapter(model, config, rng)]) as bank:
         named = [(f"lora.{i}", p) for i, p in enumerate(bank.parameters())]
-        fit(bank.parameters(), make_optimizers(named, settings), settings, loss_at, after_step=after_step)
+        fit(bank.parameters(), make_optimizers(named, settings), settings, backward_at, after_step=after_step)
         adapter = bank.export(0)
     tenth = max(1, len(losses) // 10)
     first, last = float(np.mean(losses[:tenth])), float(np.mean(losses[-tenth:]))

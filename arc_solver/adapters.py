@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -153,16 +154,46 @@ def load_adapter(folder: Path) -> Adapter:
     for needed in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / needed).is_file():
             raise UserError(f"{folder} holds no adapter: {needed} is missing")
-    settings = json.loads((folder / "adapter_config.json").read_text())
-    if settings.get("peft_type") != "LORA" or settings.get("use_dora") or settings.get("use_rslora"):
-        raise UserError(f"{folder} is not a plain LoRA adapter")
-    tensors = load_file(folder / "adapter_model.safetensors")
+    try:
+        settings = json.loads((folder / "adapter_config.json").read_text())
+        tensors = load_file(folder / "adapter_model.safetensors")
+    except (ValueError, SafetensorError) as error:
+        raise UserError(f"the adapter in {folder} is damaged, copy or make it again: {error}") from error
     weights: dict[str, tuple[Tensor, Tensor]] = {}
     for key, a in tensors.items():
-        if key.endswith(".lora_A.weight"):
-            b = tensors[key.replace(".lora_A.", ".lora_B.")]
+        b = tensors.get(key.replace(".lora_A.", ".lora_B."))
+        if key.endswith(".lora_A.weight") and b is not None:
             weights[key.removeprefix(PEFT_PREFIX).removesuffix(".lora_A.weight")] = (a.float(), b.float())
-    return Adapter(settings["r"], settings["lora_alpha"], weights)
+    # Embeddings, DoRA and whole layers have tensors of other names.
+    if settings.get("peft_type") != "LORA" or settings.get("use_dora") or len(tensors) != 2 * len(weights):
+        raise UserError(f"{folder} is not a plain LoRA adapter")
+    rank = settings["r"]
+    # rsLoRA scales by alpha / sqrt(rank), we by alpha / rank (Kalajdzievski 2023, arXiv 2312.03732).
+    alpha = settings["lora_alpha"] * (math.sqrt(rank) if settings.get("use_rslora") else 1)
+    return Adapter(rank, alpha, weights)
+
+
+@torch.no_grad()
+def merge(model: Model, adapter: Adapter) -> None:
+    """Adds an adapter to the weights, in place.
+
+    Raises:
+        UserError: it is for another model.
+    """
+    for name, (a, b) in adapter.weights.items():
+        layer = _linear(model, name)
+        if layer is None or layer.weight.shape != (len(b), a.shape[1]):
+            raise UserError(f"the adapter is for another model: it has a {len(b)} x {a.shape[1]} layer {name}")
+        change = (b @ a).to(layer.weight.device) * (adapter.alpha / adapter.rank)
+        layer.weight.copy_((layer.weight.float() + change).to(layer.weight.dtype))
+
+
+def _linear(model: Model, name: str) -> nn.Linear | None:
+    try:
+        layer = model.lm.get_submodule(name)
+    except AttributeError:
+        return None
+    return layer if isinstance(layer, nn.Linear) else None
 
 
 def _replace(root: nn.Module, name: str, module: nn.Module) -> None:

@@ -1,16 +1,18 @@
 """Reversible changes that keep a task's rule: 8 geometries x colour permutation x pair order.
 
 An `Augmentation` is a value: `apply` it to a grid or a task, `undo` it on a predicted grid. A task under one
-augmentation is a *view* of the task.
+augmentation is a *view* of the task. A `ProblemAugmentation` makes another task, to train on: it changes only the
+inputs or only the outputs, so that the rule becomes a new one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Literal
 
 import numpy as np
 
-from .tasks import COLOURS, Grid, Pair, Task, freeze
+from .tasks import COLOURS, MAX_SIDE, Grid, Pair, Task, freeze
 
 GEOMETRIES = 8  # the dihedral group: geometry = 4 * transposed + quarter turns
 
@@ -96,3 +98,79 @@ def spread_augmentations(
     geometries = [0, *(int(g) for g in 1 + rng.permutation(GEOMETRIES - 1))]
     spread = [random_augmentation(rng, policy, pairs, geometries[i % GEOMETRIES]) for i in range(count)]
     return [Augmentation(), *spread[1:]] if count else []
+
+
+@dataclass(frozen=True)
+class Border:
+    """`width` cells of one colour around a grid."""
+
+    width: int
+    colour: int
+
+    def apply(self, grid: Grid) -> Grid:
+        height, width = grid.shape
+        framed = np.full((height + 2 * self.width, width + 2 * self.width), self.colour, dtype=np.uint8)
+        framed[self.width : self.width + height, self.width : self.width + width] = grid
+        return freeze(framed)
+
+
+@dataclass(frozen=True)
+class Upscale:
+    """Every cell becomes a block of `rows` by `columns` cells."""
+
+    rows: int
+    columns: int
+
+    def apply(self, grid: Grid) -> Grid:
+        return freeze(grid.repeat(self.rows, axis=0).repeat(self.columns, axis=1))
+
+
+@dataclass(frozen=True)
+class Mirror:
+    """A grid with its mirror image below (axis 0) or on its right (axis 1)."""
+
+    axis: int
+
+    def apply(self, grid: Grid) -> Grid:
+        return freeze(np.concatenate((grid, np.flip(grid, self.axis)), self.axis))
+
+
+Change = Augmentation | Border | Upscale | Mirror
+
+CHANGES: Mapping[str, tuple[Change, ...]] = {  # what a problem augmentation is drawn from, by kind
+    "geometry": tuple(Augmentation(geometry) for geometry in range(1, GEOMETRIES)),
+    "border": tuple(Border(width, colour) for width in (1, 2, 3) for colour in range(COLOURS)),
+    "upscale": tuple(Upscale(*factors) for factors in product((1, 2, 3), repeat=2) if factors != (1, 1)),
+    "mirror": (Mirror(0), Mirror(1)),
+}
+
+
+@dataclass(frozen=True)
+class ProblemAugmentation:
+    """Makes a new task of a task: one change of all its inputs, or of all its outputs.
+
+    The new task can be solved where the old one can: no change gives two grids the same image, so the old grids can be
+    worked out from the new ones, and the rule between them still holds.
+    """
+
+    side: Literal["input", "output"]
+    change: Change
+
+    def apply_pair(self, pair: Pair) -> Pair:
+        if self.side == "input":
+            return Pair(self.change.apply(pair.input), pair.output)
+        return Pair(pair.input, self.change.apply(pair.output))
+
+
+def random_problem_augmentation(rng: np.random.Generator, pairs: Sequence[Pair]) -> ProblemAugmentation:
+    """The side drawn uniformly, then the kind, then the change, among those that keep all of `pairs` within 30 by 30.
+
+    There always is one: a geometry never makes a side longer. Give all the pairs of the task, the test's too.
+    """
+    side: Literal["input", "output"] = "input" if rng.random() < 0.5 else "output"
+    shapes = [(pair.input if side == "input" else pair.output).shape for pair in pairs]
+    largest = np.zeros(np.max(shapes, axis=0), dtype=np.uint8)  # if it fits after a change, then so do all the others
+    kinds = [[change for change in kind if max(change.apply(largest).shape) <= MAX_SIDE] for kind in CHANGES.values()]
+    fitting = [kind for kind in kinds if kind]
+    drawn = fitting[rng.integers(len(fitting))]
+    return ProblemAugmentation(side, drawn[rng.integers(len(drawn))])

@@ -8,15 +8,18 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from itertools import count
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from .config import PACKAGE_DIR, CorpusConfig, FormatConfig, Parser, run_main
-from .corpus import SampleStream
-from .train import cpu_name
+from .bench_train import BF16, QWEN_05B, compare, flop_utilisation
+from .config import PACKAGE_DIR, CorpusConfig, FormatConfig, Parser, UserError, run_main
+from .sources import read_source
+from .stream import SampleStream
+from .training_report import cpu_name
 
 MEASURED_S = 5.0  # how long a speed is measured
 
@@ -32,24 +35,41 @@ class Row:
 
 def bench_stream() -> list[Row]:
     """Tokens a second that one core feeds: drawing, augmenting and encoding samples; then with live RE-ARC too."""
+    torch.set_num_threads(1)
     rows = []
-    for name, config in (
-        ("stream without generation", CorpusConfig(re_arc=0, arc_training=1)),
-        ("stream with live RE-ARC", CorpusConfig()),
-    ):
-        stream = SampleStream(config, FormatConfig(), seed=0)
+    live, files = (read_source(source) for source in CorpusConfig().sources)
+    for name, mixture in (("stream without generation", [files]), ("stream with live RE-ARC", [live, files])):
+        stream = SampleStream(mixture, CorpusConfig(), FormatConfig(), 0)
         for i in range(200):  # imports and first calls are not measured
             stream[i]
         start, tokens = time.perf_counter(), 0
         for i in count(200):
-            tokens += len(stream[i])
+            tokens += len(stream[i].sample)
             if (elapsed := time.perf_counter() - start) > MEASURED_S:
                 break
         rows.append(Row(name, round(tokens / elapsed), None, None, "tokens/s per core"))
     return rows
 
 
-BENCHES: dict[str, Callable[[], list[Row]]] = {"stream": bench_stream}
+def bench_train() -> list[Row]:
+    """Offline training against TRL and PEFT; on a GPU also how much of it is used."""
+    if find_spec("trl") is None:
+        raise UserError("bin/bench train compares with TRL: run bin/bench, or pip install 'arc_solver[bench]'")
+    sides = compare()
+    ours, field = sides["ours"], sides["field"]
+    speed = ours.tokens_per_s / field.tokens_per_s
+    memory = ours.peak_memory_bytes / field.peak_memory_bytes
+    rows = [
+        Row("tokens_per_second", ours.tokens_per_s, field.tokens_per_s, speed, "useful tokens/s"),
+        Row("peak_memory", ours.peak_memory_bytes / 2**20, field.peak_memory_bytes / 2**20, memory, "MiB"),
+    ]
+    if torch.cuda.is_available():
+        share = flop_utilisation(QWEN_05B, BF16, steps=10, device="cuda")
+        rows.append(Row("flop_utilisation", 100 * share, None, None, "% of peak, Qwen2.5-0.5B's shape"))
+    return rows
+
+
+BENCHES: dict[str, Callable[[], list[Row]]] = {"stream": bench_stream, "train": bench_train}
 
 
 def main(arguments: list[str]) -> int:
@@ -57,7 +77,6 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("name", choices=BENCHES)
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     args = parser.parse_args(arguments)
-    torch.set_num_threads(1)
     rows = BENCHES[args.name]()
     if args.json:
         print(json.dumps({"rows": [asdict(row) for row in rows], "machine": cpu_name(), "commit": _commit()}))

@@ -10,11 +10,12 @@ Also here, because every module above needs them: `UserError`, and `named_rng`, 
 import argparse
 import hashlib
 import json
+import os
 import sys
 import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn, get_args
 
 import numpy as np
 from pydantic import (
@@ -36,6 +37,15 @@ class UserError(Exception):
     """What the user or a file got wrong, as one sentence that says what to do. Commands exit with code 2."""
 
 
+class MachineError(Exception):
+    """What the machine could not do, such as writing to a full disk, as one sentence. Commands exit with code 1."""
+
+
+def first_line(error: Exception) -> str:
+    """What a library's error says, short enough for one sentence."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def named_rng(seed: int, *names: str | int) -> np.random.Generator:
     """A generator that depends on `seed` and `names` only: not on task order, workers or what ran before.
 
@@ -49,8 +59,11 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of Llama and its kin
+
 Share = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Schedule = Literal["linear", "cosine", "constant", "cyclic", "wsd"]
 OutputOnly = Literal["keep", "permute"]
 
 
@@ -79,7 +92,10 @@ class FormatConfig(Section):
 
 
 class ModelConfig(Section):
-    path: str = ""  # checkpoint folder; "" = the bundled model (bin/solve) or a new one (bin/train)
+    # A checkpoint's folder, or a Hugging Face hub id such as Qwen/Qwen2.5-0.5B-Instruct;
+    # "" = the bundled model (bin/solve) or a new one of the shape below (bin/train).
+    path: str = ""
+    adapter: str = ""  # folder of a LoRA adapter for it: continued by bin/train with lora, else merged into the weights
     layers: PositiveInt = 5
     width: PositiveInt = 256
     heads: PositiveInt = 4
@@ -95,27 +111,111 @@ class ModelConfig(Section):
         return self
 
 
+class LoraConfig(Section):
+    """Offline LoRA: an adapter is trained instead of the weights themselves."""
+
+    enabled: bool = False
+    rank: PositiveInt = 64
+    alpha: PositiveFloat = 64.0
+    rslora: bool = True  # scale by alpha / sqrt(rank) instead of alpha / rank
+    dora: bool = False
+    init: Literal["default", "gaussian", "orthogonal"] = "default"  # of A, and of B too if orthogonal
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] = LINEAR_LAYERS
+    # What the run leaves: the adapter (then of a kind that vLLM serves), the weights with it merged in, or both.
+    save: Literal["both", "adapter", "merged"] = "both"
+
+    @model_validator(mode="after")
+    def _check(self) -> "LoraConfig":
+        if self.enabled and self.save != "merged" and (unserved := self._unserved()):
+            raise ValueError(f"vLLM serves no adapter with {unserved}; leave it out, or set lora.save to 'merged'")
+        return self
+
+    def _unserved(self) -> str:
+        """What vLLM refuses in an adapter, or ""."""
+        if self.dora:
+            return "lora.dora"
+        embeddings = {"embed_tokens", "lm_head"} & set(self.targets)
+        return f"lora.targets {', '.join(sorted(embeddings))}" if embeddings else ""
+
+
+class SourceConfig(Section):
+    """Where training tasks come from: one entry of the mixture."""
+
+    # re-arc          live RE-ARC: a generator of pairs for each ARC-AGI-1 training task
+    # tasks           task files (see tasks.spec), test pairs included
+    # demonstrations  the same, but only the demonstrations: test outputs are not even read (n-1 of a set to be solved)
+    # pairs           many pairs a task: a file {id: [pair, ...]}, or a folder of <id>.json files as RE-ARC is published
+    # counting        generated tasks about number
+    kind: Literal["re-arc", "tasks", "demonstrations", "pairs", "counting"]
+    path: str = ""  # what tasks, demonstrations and pairs are read from
+    name: str = ""  # in logs; "" = kind and path
+    weight: PositiveFloat = 1.0  # share of the samples, over the sum of all weights
+    solve: NonNegativeFloat = 1.0  # weight of the objective: outputs, given examples
+    imitate: NonNegativeFloat = 0.0  # weight of the objective: an input, given other inputs
+    max_tasks: NonNegativeInt = 0  # a seeded choice of tasks; 0 = all
+    max_pairs: NonNegativeInt = 0  # the first pairs of each task; 0 = all
+    problem_augmentation: Share = 0.0  # share of the samples whose task is made into a new one
+    difficulty: tuple[Share, Share] = (0.0, 0.3)  # re-arc: range, 0 easiest (smallest grids) .. 1
+
+    @property
+    def label(self) -> str:
+        return self.name or f"{self.kind} {self.path}".strip()
+
+    @model_validator(mode="after")
+    def _check(self) -> "SourceConfig":
+        reads = self.kind in ("tasks", "demonstrations", "pairs")
+        if reads != bool(self.path):
+            raise ValueError(f"kind '{self.kind}' {'needs a path' if reads else 'takes no path'}")
+        if self.solve + self.imitate <= 0:
+            raise ValueError("at least one of solve and imitate needs a weight above 0")
+        if self.difficulty[0] > self.difficulty[1]:
+            raise ValueError("difficulty is (lowest, highest)")
+        return self
+
+
 class CorpusConfig(Section):
-    re_arc: NonNegativeFloat = 0.8  # weight of live RE-ARC
-    arc_training: NonNegativeFloat = 0.2  # weight of the ARC-AGI-1 training tasks
-    difficulty: tuple[Share, Share] = (0.0, 0.3)  # RE-ARC difficulty range, 0 easiest (smallest grids) .. 1
-    pairs: tuple[PositiveInt, PositiveInt] = (3, 6)  # pairs in a sample, drawn uniformly
-    max_tokens: PositiveInt = 1024  # longest sample; pairs are dropped until it fits, or it is drawn again
-    # Training tasks that are copies of ARC-AGI-1 evaluation tasks (070dd51e and 50a16a69): the leak audit found them.
-    exclude: tuple[str, ...] = ("40853293", "caa06a1f")
-    holdout_tasks: Annotated[int, Field(ge=1, le=300)] = (
-        20  # training tasks kept out of training, for the validation loss
+    sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)] = (
+        SourceConfig(kind="re-arc", weight=0.8),
+        SourceConfig(kind="tasks", path="arc-agi-1/training", weight=0.2),
     )
+    pairs: tuple[PositiveInt, PositiveInt] = (3, 6)  # pairs in a sample, drawn uniformly
+    max_tokens: PositiveInt = 1024  # longest sample
+    too_long: Literal["drop", "skip"] = "drop"  # drop: the last pairs go until it fits or 2 are left; skip: draw again
     keep_background: Share = 0.8  # share of samples in which colour 0 stays 0
     output_only: OutputOnly = "permute"  # colours that only outputs have: left as they are, or permuted too
 
     @model_validator(mode="after")
     def _check(self) -> "CorpusConfig":
-        if self.re_arc + self.arc_training <= 0:
-            raise ValueError("at least one of re_arc and arc_training needs a weight above 0")
-        if self.difficulty[0] > self.difficulty[1] or self.pairs[0] > self.pairs[1]:
-            raise ValueError("difficulty and pairs are (lowest, highest)")
+        if self.pairs[0] > self.pairs[1]:
+            raise ValueError("pairs is (lowest, highest)")
+        labels = [source.label for source in self.sources]
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"two sources have the same name: give each its own, got {labels}")
         return self
+
+
+class ValidationConfig(Section):
+    """Random tasks of a set are kept out of training and validated on: a train/validation partition from a seed."""
+
+    of: str = "arc-agi-1/training"  # the set they are drawn from, see tasks.spec
+    tasks: Annotated[int, Field(ge=1)] = 20
+    seed: int = 0
+    re_arc: bool = True  # pairs are made by the tasks' RE-ARC generators; else the tasks' own are used
+    difficulty: tuple[Share, Share] = (0.0, 0.3)  # of those generators
+    tokens: PositiveInt = 65_536  # of the validation samples
+    every: PositiveInt = 250  # steps between validations
+    accuracy_every: NonNegativeInt = 0  # steps between validations by generated answers; 0 = never
+    accuracy_prompts: PositiveInt = 64  # answers that it generates
+
+
+class AuditConfig(Section):
+    """The leak audit: no training task may be one that the model is scored on, by id or by content."""
+
+    scored_on: tuple[str, ...] = ("arc-agi-1/evaluation",)  # see tasks.spec; the validation tasks always count
+    # What happens to training tasks that are among those: the run is refused, they are left out, or trained on.
+    overlap: Literal["refuse", "exclude", "allow"] = "refuse"
+    # Tasks that are left out: copies of the ARC-AGI-1 evaluation tasks 070dd51e and 50a16a69, as the audit found.
+    exclude: tuple[str, ...] = ("40853293", "caa06a1f")
 
 
 class OptimConfig(Section):
@@ -128,9 +228,11 @@ class OptimConfig(Section):
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     clip: PositiveFloat = 1.0  # gradient norm
     steps: PositiveInt = 100
-    schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
+    schedule: Schedule = "linear"
     warmup: Share = 0.02  # share of the steps
     decay: Share = 0.4  # share of the steps in which "wsd" falls to 0
+    cycles: PositiveInt = 4  # of "cyclic"
+    cycle_decay: Share = 0.5  # the peak of a cycle, as a share of the peak before it
 
 
 class TrainConfig(OptimConfig):
@@ -138,15 +240,28 @@ class TrainConfig(OptimConfig):
     lr: PositiveFloat = 2e-3
     weight_decay: NonNegativeFloat = 0.05
     steps: PositiveInt = 2000
-    schedule: Literal["linear", "cosine", "constant", "wsd"] = "wsd"
+    schedule: Schedule = "wsd"
     batch_tokens: PositiveInt = 8192  # token budget of a packed batch
+    batches_per_step: PositiveInt = 1  # shared out over the processes; each takes its share one after another
     compile: Literal["auto", "yes", "no"] = "auto"  # torch.compile; auto = where a C++ compiler or a GPU is found
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto = bf16 where the hardware multiplies it
-    loader_workers: NonNegativeInt = 1  # processes that make samples
-    validation_tokens: PositiveInt = 65_536
-    validate_every: PositiveInt = 250  # steps
+    # auto = bf16 where the hardware multiplies it, else fp16 on a GPU, else fp32. fp16 scales the loss.
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    checkpointing: bool = False  # gradient checkpointing: activations are computed again instead of kept
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # of several processes: copies of the model, or shards of one (FSDP2)
+    loader_workers: NonNegativeInt = 1  # processes that make samples, for each training process
     checkpoint_every: PositiveInt = 250  # steps
     labels: Literal["all-but-first", "last", "all"] = "all-but-first"  # the outputs that are learnt
+
+
+class StageConfig(Section):
+    """A part of an offline run. What it does not set of [train] and [corpus] is as those sections say."""
+
+    name: str
+    # What it takes over: the weights, or the optimizer's moments too (of the stage before; of the run that model.path
+    # lies in, for the first).
+    start: Literal["weights", "weights+optimizer"] = "weights"
+    train: TrainConfig = TrainConfig()
+    corpus: CorpusConfig = CorpusConfig()
 
 
 class AdaptConfig(OptimConfig):
@@ -154,10 +269,7 @@ class AdaptConfig(OptimConfig):
     enabled: bool = True
     rank: PositiveInt = 32
     alpha: PositiveFloat = 32.0
-    targets: Annotated[tuple[str, ...], Field(min_length=1)] = (
-        *("q_proj", "k_proj", "v_proj", "o_proj"),
-        *("gate_proj", "up_proj", "down_proj"),
-    )
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] = LINEAR_LAYERS
     lr: PositiveFloat = 3e-3
     steps: PositiveInt = 180
     batch_size: PositiveInt = 4  # sequences a step
@@ -185,11 +297,53 @@ class Config(Section):
     tasks: TasksConfig = TasksConfig()
     format: FormatConfig = FormatConfig()
     model: ModelConfig = ModelConfig()
+    lora: LoraConfig = LoraConfig()
     corpus: CorpusConfig = CorpusConfig()
+    validation: ValidationConfig = ValidationConfig()
+    audit: AuditConfig = AuditConfig()
     train: TrainConfig = TrainConfig()
+    stages: Annotated[tuple[StageConfig, ...], Field(min_length=1)] = ()  # none given: one, of [train] and [corpus]
     adapt: AdaptConfig = AdaptConfig()
     predict: PredictConfig = PredictConfig()
     vote: VoteConfig = VoteConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_stages(cls, tree: dict[str, Any]) -> dict[str, Any]:
+        """A stage is the sections [train] and [corpus], with its own settings on top."""
+        stages = tree.get("stages") or [{"name": "train"}]
+        if not all(isinstance(stage, dict) for stage in stages):
+            return tree
+        filled = []
+        for stage in stages:
+            merged = {key: {**_settings(tree, key), **_settings(stage, key)} for key in ("train", "corpus")}
+            filled.append({**stage, **merged})
+        return {**tree, "stages": filled}
+
+    @model_validator(mode="after")
+    def _check(self) -> "Config":
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two stages have the same name: {', '.join(names)}")
+        for key in ("precision", "checkpointing", "parallel"):
+            if any(getattr(stage.train, key) != getattr(self.train, key) for stage in self.stages):
+                raise ValueError(f"train.{key} is one for all stages: set it in [train]")
+        if self.lora.enabled and any(stage.train.optimizer == "muon" for stage in self.stages):
+            raise ValueError('lora.enabled needs train.optimizer="adamw": Muon is for whole weight matrices')
+        for before, stage in zip(self.stages, self.stages[1:], strict=False):
+            ours, theirs = stage.train.optimizer, before.train.optimizer
+            if stage.start == "weights+optimizer" and ours != theirs:
+                raise ValueError(
+                    f"stage '{stage.name}' starts from the optimizer of '{before.name}', which is {theirs} and not"
+                    f' {ours}: give both the same train.optimizer, or start = "weights"'
+                )
+        return self
+
+
+def _settings(tree: dict[str, Any], key: str) -> Any:
+    """What a section sets, be it parsed from a file or made in Python."""
+    section = tree.get(key, {})
+    return section.model_dump(exclude_unset=True) if isinstance(section, Section) else section
 
 
 def load_config(file: str | Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -216,28 +370,50 @@ def load_config(file: str | Path | None, overrides: Sequence[str] = ()) -> Confi
 
 def _override(tree: dict[str, Any], word: str) -> None:
     path, equals, text = word.partition("=")
-    section, dot, key = path.partition(".")
-    if not (equals and dot and section and key):
+    *sections, key = path.split(".")
+    if not (equals and sections and key and all(sections)):
         raise UserError(f"'{word}' is not understood: settings are written section.key=value, e.g. run.seed=1")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text  # a bare word is a string: model.path=runs/mine
-    if not isinstance(tree.setdefault(section, {}), dict):
-        raise UserError(f"'{section}' in the config file is not a section")
-    tree[section][key] = value
+    place: Any = tree
+    for section in sections:  # stages.1.start=weights: the second stage of the config file
+        if isinstance(place, list):
+            if not section.isdecimal() or int(section) >= len(place):
+                raise UserError(f"'{word}': the config file has {len(place)} of them, counted from 0, and no {section}")
+            place = place[int(section)]
+        elif section.isdecimal():
+            raise UserError(f"'{word}': the config file has no list there; write it in the file")
+        else:
+            place = place.setdefault(section, {})
+        if not isinstance(place, (dict, list)):
+            raise UserError(f"'{word}': '{section}' in the config file is not a section")
+    if isinstance(place, list):
+        raise UserError(f"'{word}': say which one, counted from 0, e.g. {'.'.join(sections)}.0.{key}=...")
+    place[key] = value
 
 
 def _explain(error: ValidationError, file: str | Path | None) -> str:
     first = error.errors()[0]
-    section, *rest = [str(part) for part in first["loc"]]
-    key = ".".join([section, *rest])
+    key = ".".join(str(part) for part in first["loc"])
     where = f" (config {file})" if file else ""
     if first["type"] == "extra_forbidden":
-        fields = Config.model_fields
-        known = fields[section].annotation.model_fields if rest and section in fields else fields  # type: ignore[union-attr]
-        return f"unknown setting {key}{where}; known: {', '.join(known)}"
-    return f"setting {key}{where}: {first['msg']}, got {first['input']!r}"
+        return f"unknown setting {key}{where}; known: {', '.join(_known(first['loc'][:-1]))}"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":  # our own sentence, which has the values in it
+        return f"setting {key}{where}: {message}" if key else f"{message}{where}"
+    return f"setting {key}{where}: {message}, got {first['input']!r}"
+
+
+def _known(loc: Sequence[str | int]) -> list[str]:
+    """The settings of the section at `loc`."""
+    section: Any = Config
+    for part in loc:
+        if isinstance(part, str):
+            annotation = section.model_fields[part].annotation
+            section = next((t for t in get_args(annotation) if t is not Ellipsis), annotation)
+    return list(section.model_fields)
 
 
 class Parser(argparse.ArgumentParser):
@@ -281,9 +457,10 @@ def run_main(main: Callable[[list[str]], int]) -> None:
     """Runs a command: exit code 0 done, 2 the user's input is wrong (one sentence, no traceback), 1 anything else."""
     try:
         code = main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
+    except (UserError, MachineError) as error:
+        if os.environ.get("RANK", "0") == "0":  # of several training processes one says it
+            print(f"error: {error}", file=sys.stderr)
+        code = 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 1

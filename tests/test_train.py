@@ -1,203 +1,379 @@
-import math
+"""The offline run, from outside and from inside: resume, stages, LoRA, logs, and what goes wrong."""
+
+import json
 import os
+import resource
+import shutil
 import signal
 import subprocess
-import sys
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from checkpoints import make_checkpoint
 from conftest import TOY
 
-from arc_solver.config import Config, CorpusConfig, OptimConfig, TrainConfig, UserError, load_config
-from arc_solver.corpus import SampleStream, TrainingData, pack
-from arc_solver.encode import IGNORE
-from arc_solver.model import Model, load_model, new_model, save_model
-from arc_solver.train import (
-    fit,
-    latest_checkpoint,
-    make_optimizers,
-    packed_loss,
-    rate_at,
-    train,
-    validation_batches,
-    validation_loss,
-)
+from arc_solver.checkpoints import latest_checkpoint
+from arc_solver.config import Config, UserError, load_config
+from arc_solver.corpus import make_corpus
+from arc_solver.leaks import TrainingData
+from arc_solver.model import Model, load_model, new_model, packed_loss, recompute_activations, save_model
+from arc_solver.stream import SampleStream, pack
+from arc_solver.train import train
+from arc_solver.validate import accuracy, questions, validation_batches, validation_loss
+from runs import log, run, small, train_command, weights, write_config
 
-SMALL = Config(
-    model=TOY,
-    corpus=CorpusConfig(max_tokens=200),
-    train=TrainConfig(
-        steps=6,
-        batch_tokens=512,
-        compile="no",
-        precision="fp32",
-        loader_workers=0,
-        validation_tokens=1000,
-        validate_every=3,
-        checkpoint_every=1,
-        schedule="linear",
-    ),
-)
-
-
-def small(**settings) -> Config:
-    return SMALL.model_copy(update={"train": SMALL.train.model_copy(update=settings)})
-
-
-def weights(folder):
-    return load_model(folder).lm.state_dict()
+TWO_STAGES = [
+    {"name": "a", "train": {"steps": 3}},
+    {"name": "b", "start": "weights+optimizer", "train": {"steps": 3, "lr": 1e-3, "schedule": "cosine"}},
+]
+LORA = {"enabled": True, "rank": 4, "alpha": 8.0}
 
 
 def same(a, b) -> bool:
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize(
-    ("schedule", "points"),
-    [
-        ("linear", {0: 0, 0.1: 0.5, 0.2: 1, 0.6: 0.5, 1: 0}),
-        ("cosine", {0: 0, 0.1: 0.5, 0.2: 1, 0.6: 0.5, 0.4: 0.5 + math.sqrt(0.5) / 2, 1: 0}),
-        ("constant", {0: 0, 0.1: 0.5, 0.2: 1, 0.6: 1, 1: 1}),
-        ("wsd", {0: 0, 0.1: 0.5, 0.2: 1, 0.6: 1, 0.75: 1, 0.875: 0.5, 1: 0}),
-    ],
-)
-def test_schedules_point_by_point(schedule, points):
-    config = OptimConfig(schedule=schedule, warmup=0.2, decay=0.25)
-    for progress, rate in points.items():
-        assert rate_at(progress, config) == pytest.approx(rate, abs=1e-12)
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    """A pretrained checkpoint."""
+    return make_checkpoint(tmp_path_factory.mktemp("qwen") / "Tiny-Qwen2", "qwen2")
 
 
-def test_fit_finds_a_minimum():
-    x = torch.nn.Parameter(torch.tensor([5.0]))
-    config = OptimConfig(lr=0.5, steps=100)
-    optimizers = make_optimizers([("x", x)], config)
-    seen = []
-    fit([x], optimizers, config, lambda _: (x - 2).square().sum(), after_step=seen.append)
-    assert x.item() == pytest.approx(2, abs=0.05)
-    assert [s.step for s in seen] == list(range(1, 101))
-    assert all(0 < s.rate <= 1 for s in seen)
-    assert optimizers[0].param_groups[0]["peak_lr"] == 0.5
-
-
-def test_fit_ends_in_time_with_the_schedule_done():
-    x = torch.nn.Parameter(torch.tensor([5.0]))
-    config = OptimConfig(steps=1_000_000, schedule="linear", warmup=0)
-    seen = []
-
-    def loss(_):
-        time.sleep(0.01)
-        return x.square().sum()
-
-    fit([x], make_optimizers([("x", x)], config), config, loss, max_s=0.5, after_step=seen.append)
-    assert len(seen) < 60
-    assert seen[-1].rate < 0.2
-
-
-def test_muon_is_for_hidden_matrices():
-    model = new_model(TOY, SMALL.format, seed=0)
-    muon, adamw = make_optimizers(list(model.lm.named_parameters()), TrainConfig())
-    hidden = sum(len(g["params"]) for g in muon.param_groups)
-    assert hidden == TOY.layers * 7
-    assert hidden + sum(len(g["params"]) for g in adamw.param_groups) == len(list(model.lm.parameters()))
-    assert all(g["weight_decay"] == 0 for g in adamw.param_groups if g["params"][0].ndim < 2)
-
-
-def test_validation_loss_does_not_depend_on_packing():
-    model = new_model(TOY, SMALL.format, seed=0)
-    stream = SampleStream(SMALL.corpus, SMALL.format, 0, "validation")
-    samples = [stream[i] for i in range(12)]
-    one = [pack(samples, sum(map(len, samples)) + 50)]
-    many = [pack([sample], len(sample) + i) for i, sample in enumerate(reversed(samples))]
-    losses = [validation_loss(lambda batch: packed_loss(model, batch), batches) for batches in (one, many)]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
-
-
-def test_validation_is_the_same_for_every_seed():
-    first, second = (
-        validation_batches(SMALL.model_copy(update={"run": SMALL.run.model_copy(update={"seed": s})})) for s in (0, 1)
+def lora_config(path, **sections) -> Config:
+    return small(
+        **{
+            "model": {"path": str(path)},
+            "format": {"positions": "token"},
+            "lora": LORA,
+            "train": {"optimizer": "adamw", "lr": 1e-2, **sections.pop("train", {})},
+            **sections,
+        }
     )
-    assert [b.ids_T.tolist() for b in first] == [b.ids_T.tolist() for b in second]
-    assert sum(int((b.labels_T != IGNORE).sum()) for b in first) > 100
+
+
+# ---- the same run again ----------------------------------------------------------------------------------------------
 
 
 def test_training_twice_gives_identical_weights(tmp_path):
-    train(SMALL, tmp_path / "a")
-    train(SMALL, tmp_path / "b")
+    train(small(), tmp_path / "a")
+    train(small(), tmp_path / "b")
     first = weights(tmp_path / "a" / "model")
     assert same(first, weights(tmp_path / "b" / "model"))
-    assert not same(first, new_model(TOY, SMALL.format, seed=0).lm.state_dict())
+    assert not same(first, new_model(TOY, small().format, seed=0).lm.state_dict())
     names = {file.name for file in (tmp_path / "a" / "model").iterdir()}
-    assert {"model.safetensors", "training.json", "training_data.json", "loss.png"} <= names
+    assert {"model.safetensors", "tokenizer.json", "training.json", "training_data.json", "loss.png"} <= names
 
 
-def test_a_continued_run_ends_like_an_uninterrupted_one(tmp_path):
-    """The process is killed (kill -9) as soon as it has a checkpoint, amid the decay, and started again."""
-    train(SMALL, tmp_path / "whole")
-    command = [sys.executable, "-m", "arc_solver.train", str(write_config(tmp_path)), "--out", str(tmp_path / "cut")]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
-    while latest_checkpoint(tmp_path / "cut") is None:
-        assert process.poll() is None
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    subprocess.run([*command, "--resume"], check=True, stderr=subprocess.DEVNULL)
-    assert same(weights(tmp_path / "whole" / "model"), weights(tmp_path / "cut" / "model"))
+@pytest.mark.parametrize("case", ["stages", "lora", "fp16"])
+def test_a_run_killed_at_random_steps_ends_like_an_uninterrupted_one(case, qwen, tmp_path):
+    """kill -9 at random moments, three times, and --resume each time: bit-identical weights, an unbroken log."""
+    config = {
+        "stages": small(TWO_STAGES, train={"loader_workers": 1}),
+        "lora": lora_config(qwen),
+        "fp16": small(train={"precision": "fp16", "optimizer": "adamw", "checkpoint_every": 2}),
+    }[case]
+    train(config, tmp_path / "whole")
+    out_dir = tmp_path / "cut"
+    command = train_command(write_config(config, tmp_path), out_dir)
+    rng = np.random.default_rng()
+    for kill in range(3):
+        resume = ["--resume"] if (out_dir / "config.json").exists() else []
+        process = subprocess.Popen([*command, *resume], stderr=subprocess.DEVNULL, start_new_session=True)
+        lines = int(rng.integers(0, 6)) if kill else 0
+        while process.poll() is None and len(log_lines(out_dir)) <= lines:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.05))
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    done = run([*command, "--resume"])
+    assert done.returncode == 0, done.stderr
+    assert same(weights(tmp_path / "whole" / "model"), weights(out_dir / "model"))
+    whole, cut = (
+        [(r["step"], r.get("loss"), r.get("validation_loss")) for r in log(folder)]
+        for folder in (tmp_path / "whole", out_dir)
+    )
+    assert whole == cut
 
 
-def write_config(folder):
-    """SMALL as a TOML file."""
-    lines = []
-    for section in ("model", "corpus", "train"):
-        lines.append(f"[{section}]")
-        for key, value in getattr(SMALL, section).model_dump(exclude_defaults=True).items():
-            lines.append(f"{key} = {str(value).lower() if isinstance(value, bool) else repr(value)}")
-    file = folder / "small.toml"
-    file.write_text("\n".join(lines))
-    assert load_config(file) == SMALL
-    return file
+def log_lines(out_dir: Path) -> list[str]:
+    file = out_dir / "log.jsonl"
+    return file.read_text().splitlines() if file.exists() else []
 
 
-def test_compiled_equals_eager():
-    """One graph serves every way of packing."""
-    model = new_model(TOY, SMALL.format, seed=0)
-    stream = SampleStream(SMALL.corpus, SMALL.format, 0)
-    compiled = torch.compile(model.logits, dynamic=False, backend="aot_eager", fullgraph=True)
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for i in (0, 5, 10):
-            batch = pack([stream[i + j] for j in range(2 + i // 5)], 1024)
-            losses = [packed_loss(model, batch, logits_of).item() for logits_of in (None, compiled)]
-            assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+# ---- stages ----------------------------------------------------------------------------------------------------------
 
 
-def test_what_a_user_gets_wrong(tmp_path):
-    with pytest.raises(UserError, match="no checkpoint to resume"):
-        train(SMALL, tmp_path / "none", resume=True)
-    train(small(steps=1), tmp_path / "a")
-    with pytest.raises(UserError, match="holds a training run"):
-        train(SMALL, tmp_path / "a")
-    with pytest.raises(UserError, match="not empty"):
-        train(SMALL, tmp_path)
-    with pytest.raises(UserError, match="give more"):
-        train(small(steps=1), tmp_path / "a", resume=True, max_s=0.01)
-    with pytest.raises(UserError, match=r"train\.optimizer is 'adamw'"):
-        train(small(steps=1, optimizer="adamw"), tmp_path / "a", resume=True)
-    with pytest.raises(UserError, match="is a file"):
-        train(SMALL, tmp_path / "a" / "log.jsonl")
-    with pytest.raises(UserError, match=r"batch_tokens=100"):
-        train(small(batch_tokens=100), tmp_path / "b")
-    assert not (tmp_path / "b").exists()
+def adam_steps(out_dir: Path) -> set[float]:
+    states = torch.load(latest_checkpoint(out_dir) / "optimizers.pt", weights_only=True)["optimizers"]
+    return {float(s["step"]) for state in states for s in state["state"].values() if "step" in s}
+
+
+def test_a_stage_takes_over_moments_only_if_asked(tmp_path):
+    """The one line that answers whether the optimizer's state helps."""
+    fresh = [TWO_STAGES[0], {**TWO_STAGES[1], "start": "weights"}]
+    for name, stages in (("kept", TWO_STAGES), ("fresh", fresh)):
+        train(small(stages), tmp_path / name)
+    assert adam_steps(tmp_path / "kept") == {6.0}
+    assert adam_steps(tmp_path / "fresh") == {3.0}
+    records = [log(tmp_path / name) for name in ("kept", "fresh")]
+    first, second = ([r["loss"] for r in run_log if "loss" in r] for run_log in records)
+    assert first[:4] == second[:4]  # the same until the moments have had their say
+    assert first[4:] != second[4:]
+    assert [r["stage"] for r in records[0] if "loss" in r] == ["a"] * 3 + ["b"] * 3
+
+
+def test_a_first_stage_takes_over_the_optimizer_of_an_earlier_run(tmp_path):
+    train(small(), tmp_path / "a")
+    stages = [{"name": "more", "start": "weights+optimizer"}]
+    train(small(stages, model={"path": str(tmp_path / "a" / "model")}), tmp_path / "b")
+    assert adam_steps(tmp_path / "b") == {12.0}
+
+
+def test_an_optimizer_state_that_does_not_fit_is_refused(tmp_path):
+    train(small(), tmp_path / "a")
+    stages = [{"name": "more", "start": "weights+optimizer"}]
+    here = {"path": str(tmp_path / "a" / "model")}
+    with pytest.raises(UserError, match=r"optimizers\.pt is of another train\.optimizer"):
+        train(small(stages, model=here, train={"optimizer": "adamw"}), tmp_path / "b")
+    states = latest_checkpoint(tmp_path / "a") / "optimizers.pt"
+    states.write_bytes(states.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"optimizers\.pt cannot be read"):
+        train(small(stages, model=here), tmp_path / "c")
+    shutil.copytree(tmp_path / "a" / "model", tmp_path / "alone" / "model")
+    with pytest.raises(UserError, match="lies in none"):
+        train(small(stages, model={"path": str(tmp_path / "alone" / "model")}), tmp_path / "d")
+    with pytest.raises(UserError, match="the new model lies in none"):
+        train(small(stages), tmp_path / "e")
+
+
+# ---- pretrained models and adapters ----------------------------------------------------------------------------------
+
+
+def test_a_pretrained_model_is_cut_and_an_adapter_trained_continued_and_merged(qwen, tmp_path):
+    train(lora_config(qwen), tmp_path / "a")
+    base, merged = load_model(tmp_path / "a" / "base"), load_model(tmp_path / "a" / "model")
+    assert base.parameters_count == merged.parameters_count
+    assert not same(base.lm.state_dict(), merged.lm.state_dict())
+    assert merged.trained_on and merged.trained_on.pretrained == {str(qwen)}
+    again = lora_config(
+        tmp_path / "a" / "base",
+        model={"path": str(tmp_path / "a" / "base"), "adapter": str(tmp_path / "a" / "adapter")},
+    )
+    train(again, tmp_path / "b")
+    assert log(tmp_path / "b")[0]["loss"] < log(tmp_path / "a")[0]["loss"] - 0.05  # it goes on where the first ended
+    assert not (tmp_path / "b" / "base").exists()  # the base was there already
+
+
+def test_full_weights_of_a_pretrained_model(qwen, tmp_path):
+    train(lora_config(qwen, lora={"enabled": False}), tmp_path / "a")
+    seen = [r["loss"] for r in log(tmp_path / "a") if "loss" in r]
+    assert seen[-1] < seen[0] - 0.5
+    assert not (tmp_path / "a" / "base").exists()
+    assert load_model(tmp_path / "a" / "model").format.positions == "token"
+
+
+def test_an_adapter_for_another_base_is_refused(qwen, tmp_path):
+    train(lora_config(qwen, train={"steps": 1}), tmp_path / "a")
+    other = make_checkpoint(tmp_path / "other", "qwen2", seed=1)
+    config = lora_config(other, model={"path": str(other), "adapter": str(tmp_path / "a" / "adapter")})
+    with pytest.raises(UserError, match="is for another base"):
+        train(config, tmp_path / "b")
+
+
+def test_what_a_lora_run_saves(qwen, tmp_path):
+    left = {}
+    for save in ("adapter", "merged"):
+        train(lora_config(qwen, lora={**LORA, "save": save}, train={"steps": 1}), tmp_path / save)
+        left[save] = {f.name for f in (tmp_path / save).iterdir()} & {"adapter", "model"}
+    assert left == {"adapter": {"adapter"}, "merged": {"model"}}
 
 
 def test_a_model_that_is_trained_on_keeps_what_it_has_seen(tmp_path):
     """Its base's training data counts in the audit; where the base does not say, neither does the result."""
-    train(small(steps=1), tmp_path / "known")
+    train(small(train={"steps": 1}), tmp_path / "known")
     base = load_model(tmp_path / "known" / "model")
     for seen, expected in ((TrainingData(frozenset({"zz"}), frozenset()), True), (None, False)):
         folder = tmp_path / f"base{expected}"
         save_model(Model(base.lm, base.format, seen), folder)
-        config = small(steps=1).model_copy(update={"model": TOY.model_copy(update={"path": str(folder)})})
-        train(config, tmp_path / f"run{expected}")
+        train(small(train={"steps": 1}, model={"path": str(folder)}), tmp_path / f"run{expected}")
         after = load_model(tmp_path / f"run{expected}" / "model").trained_on
         assert (after is not None and {"zz"} < after.ids) == expected
         assert (after is None) != expected
+
+
+# ---- logs and figures ------------------------------------------------------------------------------------------------
+
+
+def test_logs_and_figures(tmp_path, capfd):
+    train(small(validation={"tokens": 1000, "every": 3, "accuracy_every": 6, "accuracy_prompts": 2}), tmp_path / "a")
+    steps = [r for r in log(tmp_path / "a") if "loss" in r]
+    assert [r["step"] for r in steps] == [1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in steps if "validation_loss" in r] == [3, 6]
+    assert [r["step"] for r in steps if "accuracy" in r] == [6]
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "a" / "tensorboard")).Reload()
+    assert [e.step for e in events.Scalars("loss/train")] == [1, 2, 3, 4, 5, 6]
+    assert [e.value for e in events.Scalars("loss/train")] == pytest.approx([r["loss"] for r in steps], abs=1e-6)
+    about = json.loads((tmp_path / "a" / "model" / "training.json").read_text())
+    assert sum(counts["tokens"] for counts in about["counts"].values()) == about["tokens"] == steps[-1]["tokens"]
+    assert about["memory_peak_bytes"] > 0 and about["memory_estimate_bytes"] > 0
+    shown = capfd.readouterr().err
+    for line in ("memory estimate", "peak memory", "leak audit passed", "held-out tasks", "too long", "counting"):
+        assert line in shown, line
+    manifest = json.loads((tmp_path / "a" / "partition" / "manifest.json").read_text())
+    assert len(manifest["validation"]) == 20
+
+
+def test_validation_loss_does_not_depend_on_packing_or_order():
+    config = small()
+    model = new_model(TOY, config.format, seed=0)
+    corpus = make_corpus(config)
+    stream = SampleStream(corpus.mixtures[0], config.corpus, config.format, 0, "test")
+    samples = [stream[i].sample for i in range(12)]
+    one = [pack(samples, sum(map(len, samples)) + 50)]
+    many = [pack([sample], len(sample) + i) for i, sample in enumerate(reversed(samples))]
+    losses = [validation_loss(lambda b: packed_loss(model, b, reduction="sum"), batches) for batches in (one, many)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_validation_is_the_same_for_every_seed():
+    first, second = (fixed_sets(small(run={"device": "cpu", "seed": seed})) for seed in (0, 1))
+    assert first == second
+    assert sum(len(ids) for ids in first[0]) >= 1000
+
+
+def fixed_sets(config):
+    partition = make_corpus(config).partition
+    fixed = validation_batches(partition, config.corpus, config.format, "all-but-first", 512)
+    asked = questions(partition, config.corpus, config.format)
+    return [b.ids_T.tolist() for b in fixed], [(p.ids_T.tolist(), g.tolist()) for p, g in asked]
+
+
+def test_accuracy_counts_exact_answers(monkeypatch):
+    """An engine that knows half of the answers."""
+    from arc_solver.encode import encode_reply
+    from arc_solver.engine import Reply
+
+    config = small(validation={"accuracy_prompts": 4})
+    model = new_model(TOY, config.format, seed=0)
+    asked = questions(make_corpus(config).partition, config.corpus, config.format)
+    replies = [Reply(tuple(encode_reply(answer, config.format).tolist()), 0.0) for _, answer in asked]
+    replies[1] = Reply(replies[1].ids[:-1], 0.0)  # no end
+    replies[2] = Reply(tuple((i + 1) % 10 if i < 10 else i for i in replies[2].ids), 0.0)  # other colours
+    monkeypatch.setattr("arc_solver.engine.TorchEngine.generate", lambda self, prompts: replies)
+    assert accuracy(model, asked, 1000) == 0.5
+    assert model.lm.training
+
+
+def test_compiled_equals_eager():
+    """One graph serves every way of packing."""
+    config = small()
+    model = new_model(TOY, config.format, seed=0)
+    stream = SampleStream(make_corpus(config).mixtures[0], config.corpus, config.format, 0, "test")
+    compiled = torch.compile(model.logits, dynamic=False, backend="aot_eager", fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for i in (0, 5, 10):
+            batch = pack([stream[i + j].sample for j in range(2 + i // 5)], 1024)
+            losses = [packed_loss(model, batch, logits_of).item() for logits_of in (None, compiled)]
+            assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_checkpointing_gives_the_same_gradients():
+    config = small()
+    stream = SampleStream(make_corpus(config).mixtures[0], config.corpus, config.format, 0, "test")
+    batch = pack([stream[i].sample for i in range(3)], 800)
+    gradients = []
+    for recomputes in (False, True):
+        model = new_model(TOY, config.format, seed=0)
+        model.lm.train()
+        if recomputes:
+            recompute_activations(model.lm)
+        packed_loss(model, batch).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.lm.parameters()]))
+    assert torch.equal(*gradients)
+
+
+# ---- what goes wrong -------------------------------------------------------------------------------------------------
+
+
+def test_what_a_user_gets_wrong(tmp_path):
+    one = small(train={"steps": 1})
+    with pytest.raises(UserError, match="no training run to resume"):
+        train(small(), tmp_path / "none", resume=True)
+    train(one, tmp_path / "a")
+    with pytest.raises(UserError, match="holds a training run"):
+        train(small(), tmp_path / "a")
+    with pytest.raises(UserError, match="not empty"):
+        train(small(), tmp_path)
+    with pytest.raises(UserError, match="give more"):
+        train(one, tmp_path / "a", resume=True, max_s=0.01)
+    with pytest.raises(UserError, match=r"train\.optimizer is 'adamw'"):
+        train(small(train={"steps": 1, "optimizer": "adamw"}), tmp_path / "a", resume=True)
+    with pytest.raises(UserError, match="is a file"):
+        train(small(), tmp_path / "a" / "log.jsonl")
+    with pytest.raises(UserError, match=r"batch_tokens=100"):
+        train(small(train={"batch_tokens": 100}), tmp_path / "b")
+    with pytest.raises(UserError, match=r"lora\.enabled needs a model"):
+        train(small(lora=LORA, train={"optimizer": "adamw"}), tmp_path / "b")
+    with pytest.raises(UserError, match="is no folder"):
+        train(small(model={"path": "/nowhere/at/all"}), tmp_path / "b")
+    with pytest.raises(UserError, match=r"give model\.path"):
+        train(small(model={"adapter": "x"}), tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (["model.path=/nowhere"], "model.path=/nowhere is no folder"),
+        (["train.step=3"], "unknown setting train.step"),
+        (["corpus.sources.0.path=CUT"], "cut.json is not JSON"),
+        (["corpus.sources.0.path=arc-agi-1/evaluation", 'audit.scored_on=["arc-agi-1/evaluation"]'], "leak audit: 40 "),
+        (["validation.tasks=400"], "validation.tasks=400 leaves none"),
+    ],
+)
+def test_one_sentence_and_exit_code_2(settings, sentence, tmp_path):
+    cut = tmp_path / "cut.json"
+    cut.write_text('{"a": {"train": [{"input": [[1]], "out')
+    sources = [{"kind": "tasks", "path": "arc-agi-1/training", "max_tasks": 40}]
+    file = write_config(small(corpus={"max_tokens": 200, "sources": sources}), tmp_path)
+    words = [word.replace("CUT", str(cut)) for word in settings]
+    done = run(train_command(file, tmp_path / "run", *words))
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ") and sentence in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and done.stdout == ""
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_disk_that_fills_while_a_checkpoint_is_written(tmp_path):
+    """Exit code 1, a sentence, the last good checkpoint intact; with room again the run ends as if nothing had been."""
+    config = small()
+    train(config, tmp_path / "whole")
+    out_dir = tmp_path / "full"
+    command = train_command(write_config(config, tmp_path), out_dir)
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+    while latest_checkpoint(out_dir) is None:
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    good = latest_checkpoint(out_dir)
+    before = {file: file.read_bytes() for file in good.rglob("*") if file.is_file()}
+    size = (good / "optimizers.pt").stat().st_size // 2  # no file may grow beyond half of what is needed
+    done = run([*command, "--resume"], preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
+    assert done.returncode == 1, done.stderr
+    assert "could not be written" in done.stderr and f"last good checkpoint is {good}" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert {file: file.read_bytes() for file in good.rglob("*") if file.is_file()} == before
+    assert run([*command, "--resume"]).returncode == 0
+    assert same(weights(tmp_path / "whole" / "model"), weights(out_dir / "model"))
+
+
+def test_the_shipped_configs_are_read(tmp_path):
+    files = sorted(Path("configs").glob("*.toml"))
+    assert {file.stem for file in files} >= {"bundled", "qwen2.5-0.5b"}
+    assert all(isinstance(load_config(file), Config) for file in files)

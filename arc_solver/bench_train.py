@@ -1,0 +1,236 @@
+"""`bin/bench train`: our offline trainer against the field's, on the same model and the same samples.
+
+The model is a Qwen2 of 4 layers with a vocabulary of 150,000 ids and random weights; the samples are ARC-AGI-1 training
+tasks. Both sides train the same LoRA adapter once over the same samples, so on the same supervised tokens, each in a
+process of its own. The field is TRL's SFTTrainer with PEFT: padded batches, and a head with the whole vocabulary, which
+it is let off for positions without a label. Ours are packed batches and a cut vocabulary.
+
+    python -P -m arc_solver.bench_train MODEL_DIR SAMPLES.npz RESULT.json     # our side; the field's: bench_field.py
+"""
+
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .bench_field import read_samples
+from .config import (
+    AdaptConfig,
+    Config,
+    CorpusConfig,
+    FormatConfig,
+    LoraConfig,
+    ModelConfig,
+    Parser,
+    RunConfig,
+    SourceConfig,
+    TrainConfig,
+    run_main,
+)
+from .devices import Devices, compiled
+from .encode import END, IGNORE, PAD, VOCABULARY, Sample
+from .lora import attach_lora
+from .memory import peak_memory
+from .model import Model, new_model, packed_loss, read_weights
+from .optimize import fit, make_optimizers
+from .pretrained import cut_vocabulary
+from .sources import read_source
+from .stream import FILLED, Batch, BatchStream, Draw, SampleStream, pack, share_out
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 150_000,
+    "num_hidden_layers": 4,
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+}
+SAMPLES, MAX_TOKENS = 40, 2048
+BATCH_SIZE = 4  # samples a step of the field's
+BATCH_TOKENS = 4096  # a step of ours
+WARM = 2  # first steps, which are not measured
+BF16 = TrainConfig(optimizer="adamw", precision="bf16", batch_tokens=32_768)
+KEPT = [(1000 + 7 * i,) for i in range(VOCABULARY)]  # which of the big vocabulary's ids stand for ours
+QWEN_05B = ModelConfig(
+    layers=24, width=896, heads=14, kv_heads=2, head_dim=64, mlp_width=4864, rope_theta=1_000_000
+)  # Qwen2.5-0.5B's shape
+FORMAT = FormatConfig(positions="token")
+
+
+@dataclass(frozen=True)
+class Side:
+    """What one side measured; the speed over the steps after the warm-up."""
+
+    tokens_per_s: float  # useful tokens
+    peak_memory_bytes: int  # of the whole process; on a GPU what PyTorch held there
+
+
+def compare() -> dict[str, Side]:
+    """Runs both sides: ours, and the field with and without the positions that teach nothing."""
+    with tempfile.TemporaryDirectory() as folder:
+        model_dir, samples, result = Path(folder, "model"), Path(folder, "samples.npz"), Path(folder, "result.json")
+        make_model(model_dir)
+        make_samples(samples)
+        common = [str(model_dir), str(samples), str(result)]
+        steps = ["--steps", str(SAMPLES // BATCH_SIZE), "--warm", str(WARM), "--batch-size", str(BATCH_SIZE)]
+        commands = {"ours": ["bench_train", *common], "field": ["bench_field", *common, *steps, "--labelled-only"]}
+        sides = {}
+        for name, (module, *words) in commands.items():
+            subprocess.run([sys.executable, "-P", "-m", f"arc_solver.{module}", *words], check=True)
+            found = json.loads(result.read_text())
+            sides[name] = Side(**{key: found[key] for key in Side.__annotations__})
+    return sides
+
+
+def make_model(folder: Path) -> None:
+    """A pretrained-like checkpoint of random weights. Its tokenizer has the two tokens that a trainer asks for."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+    ends = {"<end>": KEPT[END][0], "<pad>": KEPT[PAD][0]}
+    tokenizer = Tokenizer(models.WordLevel(ends))  # type: ignore[call-arg]
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>")
+    fast.save_pretrained(folder)
+    settings: Any = Qwen2Config(
+        tie_word_embeddings=True,
+        eos_token_id=KEPT[END][0],
+        pad_token_id=KEPT[PAD][0],
+        **SHAPE,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        Qwen2ForCausalLM(settings).save_pretrained(folder)
+
+
+def make_samples(file: Path) -> None:
+    """ARC-AGI-1 training tasks as samples in the model's own vocabulary."""
+    kept = np.array(KEPT)[:, 0]
+    source = read_source(SourceConfig(kind="tasks", path="arc-agi-1/training"))
+    stream = SampleStream([source], CorpusConfig(max_tokens=MAX_TOKENS), FORMAT, 0, "bench")
+    samples = [stream[i].sample for i in range(SAMPLES)]
+    labels = [np.where(s.labels_T == IGNORE, IGNORE, kept[s.ids_T]) for s in samples]
+    np.savez(
+        file,
+        ids=np.concatenate([kept[s.ids_T] for s in samples]).astype(np.int32),
+        labels=np.concatenate(labels).astype(np.int32),
+        lengths=np.array([len(s) for s in samples], dtype=np.int32),
+    )
+
+
+def train_ours(model_dir: Path, file: Path) -> Side:
+    """Cut vocabulary, packed batches, an adapter by PEFT, compiled where `bin/train` compiles."""
+    same = AdaptConfig()
+    devices = Devices(Config())
+    lm = read_weights(model_dir, devices.dtype)
+    cut_vocabulary(lm, KEPT)
+    model = Model(lm.to(devices.device).train(), FORMAT, None)
+    attach_lora(model, LoraConfig(rank=same.rank, alpha=same.alpha, rslora=False, targets=same.targets), seed=0)
+    logits_of = compiled(model.logits, TrainConfig(), devices)
+    batches = _packed(file)
+    config = same.model_copy(update={"steps": len(batches), "schedule": "constant", "warmup": 0.0})
+    named = [(name, p) for name, p in lm.named_parameters() if p.requires_grad]
+    begins_s: list[float] = []
+
+    def loss_of(batch: Batch) -> Tensor:
+        return packed_loss(model, batch, logits_of, reduction="sum")
+
+    def backward_at(k: int) -> Tensor:
+        begins_s.append(_now_s())
+        return devices.backward(loss_of, lm, [batches[k]], batches[k].learnt)
+
+    fit([p for _, p in named], make_optimizers(named, config), config, backward_at)
+    measured = batches[WARM:]
+    return Side(
+        sum(batch.useful_tokens for batch in measured) / (_now_s() - begins_s[WARM]), peak_memory(devices.device)
+    )
+
+
+def _packed(file: Path) -> list[Batch]:
+    """All samples, in our ids, shared out over as few batches as hold them."""
+    ours = np.zeros(SHAPE["vocab_size"], dtype=np.int64)
+    ours[np.array(KEPT)[:, 0]] = np.arange(VOCABULARY)
+    columns = read_samples(file)
+    draws = [
+        Draw(
+            Sample(
+                ours[ids].astype(np.uint8),
+                np.where(labels == IGNORE, IGNORE, ours[ids]).astype(np.int16),
+                np.arange(len(ids), dtype=np.int32),
+            )
+        )
+        for ids, labels in zip(columns["input_ids"], columns["labels"], strict=True)
+    ]
+    tokens = sum(len(draw.sample) for draw in draws)
+    shared, left_out = share_out(draws, BATCH_TOKENS, math.ceil(tokens / FILLED / BATCH_TOKENS))
+    assert not left_out, len(left_out)
+    return [pack([draw.sample for draw in batch], BATCH_TOKENS) for batch in shared]
+
+
+def flop_utilisation(shape: ModelConfig, train: TrainConfig, steps: int, device: str) -> float:
+    """Share of the device's own peak that training all weights reaches, in packed bf16 batches of ARC-AGI-1 tasks.
+
+    A token costs 6 operations a parameter, and in attention 12 a layer, unit of width and token that it sees (Chowdhery
+    et al. 2022, arXiv 2204.02311, appendix B), of which half are masked. The peak is measured, by a large product.
+    """
+    devices = Devices(Config(run=RunConfig(device=device), train=train))
+    model = new_model(shape, FORMAT, seed=0)
+    lm = model.lm.to(devices.device).train()
+    source = read_source(SourceConfig(kind="tasks", path="arc-agi-1/training"))
+    samples = SampleStream([source], CorpusConfig(max_tokens=MAX_TOKENS), FORMAT, 0, "bench")
+    batches = BatchStream(samples, train.batch_tokens)[(0, 0)][: steps + WARM]
+    logits_of = compiled(model.logits, train, devices)
+    optimizers = make_optimizers(list(lm.named_parameters()), train)
+    begins_s: list[float] = []
+
+    def backward_at(k: int) -> Tensor:
+        begins_s.append(_now_s())
+        batch = batches[k]
+        return devices.backward(lambda b: packed_loss(model, b, logits_of, reduction="sum"), lm, [batch], batch.learnt)
+
+    fit(list(lm.parameters()), optimizers, train.model_copy(update={"steps": len(batches)}), backward_at)
+    spent_s = _now_s() - begins_s[WARM]
+    lengths = [batch.ends_S.diff(prepend=torch.zeros(1, dtype=torch.int64)) for batch in batches[WARM:]]
+    seen = sum(int((length**2).sum()) for length in lengths)
+    attention = 6 * shape.layers * shape.heads * shape.head_dim * seen
+    dense = 6 * model.parameters_count * train.batch_tokens * (len(batches) - WARM)
+    return (dense + attention) / spent_s / peak_flops(devices.device)
+
+
+def peak_flops(device: torch.device) -> float:
+    """Operations a second of a large bf16 matrix product of random numbers."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    times_s = []
+    for _ in range(12):
+        begin_s = _now_s()
+        a @ b
+        times_s.append(_now_s() - begin_s)
+    return 2 * size**3 / min(times_s)
+
+
+def _now_s() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def main(arguments: list[str]) -> int:
+    parser = Parser(prog="arc_solver.bench_train", description="Measure our trainer on given samples.")
+    for name in ("model_dir", "samples", "result"):
+        parser.add_argument(name, type=Path)
+    args = parser.parse_args(arguments)
+    args.result.write_text(json.dumps(asdict(train_ours(args.model_dir, args.samples)), indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,178 @@
+"""Offline LoRA, by PEFT: attach, continue, save and merge an adapter.
+
+The layers are put into the model in place, so it is run as before. An adapter folder is PEFT's, and says besides which
+base it belongs to (`base.json`) and what it was trained on.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from .adapters import load_adapter, merge
+from .config import LoraConfig, UserError, first_line
+from .leaks import TrainingData
+from .model import DATA_FILE, Model, fingerprint, load_model
+
+BASE_FILE = "base.json"
+
+
+def attach_lora(model: Model, config: LoraConfig, seed: int) -> Any:
+    """A fresh adapter on the model, whose own weights are frozen; the same one for the same seed. Answers PEFT's model.
+
+    Raises:
+        UserError: a target names no layer of the model, or the rank does not go with the init.
+    """
+    from peft import LoraConfig as PeftConfig
+    from peft import get_peft_model
+
+    found = {name.rpartition(".")[2] for name, m in model.lm.named_modules() if isinstance(m, nn.Linear | nn.Embedding)}
+    if missing := sorted(set(config.targets) - found):
+        raise UserError(
+            f"lora.targets: the model has no layer named {', '.join(missing)}; it has {', '.join(sorted(found))}"
+        )
+    if config.init == "orthogonal" and config.rank % 2:
+        raise UserError(f"lora.init='orthogonal' needs an even lora.rank, got {config.rank}")
+    _untie(model.lm, config.targets)
+    settings = PeftConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type] # PEFT says int and takes any number
+        use_rslora=config.rslora,
+        use_dora=config.dora,
+        init_lora_weights=True if config.init == "default" else config.init,  # type: ignore[arg-type]
+        target_modules=list(config.targets),
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return get_peft_model(model.lm, settings)
+
+
+def continue_lora(model: Model, folder: Path, base_dir: Path) -> Any:
+    """The adapter in a folder on the model, to be trained on. Answers PEFT's model.
+
+    Raises:
+        UserError: there is none, or it is for another base.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+
+    check_base(folder, base_dir)
+    _untie(model.lm, _targets(folder))
+    try:
+        lora = PeftModel.from_pretrained(model.lm, str(folder), is_trainable=True)
+        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+            foreign = set(get_peft_model_state_dict(lora, save_embedding_layers=False)) ^ set(file.keys())
+        if foreign:
+            raise ValueError(f"{min(foreign)} is in one of them only")
+    except Exception as error:  # PEFT raises many kinds; all of them mean these files
+        first = first_line(error)
+        raise UserError(f"the adapter in {folder} does not fit the model in {base_dir}: {first}") from error
+    return lora
+
+
+def check_base(folder: Path, base_dir: Path) -> None:
+    """Checks that an adapter is whole, and for a base, as far as it says.
+
+    Raises:
+        UserError: it is not, or there is no adapter.
+    """
+    for needed in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / needed).is_file():
+            raise UserError(f"{folder} holds no adapter: {needed} is missing")
+    file = folder / BASE_FILE
+    base = None
+    try:
+        _targets(folder)
+        with safe_open(folder / "adapter_model.safetensors", "pt"):
+            pass
+        if file.is_file():
+            content = json.loads(file.read_text())
+            base = content["fingerprint"], content["path"]
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise UserError(f"the adapter in {folder} is damaged, copy or make it again: {error}") from error
+    if base and base[0] != fingerprint(base_dir):
+        raise UserError(
+            f"the adapter in {folder} is for another base: it was trained on {base[1]}, and model.path leads to"
+            f" {base_dir}"
+        )
+
+
+def _targets(folder: Path) -> list[str]:
+    targets = json.loads((folder / "adapter_config.json").read_text())["target_modules"]
+    return [targets] if isinstance(targets, str) else targets
+
+
+def _untie(lm: Any, targets: Iterable[str]) -> None:
+    """Gives the head a weight of its own where it is the embedding's, and an adapter changes one of the two.
+
+    Otherwise a merge would change both.
+    """
+    embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
+    names = {name.rpartition(".")[2] for name, module in lm.named_modules() if module in (embedding, head)}
+    if head.weight is embedding.weight and names & set(targets):
+        head.weight = nn.Parameter(head.weight.detach().clone())
+        lm.config.tie_word_embeddings = False
+
+
+def save_lora(
+    lora: Any, folder: Path, base_dir: Path, trained_on: TrainingData | None, state: dict[str, Tensor] | None = None
+) -> None:
+    """Writes the adapter in PEFT's format.
+
+    Args:
+        state: the model's weights, where it holds but a shard of each.
+    """
+    options: dict[str, Any] = {"state_dict": state} if state else {}
+    lora.save_pretrained(str(folder), save_embedding_layers=False, **options)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form of a model card
+    base = {"path": str(base_dir.absolute()), "fingerprint": fingerprint(base_dir)}
+    (folder / BASE_FILE).write_text(json.dumps(base, indent=1) + "\n")
+    if trained_on:
+        (folder / DATA_FILE).write_text(json.dumps(trained_on.to_json()))
+
+
+def merged_model(adapter_dir: Path, base_dir: Path) -> Model:
+    """The checkpoint in `base_dir` with an adapter of any kind merged into its weights, in float32."""
+    from peft import PeftModel
+
+    base = load_model(base_dir)
+    _untie(base.lm, _targets(adapter_dir))
+    lm = PeftModel.from_pretrained(base.lm, str(adapter_dir)).merge_and_unload()
+    return Model(lm, base.format, trained_with(base.trained_on, adapter_dir))
+
+
+def with_adapter(model: Model, adapter: str, base_dir: Path) -> Model:
+    """The model with a saved LoRA adapter merged into its weights, if a folder of one is given.
+
+    Raises:
+        UserError: there is none, it is for another base, or no plain LoRA.
+    """
+    if not adapter:
+        return model
+    folder = Path(adapter)
+    check_base(folder, base_dir)
+    _untie(model.lm, _targets(folder))
+    try:
+        merge(model, load_adapter(folder))
+    except UserError as error:
+        raise UserError(f"the adapter in {folder} cannot be merged into the model in {base_dir}: {error}") from error
+    return Model(model.lm, model.format, trained_with(model.trained_on, folder))
+
+
+def trained_with(base: TrainingData | None, folder: Path) -> TrainingData | None:
+    """What a base and the adapter on it were trained on together; None where either does not say.
+
+    Raises:
+        UserError: what the adapter says cannot be read.
+    """
+    file = folder / DATA_FILE
+    if base is None or not file.is_file():
+        return None
+    try:
+        return base | TrainingData.from_json(json.loads(file.read_text()))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is damaged, copy or make it again: {error}") from error

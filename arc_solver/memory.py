@@ -1,0 +1,126 @@
+"""How much memory a training run will take, and how much it took.
+
+What is kept for the backward pass depends on the architecture, on what is trained, on precision and on checkpointing.
+So it is measured and not derived: two short batches are run forward, and the bytes kept are extrapolated to a batch.
+"""
+
+import re
+import resource
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import TrainConfig
+from .devices import Devices
+from .stream import Batch
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on one device at the peak of a step."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int  # of one packed batch, with the copies of the weights that autocast makes
+    rest: int  # on a CPU: the program itself, its libraries and its data
+
+    @property
+    def total(self) -> int:
+        return sum(vars(self).values())
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {gigabytes(size)}" for name, size in vars(self).items() if size)
+        return f"memory estimate: {gigabytes(self.total)} at the peak ({parts})"
+
+
+def gigabytes(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+def estimate_memory(
+    lm: Any, config: TrainConfig, devices: Devices, longest: int, probe: Callable[[int], Tensor]
+) -> MemoryEstimate:
+    """Estimates the peak of a step.
+
+    To be called when the weights are in memory, whole, and before checkpointing hides what is kept.
+
+    Args:
+        longest: tokens that can be probed.
+        probe: the loss of a batch of so many tokens, with its graph.
+    """
+    shards = devices.processes if devices.shards else 1
+    sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in lm.parameters()]
+    weights, trained = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
+    resident = resident_memory() - weights if devices.device.type == "cpu" else 0
+    few, many = longest // 2, longest
+    kept_few, kept_many = _kept_bytes(lm, probe, few), _kept_bytes(lm, probe, many)
+    per_token = (kept_many - kept_few) / (many - few)
+    fixed = kept_few - per_token * few
+    if config.checkpointing:  # one layer's activations at a time, and each layer's input
+        text, size = lm.config.get_text_config(), devices.dtype.itemsize
+        per_token = per_token / text.num_hidden_layers + text.num_hidden_layers * text.hidden_size * size
+    moments = 2 if config.optimizer == "adamw" else 1
+    return MemoryEstimate(
+        weights // shards,
+        trained // shards,
+        moments * trained // shards,
+        int(fixed + per_token * config.batch_tokens),
+        max(0, resident),
+    )
+
+
+def _kept_bytes(lm: nn.Module, probe: Callable[[int], Tensor], tokens: int) -> int:
+    """Bytes that a forward pass keeps for the backward pass, other than the weights themselves."""
+    own = {p.untyped_storage().data_ptr() for p in lm.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = probe(tokens)
+    del loss
+    return sum(kept.values())
+
+
+def resident_memory() -> int:
+    """Bytes of memory that this process has now."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+    except OSError:
+        return peak_memory(torch.device("cpu"))
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has had, on the device."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        # Not getrusage, where there is another way: its maximum outlives exec, so a child inherits its parent's.
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        assert found
+        return int(found[1]) * 1024
+    except OSError:
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most if sys.platform == "darwin" else most * 1024
+
+
+def first_tokens(batch: Batch, tokens: int) -> Batch:
+    """A batch cut to its first tokens."""
+    ends = batch.ends_S[batch.ends_S < tokens]
+    return Batch(
+        batch.ids_T[:tokens],
+        batch.labels_T[:tokens],
+        batch.positions_T[:tokens],
+        torch.cat((ends, torch.tensor([tokens]))),
+    )

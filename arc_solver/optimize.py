@@ -1,0 +1,131 @@
+"""The one training loop: schedules, optimizers, `fit`.
+
+`fit` knows optimizers, schedules and the clock; it does not know tasks. It serves the offline run in `train.py` and
+test-time training in `adapt.py`.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .config import OptimConfig
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step of `fit` did."""
+
+    step: int  # counted from 1
+    loss: float
+    grad_norm: float  # before clipping
+    rate: float  # share of the peak learning rate
+    elapsed_s: float
+
+
+def rate_at(progress: float, config: OptimConfig) -> float:
+    """Share of the peak learning rate at `progress`, the share of the run that is behind, 0 to 1.
+
+    "cyclic" is a row of `cycles` equal triangles, each up from 0 and down to 0 again; each peak is `cycle_decay`
+    times the one before (Smith 2017, arXiv 1506.01186, "triangular2" where that is 0.5). It needs no warm-up.
+
+    All others warm up in a line. Then "linear" falls to 0 in a line, "cosine" in half a cosine, "constant" stays, and
+    "wsd" (warm-up, stable, decay) stays and then falls to 0 in a line over the last `decay` of the run.
+    """
+    if config.schedule == "cyclic":
+        cycle = min(int(progress * config.cycles), config.cycles - 1)
+        within = progress * config.cycles - cycle
+        return config.cycle_decay**cycle * (1.0 - abs(2.0 * within - 1.0))
+    if progress < config.warmup:
+        return progress / config.warmup
+    if config.schedule == "constant":
+        return 1.0
+    if config.schedule == "wsd":
+        return min(1.0, (1.0 - progress) / config.decay) if config.decay else 1.0
+    behind = (progress - config.warmup) / (1.0 - config.warmup) if config.warmup < 1 else 1.0
+    return 1.0 - behind if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * behind))
+
+
+def step_rate(progress: float, config: OptimConfig) -> float:
+    """The rate of the step that begins at `progress`: that of its middle, so neither the first nor the last is 0."""
+    return rate_at(min(1.0, progress + 0.5 / config.steps), config)
+
+
+def make_optimizers(parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> list[Optimizer]:
+    """AdamW, or Muon for the matrices of the hidden layers with AdamW for the rest (Jordan 2024, "Muon").
+
+    Weight decay is for matrices only.
+    """
+    trained = [(name, p) for name, p in parameters if p.requires_grad]
+    hidden = [p for name, p in trained if p.ndim == 2 and "embed" not in name and "head" not in name]
+    if config.optimizer == "adamw":
+        hidden = []
+    chosen = {id(p) for p in hidden}
+    rest = [p for _, p in trained if id(p) not in chosen]
+    groups = [
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizers: list[Optimizer] = []
+    if hidden:
+        optimizers.append(torch.optim.Muon(hidden, lr=config.muon_lr, weight_decay=config.weight_decay))
+    if rest:
+        kept = [g for g in groups if g["params"]]
+        optimizers.append(torch.optim.AdamW(kept, lr=config.lr, betas=config.betas, fused=True))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]  # "lr" follows the schedule; a checkpoint holds both
+    return optimizers
+
+
+def fit(
+    parameters: Sequence[nn.Parameter],
+    optimizers: Sequence[Optimizer],
+    config: OptimConfig,
+    backward_at: Callable[[int], Tensor],
+    *,
+    first_step: int = 0,
+    clock: Callable[[], float] | None = None,
+    max_s: float = math.inf,
+    scaler: torch.amp.GradScaler | None = None,
+    after_step: Callable[[Step], None] = lambda step: None,
+) -> None:
+    """Takes gradient steps until `config.steps` are done or `max_s` seconds are over.
+
+    The schedule follows whichever is further, steps or time, so a run that is cut by time still ends its decay.
+
+    Args:
+        optimizers: from `make_optimizers`.
+        backward_at: runs step k (from 0) forward and backward, leaves the gradients, and returns the loss.
+        first_step: where a continued run stands.
+        clock: seconds that the run has taken, the same in all processes; None: since this call.
+        scaler: what scaled the loss, in fp16; a step whose gradients overflowed changes nothing.
+    """
+    start = time.monotonic()
+    clock = clock or (lambda: time.monotonic() - start)
+    for k in range(first_step, config.steps):
+        progress = max(k / config.steps, clock() / max_s if max_s < math.inf else 0.0)
+        if progress >= 1:
+            break
+        rate = step_rate(progress, config)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * rate
+        loss = backward_at(k)
+        if scaler:
+            for optimizer in optimizers:
+                scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(parameters, config.clip)
+        for optimizer in optimizers:
+            if scaler:
+                scaler.step(optimizer)
+            else:
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if scaler:
+            scaler.update()
+        after_step(Step(k + 1, loss.item(), norm.item(), rate, clock()))

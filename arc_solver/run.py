@@ -1,0 +1,159 @@
+"""What the parts of an offline run share, and how one starts: which model, which data, where it stands."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from .checkpoints import Progress, save_checkpoint
+from .config import Config, UserError, named_rng
+from .corpus import Corpus
+from .devices import Devices
+from .leaks import NOTHING
+from .lora import attach_lora, continue_lora, trained_with, with_adapter
+from .model import Model, load_model, new_model, save_model
+from .pretrained import checkpoint_dir, load_any
+from .stream import Batch, SampleStream
+from .validate import Question, accuracy, questions, validation_batches, validation_loss
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """The model that is trained, and if that is an adapter, PEFT's model and the folder of the adapter's base."""
+
+    model: Model
+    lora: Any = None
+    base_dir: Path | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Validation:
+    """The fixed sets that a run is validated on."""
+
+    batches: Sequence[Batch]
+    questions: Sequence[Question]
+
+
+@dataclass(eq=False)
+class Run:
+    """What the parts of an offline run share."""
+
+    config: Config
+    out_dir: Path
+    devices: Devices
+    corpus: Corpus
+    start: Start
+    module: nn.Module  # to be called instead of the language model: see `Devices.share`
+    progress: Progress
+    began: float  # by time.monotonic(), as if the run had never been interrupted
+    max_s: float
+    validation: Validation
+
+    @property
+    def model(self) -> Model:
+        return self.start.model
+
+    def clock(self) -> float:
+        """Seconds that the run has taken, the same in all processes."""
+        spent = time.monotonic() - self.began
+        return self.devices.agreed(spent) if self.max_s < math.inf else spent
+
+    def save_checkpoint(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        self.progress.spent_s = self.clock()
+        start = self.start
+        save_checkpoint(self.out_dir, self.devices, start.model, start.lora, start.base_dir, optimizers, self.progress)
+
+    def validate(self, loss_of: Callable[[Batch], Tensor], answers: bool) -> dict[str, float]:
+        """What validation measures now. All processes measure the same, so none waits for another."""
+        progress, fixed = self.progress, self.validation
+        with self.devices.autocast():
+            progress.validation_loss = validation_loss(loss_of, fixed.batches)
+            measured = {"validation_loss": progress.validation_loss}
+            if answers:
+                progress.accuracy = accuracy(self.model, fixed.questions, self.config.predict.batch_tokens)
+                measured["accuracy"] = progress.accuracy
+        return measured
+
+
+def make_validation(config: Config, corpus: Corpus) -> Validation:
+    labels, batch_tokens = config.train.labels, max(config.train.batch_tokens, config.corpus.max_tokens)
+    return Validation(
+        validation_batches(corpus.partition, config.corpus, config.format, labels, batch_tokens),
+        questions(corpus.partition, config.corpus, config.format) if config.validation.accuracy_every else [],
+    )
+
+
+def stage_stream(config: Config, corpus: Corpus, index: int) -> SampleStream:
+    """The training samples of a stage."""
+    stage = config.stages[index]
+    return SampleStream(
+        corpus.mixtures[index],
+        stage.corpus,
+        config.format,
+        config.run.seed,
+        "train",
+        index,
+        labels=stage.train.labels,
+    )
+
+
+# ---- the model -----------------------------------------------------------------------------------------------------
+
+
+def start_model(
+    config: Config, corpus: Corpus, out_dir: Path, checkpoint: Path | None, devices: Devices, console: Console
+) -> Start:
+    seed = int(named_rng(config.run.seed, "weights").integers(2**31))
+    if config.lora.enabled:
+        start = _start_lora(config, out_dir, checkpoint, devices, console, seed)
+    else:
+        start = Start(_start_weights(config, checkpoint, console, seed))
+    # What the weights have seen before counts too; where that is unknown, it stays unknown.
+    seen = start.model.trained_on
+    trained_on = corpus.trained_on | seen if seen else None
+    return replace(start, model=Model(start.model.lm.to(devices.device).train(), start.model.format, trained_on))
+
+
+def _start_weights(config: Config, checkpoint: Path | None, console: Console, seed: int) -> Model:
+    if checkpoint:
+        return load_model(checkpoint / "model")
+    if not config.model.path:
+        if config.model.adapter:
+            raise UserError("model.adapter needs the model that it is for: give model.path")
+        return new_model(config.model, config.format, seed, NOTHING)
+    folder = checkpoint_dir(config.model.path)
+    model, cut = load_any(folder, config.model.path, config.format)
+    if cut:
+        console.print(str(cut))
+    return with_adapter(model, config.model.adapter, folder)
+
+
+def _start_lora(
+    config: Config, out_dir: Path, checkpoint: Path | None, devices: Devices, console: Console, seed: int
+) -> Start:
+    if not config.model.path:
+        raise UserError("lora.enabled needs a model to adapt: give model.path")
+    made = out_dir / "base"
+    base_dir = made if made.is_dir() else checkpoint_dir(config.model.path)
+    # A frozen base needs no more than the precision that it is used in; but shards of one group have one type.
+    model, cut = load_any(
+        base_dir, config.model.path, config.format, torch.float32 if devices.shards else devices.dtype
+    )
+    if cut:
+        console.print(str(cut))
+        base_dir = made
+        if devices.main:
+            save_model(model, made.with_suffix(".part"))
+            made.with_suffix(".part").rename(made)
+        devices.wait()
+    adapter = checkpoint / "adapter" if checkpoint else Path(config.model.adapter) if config.model.adapter else None
+    if adapter is None:
+        return Start(model, attach_lora(model, config.lora, seed), base_dir)
+    lora = continue_lora(model, adapter, base_dir)
+    return Start(replace(model, trained_on=trained_with(model.trained_on, adapter)), lora, base_dir)

@@ -1,0 +1,168 @@
+"""What an offline run says before it begins, and what it leaves at its end: models, figures for a card, pictures."""
+
+import math
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from . import __version__
+from .checkpoints import latest_checkpoint, write_json
+from .config import Config
+from .corpus import Corpus
+from .devices import Devices
+from .lora import merged_model
+from .memory import MemoryEstimate, estimate_memory, first_tokens, gigabytes, peak_memory
+from .model import Model, packed_loss, save_model
+from .optimize import step_rate
+from .report import loss_curve, rate_curve
+from .run import Run, stage_stream
+from .stream import COUNTS, pack_in_order
+from .training_log import shown
+
+
+def show_plan(config: Config, corpus: Corpus, model: Model, devices: Devices, console: Console) -> MemoryEstimate:
+    """Prints what is about to happen; answers the memory estimate."""
+    trained = sum(p.numel() for p in model.lm.parameters() if p.requires_grad)
+    console.print(
+        f"{model.parameters_count:,} parameters, {trained:,} of them trained, on {devices.device}, {devices.precision};"
+        f" {devices.processes} process{'es' * (devices.processes > 1)}"
+    )
+    for index, stage in enumerate(config.stages):
+        weights = sum(source.config.weight for source in corpus.mixtures[index])
+        mixture = ", ".join(
+            f"{source.config.label} {source.config.weight / weights:.0%} ({len(source.tasks)} tasks)"
+            for source in corpus.mixtures[index]
+        )
+        console.print(f"stage {stage.name}: {stage.train.steps} steps; {mixture}")
+        draws = [stage_stream(config, corpus, index)[i] for i in range(100)]
+        lengths = sorted(len(draw.sample) for draw in draws)
+        dropped, skipped = sum(d.dropped > 0 for d in draws), sum(len(d.too_long) for d in draws)
+        console.print(
+            f"  of 100 samples: median {lengths[50]} tokens, 90% up to {lengths[90]}, longest {lengths[-1]};"
+            f" {dropped} lost demonstrations to fit into {stage.corpus.max_tokens}, {skipped} more were too long"
+        )
+    held_out = corpus.partition
+    console.print(f"validation on {len(held_out.validation.tasks)} held-out tasks of {held_out.config.of}")
+    console.print(_audited(corpus, config))
+    estimate = _estimate(config, corpus, model, devices)
+    console.print(str(estimate))
+    return estimate
+
+
+def _audited(corpus: Corpus, config: Config) -> str:
+    sets = ", ".join([*config.audit.scored_on, "the validation tasks"])
+    if not corpus.overlaps:
+        return f"leak audit passed: no training task is among {sets}, by id or by content"
+    ids = {overlap.task_id for overlap in corpus.overlaps}
+    if config.audit.overlap == "exclude":
+        return f"leak audit passed: {len(ids)} tasks are left out, for being among {sets}"
+    return f"leak audit: {len(ids)} training tasks are among {sets}, and the config allows it: no score is clean"
+
+
+def _estimate(config: Config, corpus: Corpus, model: Model, devices: Devices) -> MemoryEstimate:
+    """The memory of the stage with the largest batches."""
+    stage = max(config.stages, key=lambda stage: stage.train.batch_tokens)
+    stream = stage_stream(config, corpus, config.stages.index(stage))
+    samples = [stream[i].sample for i in range(4)]
+    batch = pack_in_order(samples, sum(map(len, samples)))[0]
+
+    def probe(tokens: int) -> Tensor:
+        with devices.autocast():
+            return packed_loss(model, first_tokens(batch, tokens))
+
+    return estimate_memory(model.lm, stage.train, devices, len(batch.ids_T), probe)
+
+
+def save_results(run: Run, estimate: MemoryEstimate, console: Console) -> None:
+    """Writes the model and the adapter, with what a model card needs."""
+    devices, start, save = run.devices, run.start, run.config.lora.save
+    weights = devices.weights(start.model.lm)
+    if not devices.main:
+        return
+    peak = peak_memory(devices.device)
+    saved_as = torch.bfloat16 if devices.precision == "bf16" else None
+    folders = []
+    if start.base_dir:
+        last = latest_checkpoint(run.out_dir)
+        assert last
+        if save in ("both", "adapter"):
+            folders.append(Path(shutil.copytree(last / "adapter", run.out_dir / "adapter", dirs_exist_ok=True)))
+        if save in ("both", "merged"):
+            folders.append(run.out_dir / "model")
+            save_model(merged_model(last / "adapter", start.base_dir), folders[-1], saved_as)
+    else:
+        folders.append(run.out_dir / "model")
+        save_model(start.model, folders[-1], saved_as, weights)
+    about = describe(run, estimate, peak)
+    for folder in folders:
+        write_json(folder / "training.json", about)
+        loss_curve(run.out_dir / "log.jsonl", folder / "loss.png")
+    _show_results(run, estimate, peak, folders, console)
+
+
+def _show_results(run: Run, estimate: MemoryEstimate, peak: int, folders: Sequence[Path], console: Console) -> None:
+    table = Table("source", *(name.replace("_", " ") for name in COUNTS))
+    for label, counts in run.progress.counts.items():
+        table.add_row(label, *(f"{counts[name]:,}" for name in COUNTS))
+    console.print(table)
+    console.print(
+        f"peak memory {gigabytes(peak)}, estimated {gigabytes(estimate.total)}; {run.progress.tokens:,} tokens in"
+        f" {run.progress.spent_s / 60:.1f} minutes"
+    )
+    measured = {"validation_loss": run.progress.validation_loss}
+    if not math.isnan(run.progress.accuracy):
+        measured["accuracy"] = run.progress.accuracy
+    console.print(f"{shown(measured)}; {' and '.join(map(str, folders))}")
+
+
+def describe(run: Run, estimate: MemoryEstimate, peak: int) -> dict[str, Any]:
+    """The figures of a training run for a model card."""
+    progress, device = run.progress, run.devices.device
+    return {
+        "parameters": run.model.parameters_count,
+        "tokens": progress.tokens,
+        "steps": progress.total_steps,
+        "minutes": round(progress.spent_s / 60, 1),
+        "validation_loss": round(progress.validation_loss, 4),
+        "accuracy": None if math.isnan(progress.accuracy) else round(progress.accuracy, 4),
+        "counts": progress.counts,
+        "memory_estimate_bytes": estimate.total,
+        "memory_peak_bytes": peak,
+        "leak_audit": _audited(run.corpus, run.config),
+        "seed": run.config.run.seed,
+        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "processes": run.devices.processes,
+        "torch": torch.__version__,
+        "arc_solver": __version__,
+        "config": run.config.model_dump(mode="json", exclude_defaults=True),
+    }
+
+
+def cpu_name() -> str:
+    try:
+        lines = subprocess.run(["lscpu"], capture_output=True, text=True, check=True).stdout.splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("Model name"))
+    except (OSError, subprocess.CalledProcessError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def plot_rates(config: Config, picture: Path) -> None:
+    """Draws the learning rate of every step of every stage, without training."""
+    rates = [
+        stage.train.lr * step_rate(k / stage.train.steps, stage.train)
+        for stage in config.stages
+        for k in range(stage.train.steps)
+    ]
+    ends = np.cumsum([stage.train.steps for stage in config.stages]).tolist()
+    rate_curve(rates, [(stage.name, end) for stage, end in zip(config.stages, ends, strict=True)], picture)

@@ -1,0 +1,149 @@
+import math
+import time
+
+import pytest
+import torch
+from conftest import TOY
+
+from arc_solver.config import Config, FormatConfig, OptimConfig, StageConfig, TrainConfig, UserError, load_config
+from arc_solver.model import new_model
+from arc_solver.optimize import fit, make_optimizers, rate_at, step_rate
+from arc_solver.train import main
+from arc_solver.training_report import plot_rates
+
+
+@pytest.mark.parametrize(
+    ("schedule", "points"),
+    [
+        ("linear", {0: 0, 0.1: 0.5, 0.2: 1, 0.6: 0.5, 1: 0}),
+        ("cosine", {0: 0, 0.1: 0.5, 0.2: 1, 0.6: 0.5, 0.4: 0.5 + math.sqrt(0.5) / 2, 1: 0}),
+        ("constant", {0: 0, 0.1: 0.5, 0.2: 1, 0.6: 1, 1: 1}),
+        ("wsd", {0: 0, 0.1: 0.5, 0.2: 1, 0.6: 1, 0.75: 1, 0.875: 0.5, 1: 0}),
+        (
+            "cyclic",
+            {0: 0, 0.125: 1, 0.1875: 0.5, 0.25: 0, 0.375: 0.6, 0.5: 0, 0.625: 0.36, 0.75: 0, 0.875: 0.216, 1: 0},
+        ),
+    ],
+)
+def test_schedules_point_by_point(schedule, points):
+    config = OptimConfig(schedule=schedule, warmup=0.2, decay=0.25, cycles=4, cycle_decay=0.6)
+    for progress, rate in points.items():
+        assert rate_at(progress, config) == pytest.approx(rate, abs=1e-12)
+
+
+def test_no_step_has_a_rate_of_zero():
+    for schedule in ("linear", "cosine", "cyclic", "wsd"):
+        config = OptimConfig(schedule=schedule, steps=8, cycles=4)
+        assert all(0 < step_rate(k / 8, config) <= 1 for k in range(8)), schedule
+
+
+def test_plot_lr_writes_a_picture_and_trains_nothing(tmp_path):
+    picture = tmp_path / "lr.png"
+    assert main(["configs/bundled.toml", "--plot-lr", str(picture), "train.schedule=cyclic", "train.steps=40"]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert list(tmp_path.iterdir()) == [picture]
+    with pytest.raises(UserError, match="--out is missing"):
+        main(["configs/bundled.toml"])
+
+
+def test_the_picture_has_every_step_of_every_stage(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        "arc_solver.training_report.rate_curve", lambda rates, stages, file: drawn.append((rates, stages))
+    )
+    stages = ({"name": "a", "train": {"steps": 2, "lr": 1.0}}, {"name": "b", "train": {"steps": 3, "lr": 0.1}})
+    plot_rates(Config(train=TrainConfig(schedule="constant", warmup=0), stages=stages), tmp_path / "lr.png")
+    assert drawn == [([1.0, 1.0, 0.1, 0.1, 0.1], [("a", 2), ("b", 5)])]
+
+
+def test_fit_finds_a_minimum():
+    x = torch.nn.Parameter(torch.tensor([5.0]))
+    config = OptimConfig(lr=0.5, steps=100)
+    optimizers = make_optimizers([("x", x)], config)
+    seen = []
+    fit([x], optimizers, config, lambda _: backward((x - 2).square().sum()), after_step=seen.append)
+    assert x.item() == pytest.approx(2, abs=0.05)
+    assert [s.step for s in seen] == list(range(1, 101))
+    assert all(0 < s.rate <= 1 for s in seen)
+    assert optimizers[0].param_groups[0]["peak_lr"] == 0.5
+
+
+def backward(loss):
+    loss.backward()
+    return loss
+
+
+def test_fit_ends_in_time_with_the_schedule_done():
+    x = torch.nn.Parameter(torch.tensor([5.0]))
+    config = OptimConfig(steps=1_000_000, schedule="linear", warmup=0)
+    seen = []
+
+    def slowly(_):
+        time.sleep(0.01)
+        return backward(x.square().sum())
+
+    fit([x], make_optimizers([("x", x)], config), config, slowly, max_s=0.5, after_step=seen.append)
+    assert len(seen) < 60
+    assert seen[-1].rate < 0.2
+
+
+def test_a_step_that_overflows_in_fp16_changes_nothing_and_lowers_the_scale():
+    x = torch.nn.Parameter(torch.tensor([5.0]))
+    config = OptimConfig(lr=0.5, steps=3, schedule="constant", warmup=0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    seen = []
+
+    def loss_at(k):
+        factor = torch.inf if k == 1 else 1.0
+        loss = (x * factor).sum()
+        scaler.scale(loss).backward()
+        return loss.detach()
+
+    fit(
+        [x],
+        make_optimizers([("x", x)], config),
+        config,
+        loss_at,
+        scaler=scaler,
+        after_step=lambda step: seen.append((x.item(), scaler.get_scale())),
+    )
+    (first, scale), (second, lower), (third, _) = seen
+    assert first < 5
+    assert (second, lower) == (first, scale / 2)
+    assert third < second
+
+
+def test_muon_is_for_hidden_matrices():
+    model = new_model(TOY, FormatConfig(), seed=0)
+    muon, adamw = make_optimizers(list(model.lm.named_parameters()), TrainConfig())
+    hidden = sum(len(g["params"]) for g in muon.param_groups)
+    assert hidden == TOY.layers * 7
+    assert hidden + sum(len(g["params"]) for g in adamw.param_groups) == len(list(model.lm.parameters()))
+    assert all(g["weight_decay"] == 0 for g in adamw.param_groups if g["params"][0].ndim < 2)
+
+
+def test_a_stage_is_what_its_sections_say_with_its_own_settings_on_top(tmp_path):
+    file = tmp_path / "stages.toml"
+    file.write_text(
+        '[train]\nsteps = 7\nlr = 0.5\n[corpus]\nmax_tokens = 99\n[[stages]]\nname = "a"\ntrain.steps = 3\n'
+        '[[stages]]\nname = "b"\nstart = "weights+optimizer"\ncorpus.pairs = [2, 2]\n'
+        '[[stages.corpus.sources]]\nkind = "counting"\n'
+    )
+    a, b = load_config(file).stages
+    assert isinstance(a, StageConfig)
+    assert (a.train.steps, a.train.lr, a.start) == (3, 0.5, "weights")
+    assert (b.train.steps, b.corpus.max_tokens, b.corpus.pairs, b.start) == (7, 99, (2, 2), "weights+optimizer")
+    assert [s.kind for s in b.corpus.sources] == ["counting"]
+    assert load_config(file, ["stages.1.start=weights"]).stages[1].start == "weights"  # one line answers the question
+    assert load_config(file, ["train.lr=0.25"]).stages[0].train.lr == 0.25
+    for override, message in (
+        ("stages.2.start=weights", "counted from 0"),
+        ("stages.name=x", "say which one"),
+        ('stages.1.name="a"', "same name"),
+        ("stages.1.train.optimizer=adamw", "starts from the optimizer of 'a', which is muon"),
+        ("stages.1.train.precision=fp16", r"train\.precision is one for all stages"),
+        ("stages.1.start=moments", r"stages\.1\.start"),
+        ("stages.1.train.step=3", r"unknown setting stages\.1\.train\.step; known: optimizer".replace("; ", r".*; ")),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_config(file, [override])
