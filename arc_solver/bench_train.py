@@ -40,7 +40,7 @@ from .devices import Devices, compiled
 from .encode import END, IGNORE, PAD, VOCABULARY, Sample
 from .lora import attach_lora
 from .memory import peak_memory
-from .model import Model, new_model, packed_loss, read_weights
+from .model import Model, new_model, packed_loss, prepare_transformers, read_weights
 from .optimize import fit, make_optimizers
 from .pretrained import cut_vocabulary
 from .sources import read_source
@@ -85,7 +85,12 @@ def compare() -> dict[str, Side]:
         commands = {"ours": ["bench_train", *common], "field": ["bench_field", *common, *steps, "--labelled-only"]}
         sides = {}
         for name, (module, *words) in commands.items():
-            subprocess.run([sys.executable, "-P", "-m", f"arc_solver.{module}", *words], check=True)
+            command = [sys.executable, "-P", "-m", f"arc_solver.{module}", *words]
+            done = subprocess.run(
+                command, capture_output=True, text=True
+            )  # libraries warn, of nothing that matters here
+            if done.returncode:
+                raise RuntimeError(f"{name} failed:\n{done.stderr}")
             found = json.loads(result.read_text())
             sides[name] = Side(**{key: found[key] for key in Side.__annotations__})
     return sides
@@ -96,6 +101,7 @@ def make_model(folder: Path) -> None:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+    prepare_transformers()
     ends = {"<end>": KEPT[END][0], "<pad>": KEPT[PAD][0]}
     tokenizer = Tokenizer(models.WordLevel(ends))  # type: ignore[call-arg]
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>")

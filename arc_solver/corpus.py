@@ -43,7 +43,9 @@ def make_corpus(config: Config) -> Corpus:
         raise UserError(_refusal(overlaps, config))
     if config.audit.overlap == "exclude":
         for source in configs:
-            found = {overlap.task_id for overlap in overlaps if overlap.source == source.label}
+            # A task goes from all sources, so its RE-ARC generator too; but its demonstrations are no leak.
+            own = source.kind == "demonstrations"
+            found = {overlap.task_id for overlap in overlaps if not own or overlap.source == source.label}
             sources[source] = sources[source].without(found)
             keys[source] = {i: known for i, known in keys[source].items() if i not in found}
     mixtures = tuple(tuple(sources[source] for source in stage.corpus.sources) for stage in config.stages)

@@ -6,6 +6,7 @@ models that one device cannot hold. The loss is a sum over all learnt ids of a s
 gradient does not depend on how many processes share the step.
 """
 
+import ctypes
 import shutil
 import sysconfig
 from collections.abc import Callable, Sequence
@@ -58,6 +59,8 @@ class Devices:
         if self.shards and any(train.optimizer == "muon" for train in trains):
             raise UserError('train.parallel="fsdp" needs train.optimizer="adamw": Muon takes whole matrices')
         self.precision = self._precision(config.train.precision)
+        if self.device.type == "cpu":
+            _return_freed_memory()
         self.scaler = torch.amp.GradScaler(self.device.type) if self.precision == "fp16" else None
 
     @property
@@ -186,6 +189,15 @@ def _shape(shape: torch.Size | None) -> str:
 def decoder_layers(lm: Any) -> list[nn.Module]:
     """The layers of a decoder: the longest list of modules in it."""
     return max((list(m) for m in lm.modules() if isinstance(m, nn.ModuleList)), key=len)
+
+
+def _return_freed_memory() -> None:
+    """Makes glibc give large freed blocks back to the system. Its default keeps up to three times what a step needs."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        m_trim_threshold, m_mmap_threshold, size = -1, -3, 1 << 20
+        mallopt(m_mmap_threshold, size)
+        mallopt(m_trim_threshold, size)
 
 
 def compiled(logits_of: Callable[..., Tensor], config: TrainConfig, devices: Devices) -> Callable[..., Tensor]:

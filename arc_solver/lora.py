@@ -5,7 +5,9 @@ base it belongs to (`base.json`) and what it was trained on.
 """
 
 import json
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .adapters import load_adapter, merge
+from .adapters import PEFT_PREFIX, load_adapter, merge
 from .config import LoraConfig, UserError, first_line
 from .leaks import TrainingData
 from .model import DATA_FILE, Model, fingerprint, load_model
@@ -49,7 +51,8 @@ def attach_lora(model: Model, config: LoraConfig, seed: int) -> Any:
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return get_peft_model(model.lm, settings)
+        with _quietly():
+            return get_peft_model(model.lm, settings)
 
 
 def continue_lora(model: Model, folder: Path, base_dir: Path) -> Any:
@@ -63,7 +66,8 @@ def continue_lora(model: Model, folder: Path, base_dir: Path) -> Any:
     check_base(folder, base_dir)
     _untie(model.lm, _targets(folder))
     try:
-        lora = PeftModel.from_pretrained(model.lm, str(folder), is_trainable=True)
+        with _quietly():
+            lora = PeftModel.from_pretrained(model.lm, str(folder), is_trainable=True)
         with safe_open(folder / "adapter_model.safetensors", "pt") as file:
             foreign = set(get_peft_model_state_dict(lora, save_embedding_layers=False)) ^ set(file.keys())
         if foreign:
@@ -72,6 +76,14 @@ def continue_lora(model: Model, folder: Path, base_dir: Path) -> Any:
         first = first_line(error)
         raise UserError(f"the adapter in {folder} does not fit the model in {base_dir}: {first}") from error
     return lora
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """PEFT 0.21 asks transformers 5.23 for something by its old name; a user can do nothing about the warning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 def check_base(folder: Path, base_dir: Path) -> None:
@@ -126,7 +138,8 @@ def save_lora(
     Args:
         state: the model's weights, where it holds but a shard of each.
     """
-    options: dict[str, Any] = {"state_dict": state} if state else {}
+    whole = {f"{PEFT_PREFIX}{name}": weight for name, weight in state.items()} if state else None
+    options: dict[str, Any] = {"state_dict": whole} if whole else {}
     lora.save_pretrained(str(folder), save_embedding_layers=False, **options)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form of a model card
     base = {"path": str(base_dir.absolute()), "fingerprint": fingerprint(base_dir)}
@@ -137,11 +150,8 @@ def save_lora(
 
 def merged_model(adapter_dir: Path, base_dir: Path) -> Model:
     """The checkpoint in `base_dir` with an adapter of any kind merged into its weights, in float32."""
-    from peft import PeftModel
-
     base = load_model(base_dir)
-    _untie(base.lm, _targets(adapter_dir))
-    lm = PeftModel.from_pretrained(base.lm, str(adapter_dir)).merge_and_unload()
+    lm = continue_lora(base, adapter_dir, base_dir).merge_and_unload()
     return Model(lm, base.format, trained_with(base.trained_on, adapter_dir))
 
 

@@ -57,9 +57,9 @@ def estimate_memory(
     shards = devices.processes if devices.shards else 1
     sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in lm.parameters()]
     weights, trained = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
-    resident = resident_memory() - weights if devices.device.type == "cpu" else 0
     few, many = longest // 2, longest
     kept_few, kept_many = _kept_bytes(lm, probe, few), _kept_bytes(lm, probe, many)
+    resident = resident_memory() - weights if devices.device.type == "cpu" else 0  # after the weights were used once
     per_token = (kept_many - kept_few) / (many - few)
     fixed = kept_few - per_token * few
     if config.checkpointing:  # one layer's activations at a time, and each layer's input
@@ -84,7 +84,7 @@ def _kept_bytes(lm: nn.Module, probe: Callable[[int], Tensor], tokens: int) -> i
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # the tensor itself would hold the graph that holds it: never freed
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         loss = probe(tokens)

@@ -10,7 +10,7 @@ ships them; only that part of it is loaded, which takes 10 ms and needs none of 
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -51,6 +51,8 @@ def read_source(config: SourceConfig) -> Source:
     """
     endless = config.kind in ("re-arc", "counting")
     tasks = READERS[config.kind](config)
+    if not tasks:
+        raise UserError(f"source '{config.label}' has no task with two demonstrations or more: leave it out")
     if config.max_tasks:
         ids = sorted(tasks)
         chosen = named_rng(0, "tasks of a source", config.label).permutation(len(ids))[: config.max_tasks]
@@ -100,23 +102,32 @@ def read_pairs(config: SourceConfig) -> dict[str, PairMaker]:
     RE-ARC is published as such a folder, named `tasks`, inside another: both names work.
     """
     path = Path(config.path)
-    if path.is_dir():
-        folder = path / "tasks" if (path / "tasks").is_dir() else path
-        # One at a time: they are large.
-        files: Iterable[tuple[str, Any]] = ((file.stem, read_json(file)) for file in sorted(folder.glob("*.json")))
-    else:
-        content = read_json(path)
-        if not isinstance(content, dict):
-            raise UserError(f"{path}: expected an object of lists of pairs, {{task id: [pair, ...]}}")
-        files = content.items()
+    try:
+        path.stat()
+    except OSError as error:
+        raise UserError(f"source {path} not found ({error.strerror}): give a file or a folder of pairs") from None
     tasks: dict[str, PairMaker] = {}
-    for task_id, raw in files:
-        check_task_id(task_id, str(path))
+    for task_id, raw, file in _lists_of_pairs(path):
+        check_task_id(task_id, str(file))
         kept = raw[: config.max_pairs or None] if isinstance(raw, list) else raw
-        tasks[task_id] = partial(_all_pairs, make_pairs(kept, f"{path}: task {task_id}"))
+        tasks[task_id] = partial(_all_pairs, make_pairs(kept, f"{file}: task {task_id}"))
     if not tasks:
         raise UserError(f"{path} holds no tasks: expected {{task id: [pair, ...]}} or <task id>.json files")
     return tasks
+
+
+def _lists_of_pairs(path: Path) -> Iterator[tuple[str, Any, Path]]:
+    """Task ids, parsed lists and the files they are from. Of a folder one file at a time: they are large."""
+    if path.is_dir():
+        folder = path / "tasks" if (path / "tasks").is_dir() else path
+        for file in sorted(folder.glob("*.json")):
+            yield file.stem, read_json(file), file
+        return
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected an object of lists of pairs, {{task id: [pair, ...]}}")
+    for task_id, raw in content.items():
+        yield task_id, raw, path
 
 
 # ---- generators ----------------------------------------------------------------------------------------------------
@@ -147,15 +158,20 @@ def re_arc_generators() -> Mapping[str, Generator]:
 
 
 def re_arc_pair(generator: Generator, rng: np.random.Generator, difficulty: tuple[float, float]) -> Pair:
-    """One generated pair. A generator that fails or makes an illegal grid is asked again."""
-    for _ in range(100):
+    """One generated pair. A generator that fails or makes an illegal grid is asked again.
+
+    A few make no legal grid at all at the highest difficulties: after 100 failures they are asked for half of it.
+    """
+    lower, upper = difficulty
+    for attempt in range(400):
         seed = int(rng.integers(2**62))
+        scale = 0.5 ** (attempt // 100)
         try:
-            raw = generator(Random(seed), *difficulty)
+            raw = generator(Random(seed), scale * lower, scale * upper)
             return Pair(_generated_grid(raw["input"]), _generated_grid(raw["output"]))
         except Exception:  # generators may fail in many ways on a rare draw; the next draw is independent
             continue
-    raise RuntimeError(f"{generator.__name__} made no legal pair in 100 draws at difficulty {difficulty}")
+    raise RuntimeError(f"{generator.__name__} made no legal pair in 400 draws at difficulty {difficulty} and below")
 
 
 def _generated_grid(rows: Any) -> Grid:

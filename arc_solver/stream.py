@@ -5,9 +5,8 @@ workers, processes or what ran before. So a run resumes at any step at once, and
 batches, none of them twice.
 """
 
-import heapq
 import pickle
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -109,7 +108,7 @@ class SampleStream(Dataset[Draw]):
         raise UserError(f"corpus.max_tokens={self.config.max_tokens} is too small: 1000 samples in a row were longer")
 
     def draw_pairs(self, index: int) -> list[Pair]:
-        """The augmented pairs of a task of the first source: what draw `index` begins with."""
+        """The augmented pairs of a task of the first source, before any is dropped for length; a pure function too."""
         return self._draw(named_rng(self.seed, *self.names, index), 0)
 
     def _draw(self, rng: np.random.Generator, s: int) -> list[Pair]:
@@ -192,17 +191,33 @@ class BatchStream(Dataset[list[Batch]]):
 
 
 def share_out(draws: Sequence[Draw], batch_tokens: int, count: int) -> tuple[list[list[Draw]], list[Draw]]:
-    """Shares samples out over `count` batches, longest first, each to the one with most room; and what is left."""
-    rooms = [(-batch_tokens, b) for b in range(count)]  # a heap: most room first
+    """Shares samples out over `count` batches, longest first; and what found no room.
+
+    Each goes to the batch with most room, which makes the batches alike. Where that leaves any out, as of nothing but
+    long samples, each goes to the fullest batch that has room, if that leaves fewer tokens out.
+    """
+    alike = _share_out(draws, batch_tokens, count, max)
+    if not alike[1]:
+        return alike
+    tight = _share_out(draws, batch_tokens, count, min)
+    return min(alike, tight, key=lambda shared: sum(len(draw.sample) for draw in shared[1]))
+
+
+def _share_out(
+    draws: Sequence[Draw], batch_tokens: int, count: int, choose: Callable[[list[tuple[int, int]]], tuple[int, int]]
+) -> tuple[list[list[Draw]], list[Draw]]:
+    rooms = [batch_tokens] * count
     batches: list[list[Draw]] = [[] for _ in range(count)]
     left_out = []
     for draw in sorted(draws, key=lambda draw: -len(draw.sample)):
-        room, b = rooms[0]
-        if len(draw.sample) > -room:
+        size = len(draw.sample)
+        fitting = [(room, -b) for b, room in enumerate(rooms) if room >= size]
+        if not fitting:
             left_out.append(draw)
             continue
+        b = -choose(fitting)[1]
         batches[b].append(draw)
-        heapq.heapreplace(rooms, (room + len(draw.sample), b))
+        rooms[b] -= size
     return batches, left_out
 
 

@@ -258,7 +258,6 @@ def test_leaving_tasks_out_keeps_their_demonstrations(small_set, tmp_path):
     assert demonstrations == {"task00", "task01"} - held_out(corpus.partition)
 
 
-@pytest.mark.xfail(strict=True, reason="bug: the generator of a task that is left out for its content is kept")
 def test_a_task_is_left_out_of_every_source_that_has_it(small_set, tmp_path):
     """Of two sources with the same task, only one has the pair that gives it away, as with RE-ARC's generators."""
     tasks = json.loads(small_set.read_text())

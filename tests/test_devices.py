@@ -1,8 +1,13 @@
 """Several processes, precision and accumulation: the same training as one process in float32."""
 
+import subprocess
+import time
+
 import pytest
 import torch
+from checkpoints import make_checkpoint
 
+from arc_solver.checkpoints import latest_checkpoint
 from arc_solver.config import UserError
 from arc_solver.devices import Devices, decoder_layers
 from arc_solver.model import new_model, packed_loss
@@ -35,6 +40,38 @@ def test_two_processes_train_like_one(alone, launcher, parallel, tmp_path):
             assert mine.get(key, 0) == pytest.approx(expected.get(key, 0), abs=1e-5), mine
     after, expected = weights(tmp_path / "run" / "model"), weights(alone / "model")
     assert all(torch.allclose(after[name], expected[name], atol=1e-5) for name in expected)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_an_adapter_is_trained_by_two_processes_like_by_one(parallel, tmp_path):
+    """The second run is killed and continued on its way."""
+    pretrained = make_checkpoint(tmp_path / "qwen", "qwen2")
+    config = small(
+        model={"path": str(pretrained)},
+        format={"positions": "token"},
+        lora={"enabled": True, "rank": 4, "alpha": 8.0},
+        train={**SETTINGS["train"], "lr": 1e-2, "parallel": parallel},
+    )
+    train(config, tmp_path / "alone")
+    file = write_config(config, tmp_path)
+    command = train_command(file, tmp_path / "run", processes=2)
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+    while latest_checkpoint(tmp_path / "run") is None:
+        assert process.poll() is None
+        time.sleep(0.01)
+    subprocess.run(["pkill", "-KILL", "-f", str(tmp_path / "run")], check=True)  # torchrun's workers have own groups
+    process.wait()
+    done = run([*command, "--resume"])
+    assert done.returncode == 0, done.stderr
+    for mine, expected in zip(log(tmp_path / "run"), log(tmp_path / "alone"), strict=True):
+        assert mine.get("loss", 0) == pytest.approx(expected.get("loss", 0), abs=1e-4), mine
+    after, expected = weights(tmp_path / "run" / "model"), weights(tmp_path / "alone" / "model")
+    assert all(torch.allclose(after[name], expected[name], atol=1e-3) for name in expected)
+    assert not torch.equal(expected["model.layers.0.mlp.up_proj.weight"], base_weight(tmp_path / "alone"))
+
+
+def base_weight(out_dir):
+    return weights(out_dir / "base")["model.layers.0.mlp.up_proj.weight"]
 
 
 def test_processes_must_fit_the_batches_of_a_step(tmp_path):

@@ -214,6 +214,8 @@ def test_pair_key_tells_other_pairs_apart():
         Pair(grid("0120", "3400", "0000"), grid("012")),
         Pair(grid("0120", "0043"), grid("012")),  # a row mirrored
         Pair(grid("0120", "3300"), grid("012")),  # two colours made one
+        *(Pair(plain, grid("12")) for plain in (grid("0000"), grid("00", "00"))),  # the input's shape alone
+        *(Pair(grid("12"), plain) for plain in (grid("3333"), grid("33", "33"))),  # the output's
     ]
     assert len({pair_key(pair) for pair in others}) == len(others)
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checkpoints import make_checkpoint
 from conftest import random_grid
 from test_adapters import random_adapter
 
@@ -18,6 +19,8 @@ from arc_solver.config import AdaptConfig, FormatConfig
 from arc_solver.encode import END, PAD, VOCABULARY, encode_prompt
 from arc_solver.model import Model, load_model, save_model
 from arc_solver.tasks import Pair
+from arc_solver.train import train
+from runs import small
 
 VENV = Path(__file__).parents[1] / ".venv-vllm"
 FORMAT = FormatConfig(positions="token")
@@ -119,3 +122,22 @@ def test_vllm_gives_the_same_log_probabilities(architecture, folders, prompts, r
         assert_same_answers(model, prompts, adapted)
     before, after = (np.array(answers[0]["logprobs"])[: len(prompts[0]) - 1] for answers in (base, adapted))
     assert np.abs(before - after).max() > 0.1
+
+
+def test_vllm_serves_what_an_offline_run_leaves(tmp_path, prompts):
+    """A pretrained model, cut to our vocabulary, its rsLoRA adapter, and the two merged."""
+    pretrained = make_checkpoint(tmp_path / "llama", "llama", digits="triples")
+    config = small(
+        model={"path": str(pretrained)},
+        format={"positions": "token"},
+        lora={"enabled": True, "rank": 4, "alpha": 16.0},
+        train={"optimizer": "adamw", "lr": 1e-2},
+    )
+    train(config, tmp_path / "run")
+    base, adapter, merged = (tmp_path / "run" / name for name in ("base", "adapter", "model"))
+    served, merged_served = vllm_references([(base, prompts, adapter), (merged, prompts, None)])
+    model = load_model(base)
+    assert_same_answers(model, prompts, served["base"])
+    with attached(model, [load_adapter(adapter)]):
+        assert_same_answers(model, prompts, served["adapter"])
+    assert_same_answers(load_model(merged), prompts, merged_served["base"])
