@@ -56,7 +56,7 @@ class Draw:
     sample: Sample
     source: int = 0  # index into the mixture
     dropped: int = 0  # demonstrations that were dropped to make it fit
-    too_long: tuple[int, ...] = ()  # sources of the samples that were drawn before it and did not fit at all
+    too_long: int = 0  # samples of its source that were drawn before it and did not fit at all
 
 
 class SampleStream(Dataset[Draw]):
@@ -91,10 +91,9 @@ class SampleStream(Dataset[Draw]):
 
     def __getitem__(self, index: int) -> Draw:
         rng = named_rng(self.seed, *self.names, index)
-        too_long: list[int] = []
-        for _ in range(1000):
-            s = min(int(np.searchsorted(self.cumulative, rng.random(), side="right")), len(self.sources) - 1)
-            config = self.sources[s].config
+        s = min(int(np.searchsorted(self.cumulative, rng.random(), side="right")), len(self.sources) - 1)
+        config = self.sources[s].config
+        for too_long in range(1000):  # of the same source, so that the weights are those of what is trained on
             pairs = self._draw(rng, s)
             imitates = rng.random() * (config.solve + config.imitate) >= config.solve
             tokens = imitation_tokens if imitates else sample_tokens
@@ -103,9 +102,11 @@ class SampleStream(Dataset[Draw]):
             while self.config.too_long == "drop" and kept > 2 and tokens(pairs[:kept], self.format) > room:
                 kept -= 1
             if tokens(pairs[:kept], self.format) <= room:
-                return Draw(self._encode(pairs[:kept], imitates), s, len(pairs) - kept, tuple(too_long))
-            too_long.append(s)
-        raise UserError(f"corpus.max_tokens={self.config.max_tokens} is too small: 1000 samples in a row were longer")
+                return Draw(self._encode(pairs[:kept], imitates), s, len(pairs) - kept, too_long)
+        raise UserError(
+            f"corpus.max_tokens={self.config.max_tokens} is too small for source '{config.label}': 1000 of its samples in"
+            " a row were longer"
+        )
 
     def draw_pairs(self, index: int) -> list[Pair]:
         """The augmented pairs of a task of the first source, before any is dropped for length; a pure function too."""
@@ -185,8 +186,7 @@ class BatchStream(Dataset[list[Batch]]):
         counts_SC = np.zeros((len(self.samples.sources), len(COUNTS)), dtype=np.int64)
         for draw in draws:
             counts_SC[draw.source] += (1, len(draw.sample), draw.dropped, 0, 0) if packed else (0, 0, 0, 0, 1)
-            for s in draw.too_long:
-                counts_SC[s, COUNTS.index("too_long")] += 1
+            counts_SC[draw.source, COUNTS.index("too_long")] += draw.too_long
         return counts_SC
 
 

@@ -46,7 +46,7 @@ def show_plan(config: Config, corpus: Corpus, model: Model, devices: Devices, co
         console.print(f"stage {stage.name}: {stage.train.steps} steps; {mixture}")
         draws = [stage_stream(config, corpus, index)[i] for i in range(100)]
         lengths = sorted(len(draw.sample) for draw in draws)
-        dropped, skipped = sum(d.dropped > 0 for d in draws), sum(len(d.too_long) for d in draws)
+        dropped, skipped = sum(d.dropped > 0 for d in draws), sum(d.too_long for d in draws)
         console.print(
             f"  of 100 samples: median {lengths[50]} tokens, 90% up to {lengths[90]}, longest {lengths[-1]};"
             f" {dropped} lost demonstrations to fit into {stage.corpus.max_tokens}, {skipped} more were too long"

@@ -6,6 +6,7 @@ import time
 import pytest
 import torch
 from checkpoints import make_checkpoint
+from small_runs import log, run, small, train_command, weights, write_config
 
 from arc_solver.checkpoints import latest_checkpoint
 from arc_solver.config import UserError
@@ -14,7 +15,6 @@ from arc_solver.model import new_model, packed_loss
 from arc_solver.sources import read_source
 from arc_solver.stream import BatchStream, SampleStream
 from arc_solver.train import train
-from runs import log, run, small, train_command, weights, write_config
 
 SETTINGS = {"train": {"optimizer": "adamw", "batches_per_step": 2}}
 

@@ -6,13 +6,13 @@ import weakref
 
 import pytest
 import torch
+from small_runs import run, small, train_command, write_config
 
 from arc_solver.devices import Devices
 from arc_solver.memory import estimate_memory, first_tokens
 from arc_solver.model import new_model, packed_loss
 from arc_solver.sources import read_source
 from arc_solver.stream import BatchStream, SampleStream
-from runs import run, small, train_command, write_config
 
 WIDE = {"layers": 6, "width": 256, "heads": 4, "kv_heads": 4, "head_dim": 64, "mlp_width": 768}
 

@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 from conftest import TOY, flip_task, hasty
+from small_runs import small
 
 import arc_solver.solve
 from arc_solver.config import Config, FormatConfig, OptimConfig, PredictConfig, named_rng
@@ -24,7 +25,6 @@ from arc_solver.submission import read_submission, score
 from arc_solver.tasks import Pair, TasksConfig, TaskSet, load_tasks, smallest
 from arc_solver.train import train
 from arc_solver.vote import vote
-from runs import small
 
 QUICK = ["adapt.steps=3", "adapt.rank=4", "predict.views=3"]
 

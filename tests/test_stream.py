@@ -164,11 +164,11 @@ def test_demonstrations_are_dropped_until_it_fits(mixture):
         starts = pair_starts(whole.sample)
         fewest = min(2, len(starts) - 1)
         if starts[fewest] > limit:
-            assert draw.too_long[0] == whole.source
+            assert draw.too_long >= 1 and draw.source == whole.source
             too_long += 1
             continue
         kept = len(pair_starts(draw.sample)) - 1
-        assert draw.too_long == ()
+        assert draw.too_long == 0
         assert draw.sample.ids_T.tolist() == whole.sample.ids_T[: starts[kept]].tolist()
         assert draw.dropped == len(starts) - 1 - kept
         assert draw.dropped == 0 or starts[kept + 1] > limit
@@ -186,9 +186,17 @@ def test_samples_that_are_too_long_are_skipped(mixture):
         if len(whole.sample) <= limit:
             assert seen(draw) == seen(whole)
         else:
-            assert draw.too_long[0] == whole.source
+            assert draw.too_long >= 1 and draw.source == whole.source
             skipped += 1
     assert skipped > 20
+
+
+def test_the_weights_hold_where_one_source_has_longer_samples(small, large):
+    """What is too long is drawn again from the same source."""
+    samples = stream([pairs_of(small), pairs_of(large)], max_tokens=400)
+    draws = [samples[i] for i in range(600)]
+    assert sum(draw.too_long for draw in draws if draw.source == 1) > 50
+    assert 240 < sum(draw.source for draw in draws) < 360
 
 
 def test_the_weights_choose_the_source(mixture):
@@ -350,8 +358,7 @@ def recount(packed: BatchStream, group: int, lane: int) -> tuple[np.ndarray, lis
         held[key] -= found
         row = (1, len(draw.sample), draw.dropped, 0, 0) if found else (0, 0, 0, 0, 1)
         counts[draw.source] += row
-        for s in draw.too_long:
-            counts[s, COUNTS.index("too_long")] += 1
+        counts[draw.source, COUNTS.index("too_long")] += draw.too_long
     assert held.total() == 0, "a batch holds what was not drawn"
     return counts, packed[group, lane]
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from checkpoints import make_checkpoint
 from conftest import TOY
+from small_runs import log, run, small, train_command, weights, write_config
 
 from arc_solver.checkpoints import latest_checkpoint
 from arc_solver.config import Config, UserError, load_config
@@ -23,7 +24,6 @@ from arc_solver.model import Model, load_model, new_model, packed_loss, recomput
 from arc_solver.stream import SampleStream, pack
 from arc_solver.train import train
 from arc_solver.validate import accuracy, questions, validation_batches, validation_loss
-from runs import log, run, small, train_command, weights, write_config
 
 TWO_STAGES = [
     {"name": "a", "train": {"steps": 3}},

@@ -12,6 +12,7 @@ import pytest
 import torch
 from checkpoints import make_checkpoint
 from conftest import random_grid
+from small_runs import small
 from test_adapters import random_adapter
 
 from arc_solver.adapters import attached, load_adapter, save_adapter
@@ -20,7 +21,6 @@ from arc_solver.encode import END, PAD, VOCABULARY, encode_prompt
 from arc_solver.model import Model, load_model, save_model
 from arc_solver.tasks import Pair
 from arc_solver.train import train
-from runs import small
 
 VENV = Path(__file__).parents[1] / ".venv-vllm"
 FORMAT = FormatConfig(positions="token")
