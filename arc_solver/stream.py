@@ -104,8 +104,8 @@ class SampleStream(Dataset[Draw]):
             if tokens(pairs[:kept], self.format) <= room:
                 return Draw(self._encode(pairs[:kept], imitates), s, len(pairs) - kept, too_long)
         raise UserError(
-            f"corpus.max_tokens={self.config.max_tokens} is too small for source '{config.label}': 1000 of its samples in"
-            " a row were longer"
+            f"corpus.max_tokens={self.config.max_tokens} is too small for source '{config.label}': 1000 samples"
+            " of it in a row were longer"
         )
 
     def draw_pairs(self, index: int) -> list[Pair]:
