@@ -45,7 +45,8 @@ def attend(
 def _packed_on_gpu(q: Tensor, k: Tensor, v: Tensor, ends_S: Tensor, scaling: float | None) -> Tensor:
     """Causal attention inside each sequence: one flash kernel for all where there is one (16 bit), else a loop."""
     groups = q.shape[1] // k.shape[1]
-    if not (_has_varlen() and q.dtype in (torch.bfloat16, torch.float16)):
+    flash = q.dtype in (torch.bfloat16, torch.float16) and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    if not (flash and _has_varlen()):
         lengths = ends_S.diff(prepend=ends_S.new_zeros(1)).tolist()
         pieces = zip(*(x.split(lengths, dim=2) for x in (q, k, v)), strict=True)
         attend = partial(F.scaled_dot_product_attention, is_causal=True, scale=scaling, enable_gqa=groups > 1)

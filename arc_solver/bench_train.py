@@ -40,7 +40,7 @@ from .devices import Devices, compiled
 from .encode import END, IGNORE, PAD, VOCABULARY, Sample
 from .lora import attach_lora
 from .memory import peak_memory
-from .model import Model, new_model, packed_loss, prepare_transformers, read_weights
+from .model import Model, fast_dtype, new_model, packed_loss, prepare_transformers, read_weights
 from .optimize import fit, make_optimizers
 from .pretrained import cut_vocabulary
 from .sources import read_source
@@ -75,14 +75,18 @@ class Side:
 
 
 def compare() -> dict[str, Side]:
-    """Runs both sides: ours, and the field with and without the positions that teach nothing."""
+    """Runs both sides on one device, in one precision."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    precision = "bf16" if fast_dtype(torch.device(device)) == torch.bfloat16 else "fp32"
     with tempfile.TemporaryDirectory() as folder:
         model_dir, samples, result = Path(folder, "model"), Path(folder, "samples.npz"), Path(folder, "result.json")
         make_model(model_dir)
         make_samples(samples)
         common = [str(model_dir), str(samples), str(result)]
         steps = ["--steps", str(SAMPLES // BATCH_SIZE), "--warm", str(WARM), "--batch-size", str(BATCH_SIZE)]
-        commands = {"ours": ["bench_train", *common], "field": ["bench_field", *common, *steps, "--labelled-only"]}
+        same = ["--device", device, "--precision", precision]
+        head = ["--labelled-only"] if device == "cpu" else []  # what it does on a GPU by itself
+        commands = {"ours": ["bench_train", *common, *same], "field": ["bench_field", *common, *same, *steps, *head]}
         sides = {}
         for name, (module, *words) in commands.items():
             command = [sys.executable, "-P", "-m", f"arc_solver.{module}", *words]
@@ -132,10 +136,11 @@ def make_samples(file: Path) -> None:
     )
 
 
-def train_ours(model_dir: Path, file: Path) -> Side:
+def train_ours(model_dir: Path, file: Path, device: str, precision: str) -> Side:
     """Cut vocabulary, packed batches, an adapter by PEFT, compiled where `bin/train` compiles."""
     same = AdaptConfig()
-    devices = Devices(Config())
+    settings = {"run": {"device": device}, "train": {"precision": precision}}
+    devices = Devices(Config.model_validate(settings))
     lm = read_weights(model_dir, devices.dtype)
     cut_vocabulary(lm, KEPT)
     model = Model(lm.to(devices.device).train(), FORMAT, None)
@@ -233,8 +238,11 @@ def main(arguments: list[str]) -> int:
     parser = Parser(prog="arc_solver.bench_train", description="Measure our trainer on given samples.")
     for name in ("model_dir", "samples", "result"):
         parser.add_argument(name, type=Path)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", default="bf16")
     args = parser.parse_args(arguments)
-    args.result.write_text(json.dumps(asdict(train_ours(args.model_dir, args.samples)), indent=1) + "\n")
+    measured = train_ours(args.model_dir, args.samples, args.device, args.precision)
+    args.result.write_text(json.dumps(asdict(measured), indent=1) + "\n")
     return 0
 
 

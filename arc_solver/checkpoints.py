@@ -128,7 +128,8 @@ def checkpoint_beside(path: str) -> Path:
     Raises:
         UserError: it lies in no run.
     """
-    for folder in (Path(path).parent, latest_checkpoint(Path(path).parent)):
+    beside = Path(path).parent
+    for folder in (beside, latest_checkpoint(beside)) if path else ():
         if folder and (folder / "optimizers.pt").is_file():
             return folder
     raise UserError(
@@ -138,4 +139,11 @@ def checkpoint_beside(path: str) -> Path:
 
 
 def write_json(file: Path, content: Any) -> None:
-    file.write_text(json.dumps(content, indent=1) + "\n")
+    write_whole(file, json.dumps(content, indent=1) + "\n")
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Writes a file so that it is never half there: the old one stays until the new one is complete."""
+    temporary = file.with_name(f"{file.name}.part")
+    temporary.write_text(text)
+    temporary.replace(file)

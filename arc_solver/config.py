@@ -152,7 +152,7 @@ class SourceConfig(Section):
     weight: PositiveFloat = 1.0  # share of the samples, over the sum of all weights
     solve: NonNegativeFloat = 1.0  # weight of the objective: outputs, given examples
     imitate: NonNegativeFloat = 0.0  # weight of the objective: an input, given other inputs
-    max_tasks: NonNegativeInt = 0  # a seeded choice of tasks; 0 = all
+    max_tasks: NonNegativeInt = 0  # a seeded choice of tasks, from which held-out ones are taken out; 0 = all
     max_pairs: NonNegativeInt = 0  # the first pairs of each task; 0 = all
     problem_augmentation: Share = 0.0  # share of the samples whose task is made into a new one
     difficulty: tuple[Share, Share] = (0.0, 0.3)  # re-arc: range, 0 easiest (smallest grids) .. 1
@@ -245,7 +245,7 @@ class TrainConfig(OptimConfig):
     schedule: Schedule = "wsd"
     batch_tokens: PositiveInt = 8192  # token budget of a packed batch
     batches_per_step: PositiveInt = 1  # shared out over the processes; each takes its share one after another
-    compile: Literal["auto", "yes", "no"] = "auto"  # torch.compile; auto = where a C++ compiler or a GPU is found
+    compile: Literal["auto", "yes", "no"] = "auto"  # torch.compile; auto = one process, where a C++ compiler is found
     # auto = bf16 where the hardware multiplies it, else fp16 on a GPU, else fp32. fp16 scales the loss.
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     checkpointing: bool = False  # gradient checkpointing: activations are computed again instead of kept
@@ -314,8 +314,10 @@ class Config(Section):
     def _fill_stages(cls, tree: dict[str, Any]) -> dict[str, Any]:
         """A stage is the sections [train] and [corpus], with its own settings on top."""
         stages = tree.get("stages") or [{"name": "train"}]
-        if not all(isinstance(stage, dict) for stage in stages):
+        if not isinstance(stages, list | tuple) or not all(isinstance(stage, dict) for stage in stages):
             return tree
+        if not all(isinstance(_settings(t, key), dict) for t in (tree, *stages) for key in ("train", "corpus")):
+            return tree  # pydantic says what is wrong
         filled = []
         for stage in stages:
             merged = {key: {**_settings(tree, key), **_settings(stage, key)} for key in ("train", "corpus")}

@@ -23,7 +23,6 @@ class Corpus:
     partition: "Partition"
     trained_on: TrainingData  # of all stages
     overlaps: tuple[Overlap, ...]  # training tasks that the audit found, and that were left out or allowed
-    scored_on: tuple[str, ...]
 
 
 def make_corpus(config: Config) -> Corpus:
@@ -49,7 +48,7 @@ def make_corpus(config: Config) -> Corpus:
             sources[source] = sources[source].without(found)
             keys[source] = {i: known for i, known in keys[source].items() if i not in found}
     mixtures = tuple(tuple(sources[source] for source in stage.corpus.sources) for stage in config.stages)
-    return Corpus(mixtures, partition, training_data(keys), tuple(overlaps), config.audit.scored_on)
+    return Corpus(mixtures, partition, training_data(keys), tuple(overlaps))
 
 
 def _refusal(overlaps: Sequence[Overlap], config: Config) -> str:

@@ -11,6 +11,7 @@ import shutil
 import sysconfig
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ class Devices:
     """
 
     def __init__(self, config: Config):
+        if missing := [name for name in ("accelerate", "peft", "tensorboard") if find_spec(name) is None]:
+            raise UserError(f"training needs {missing[0]}: run bin/train, or pip install 'arc_solver[train]'")
         from accelerate import Accelerator
 
         device = pick_device(config.run.device)
@@ -88,10 +91,7 @@ class Devices:
         if self.processes == 1:
             return lm
         if not self.shards:
-            # A causal LM has no buffer that training changes: nothing to send around before a step.
-            return DistributedDataParallel(
-                lm, device_ids=None if self.device.type == "cpu" else [self.device.index], broadcast_buffers=False
-            )
+            return DistributedDataParallel(lm, None if self.device.type == "cpu" else [self.device.index])
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 

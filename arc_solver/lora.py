@@ -32,13 +32,7 @@ def attach_lora(model: Model, config: LoraConfig, seed: int) -> Any:
     from peft import LoraConfig as PeftConfig
     from peft import get_peft_model
 
-    found = {name.rpartition(".")[2] for name, m in model.lm.named_modules() if isinstance(m, nn.Linear | nn.Embedding)}
-    if missing := sorted(set(config.targets) - found):
-        raise UserError(
-            f"lora.targets: the model has no layer named {', '.join(missing)}; it has {', '.join(sorted(found))}"
-        )
-    if config.init == "orthogonal" and config.rank % 2:
-        raise UserError(f"lora.init='orthogonal' needs an even lora.rank, got {config.rank}")
+    check_targets(model, config)
     _untie(model.lm, config.targets)
     settings = PeftConfig(
         r=config.rank,
@@ -53,6 +47,21 @@ def attach_lora(model: Model, config: LoraConfig, seed: int) -> Any:
         torch.manual_seed(seed)
         with _quietly():
             return get_peft_model(model.lm, settings)
+
+
+def check_targets(model: Model, config: LoraConfig) -> None:
+    """Checks that an adapter can be attached.
+
+    Raises:
+        UserError: a target names no layer of the model, or the rank does not go with the init.
+    """
+    found = {name.rpartition(".")[2] for name, m in model.lm.named_modules() if isinstance(m, nn.Linear | nn.Embedding)}
+    if missing := sorted(set(config.targets) - found):
+        raise UserError(
+            f"lora.targets: the model has no layer named {', '.join(missing)}; it has {', '.join(sorted(found))}"
+        )
+    if config.init == "orthogonal" and config.rank % 2:
+        raise UserError(f"lora.init='orthogonal' needs an even lora.rank, got {config.rank}")
 
 
 def continue_lora(model: Model, folder: Path, base_dir: Path) -> Any:
@@ -142,7 +151,10 @@ def save_lora(
     options: dict[str, Any] = {"state_dict": whole} if whole else {}
     lora.save_pretrained(str(folder), save_embedding_layers=False, **options)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form of a model card
-    base = {"path": str(base_dir.absolute()), "fingerprint": fingerprint(base_dir)}
+    base = {"path": str(base_dir.resolve()), "fingerprint": fingerprint(base_dir)}
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = base["path"]  # not the pretrained one, whose ids mean something else
+    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=1) + "\n")
     (folder / BASE_FILE).write_text(json.dumps(base, indent=1) + "\n")
     if trained_on:
         (folder / DATA_FILE).write_text(json.dumps(trained_on.to_json()))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .config import OptimConfig
+from .config import MachineError, OptimConfig
 
 
 @dataclass(frozen=True)
@@ -104,13 +104,16 @@ def fit(
         first_step: where a continued run stands.
         clock: seconds that the run has taken, the same in all processes; None: since this call.
         scaler: what scaled the loss, in fp16; a step whose gradients overflowed changes nothing.
+
+    Raises:
+        MachineError: gradients are not finite, and it is not the scale of the loss.
     """
     start = time.monotonic()
     clock = clock or (lambda: time.monotonic() - start)
     for k in range(first_step, config.steps):
-        progress = max(k / config.steps, clock() / max_s if max_s < math.inf else 0.0)
-        if progress >= 1:
+        if clock() >= max_s:
             break
+        progress = max(k / config.steps, clock() / max_s)
         rate = step_rate(progress, config)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -120,10 +123,14 @@ def fit(
             for optimizer in optimizers:
                 scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(parameters, config.clip)
+        finite = bool(norm.isfinite())
+        if not finite and not scaler:
+            raise MachineError(
+                f"the gradients of step {k + 1} are not finite (loss {loss.item():g}): training diverged; lower lr, or"
+                " use another precision"
+            )
         for optimizer in optimizers:
-            if scaler:
-                scaler.step(optimizer)
-            else:
+            if finite:  # all or none: one optimizer's overflow is in the norm that clips them all
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         if scaler:

@@ -58,11 +58,14 @@ def load_any(
         return model, None
     if format.positions != "token":
         raise UserError(f'{path} is a pretrained model, which knows token positions only: set format.positions="token"')
-    lm = read_weights(folder, dtype)
+    lm = read_weights(folder, torch.float32)
     _check_windows(lm, path)
     cut = cut_vocabulary(lm, kept_ids(_tokenizer(folder)))
     check_attention(lm, path)
-    return Model(lm.eval(), format, replace(NOTHING, pretrained=frozenset({path}))), cut
+    for module in lm.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # it would make training depend on more than the seed and the step
+    return Model(lm.to(dtype).eval(), format, replace(NOTHING, pretrained=frozenset({path}))), cut
 
 
 def checkpoint_dir(path: str) -> Path:

@@ -98,7 +98,7 @@ def rate_curve(rates: Sequence[float], stages: Sequence[tuple[str, int]], pictur
         axes.axvline(end, color="grey", linewidth=0.5)
         axes.text((begin + end) / 2, max(rates), name, ha="center", va="bottom", fontsize=8)
         begin = end
-    axes.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
+    axes.set(xlabel="step", ylabel="learning rate (train.lr)", ylim=(0, None))
     axes.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(picture, dpi=110)

@@ -1,6 +1,7 @@
 """What the parts of an offline run share, and how one starts: which model, which data, where it stands."""
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from .config import Config, UserError, named_rng
 from .corpus import Corpus
 from .devices import Devices
 from .leaks import NOTHING
-from .lora import attach_lora, continue_lora, trained_with, with_adapter
+from .lora import attach_lora, check_targets, continue_lora, trained_with, with_adapter
 from .model import Model, load_model, new_model, save_model
 from .pretrained import checkpoint_dir, load_any
 from .stream import Batch, SampleStream
@@ -107,11 +108,22 @@ def stage_stream(config: Config, corpus: Corpus, index: int) -> SampleStream:
 
 
 def start_model(
-    config: Config, corpus: Corpus, out_dir: Path, checkpoint: Path | None, devices: Devices, console: Console
+    config: Config,
+    corpus: Corpus,
+    out_dir: Path,
+    checkpoint: Path | None,
+    devices: Devices,
+    console: Console,
+    begin: Callable[[], None],
 ) -> Start:
+    """The model to train. `begin` makes the run's folder; it is called before anything is written there.
+
+    Raises:
+        UserError: model or adapter cannot be used.
+    """
     seed = int(named_rng(config.run.seed, "weights").integers(2**31))
     if config.lora.enabled:
-        start = _start_lora(config, out_dir, checkpoint, devices, console, seed)
+        start = _start_lora(config, out_dir, checkpoint, devices, console, seed, begin)
     else:
         start = Start(_start_weights(config, checkpoint, console, seed))
     # What the weights have seen before counts too; where that is unknown, it stays unknown.
@@ -135,20 +147,30 @@ def _start_weights(config: Config, checkpoint: Path | None, console: Console, se
 
 
 def _start_lora(
-    config: Config, out_dir: Path, checkpoint: Path | None, devices: Devices, console: Console, seed: int
+    config: Config,
+    out_dir: Path,
+    checkpoint: Path | None,
+    devices: Devices,
+    console: Console,
+    seed: int,
+    begin: Callable[[], None],
 ) -> Start:
     if not config.model.path:
         raise UserError("lora.enabled needs a model to adapt: give model.path")
     made = out_dir / "base"
     base_dir = made if made.is_dir() else checkpoint_dir(config.model.path)
+    devices.wait()  # all look before one writes
     # A frozen base needs no more than the precision that it is used in; but shards of one group have one type.
     model, cut = load_any(
         base_dir, config.model.path, config.format, torch.float32 if devices.shards else devices.dtype
     )
+    check_targets(model, config.lora)
     if cut:
         console.print(str(cut))
         base_dir = made
+        begin()
         if devices.main:
+            shutil.rmtree(made.with_suffix(".part"), ignore_errors=True)
             save_model(model, made.with_suffix(".part"))
             made.with_suffix(".part").rename(made)
         devices.wait()
@@ -156,4 +178,6 @@ def _start_lora(
     if adapter is None:
         return Start(model, attach_lora(model, config.lora, seed), base_dir)
     lora = continue_lora(model, adapter, base_dir)
+    if not checkpoint:
+        console.print(f"the adapter in {adapter} is continued as it is: rank, alpha and targets of [lora] do not count")
     return Start(replace(model, trained_on=trained_with(model.trained_on, adapter)), lora, base_dir)

@@ -5,7 +5,9 @@ workers, processes or what ran before. So a run resumes at any step at once, and
 batches, none of them twice.
 """
 
+import ctypes
 import pickle
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -276,6 +278,9 @@ def _be_quiet(_: int) -> None:
 
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
+    if sys.platform == "linux":  # a killed main process leaves no worker behind
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def pack_in_order(samples: Sequence[Sample], batch_tokens: int) -> list[Batch]:

@@ -8,6 +8,8 @@ The loop itself is `optimize.fit`. Here is what surrounds it: which model, which
 
 import json
 import math
+import shutil
+import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 from torch import Tensor
 
 from .checkpoints import (
@@ -39,7 +42,7 @@ from .config import (
     require_new_dir,
     run_main,
 )
-from .corpus import make_corpus
+from .corpus import Corpus, make_corpus
 from .devices import Devices, compiled
 from .model import packed_loss, recompute_activations
 from .optimize import Step, fit, make_optimizers
@@ -58,7 +61,7 @@ def train(config: Config, out_dir: Path, max_s: float = math.inf, resume: bool =
     Raises:
         UserError: what the config names cannot be used, or `out_dir` holds a run and `resume` is false, or the other
             way round.
-        MachineError: a checkpoint cannot be written.
+        MachineError: something cannot be written.
     """
     began = time.monotonic()
     checkpoint = _where_to_begin(config, out_dir, resume)
@@ -66,6 +69,7 @@ def train(config: Config, out_dir: Path, max_s: float = math.inf, resume: bool =
     if progress.spent_s >= max_s:
         spent = f"{progress.spent_s / 60:.1f}"
         raise UserError(f"--max-minutes counts from the start of the run, which has spent {spent}: give more")
+    fresh = not out_dir.exists()
     devices = Devices(config)
     console = Console(stderr=True, quiet=not devices.main, soft_wrap=True, highlight=False)
     try:
@@ -73,31 +77,46 @@ def train(config: Config, out_dir: Path, max_s: float = math.inf, resume: bool =
         validation = make_validation(config, corpus)
         for index, stage in enumerate(config.stages):  # refuses what cannot be drawn before any work is done
             BatchStream(stage_stream(config, corpus, index), stage.train.batch_tokens)
-        start = start_model(config, corpus, out_dir, checkpoint, devices, console)
+        begin = partial(_begin, config, corpus, out_dir, devices)
+        try:
+            start = start_model(config, corpus, out_dir, checkpoint, devices, console, begin)
+        except UserError:
+            if fresh and devices.main:  # the same --out can be given again
+                shutil.rmtree(out_dir, ignore_errors=True)
+            raise
         estimate = show_plan(config, corpus, start.model, devices, console)
         if config.train.checkpointing:
             recompute_activations(start.model.lm)
         module = devices.share(start.model.lm)
-        if devices.main:
-            out_dir.mkdir(parents=True, exist_ok=True)
-            write_json(out_dir / "config.json", config.model_dump(mode="json"))
-            write_partition(corpus.partition, out_dir / "partition")
+        begin()
         began -= progress.spent_s
         run = Run(config, out_dir, devices, corpus, start, module, progress, began, max_s, validation)
         _train_stages(run, checkpoint, console)
         save_results(run, estimate, console)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise MachineError(cannot_write(out_dir, error)) from error
     finally:
         devices.end()
 
 
+def _begin(config: Config, corpus: Corpus, out_dir: Path, devices: Devices) -> None:
+    """Makes the run's folder. From here on it can be resumed."""
+    if not devices.main or (out_dir / "config.json").exists():
+        return
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out_dir} cannot be made ({error.strerror}): give another folder") from None
+    write_partition(corpus.partition, out_dir / "partition")
+    write_json(out_dir / "config.json", config.model_dump(mode="json"))
+
+
 def _where_to_begin(config: Config, out_dir: Path, resume: bool) -> Path | None:
     """The checkpoint that a run continues from, if it does."""
     checkpoint = latest_checkpoint(out_dir) if resume else None
-    if resume and not (out_dir / "config.json").is_file():
+    if resume and not _is_run(out_dir):
         raise UserError(f"{out_dir} holds no training run to resume: leave --resume out")
-    if not resume and (out_dir / "config.json").exists():
+    if not resume and _is_run(out_dir):
         raise UserError(f"{out_dir} holds a training run: give another --out, or --resume to continue it")
     if not resume:
         require_new_dir(out_dir)
@@ -106,9 +125,16 @@ def _where_to_begin(config: Config, out_dir: Path, resume: bool) -> Path | None:
     return checkpoint
 
 
+def _is_run(folder: Path) -> bool:
+    """Whether a training run began there; a run directory of bin/solve has a config.json too."""
+    return (folder / "config.json").is_file() and (folder / "partition").is_dir()
+
+
 def _check_same_config(config: Config, file: Path) -> None:
-    """A run goes on with the settings it was started with; only [run] may differ."""
+    """A run goes on with the settings it was started with; only the device may be another."""
     before, now = json.loads(file.read_text()), config.model_dump(mode="json")
+    if before["run"]["seed"] != now["run"]["seed"]:
+        raise UserError(_differs("run.seed", before["run"]["seed"], now["run"]["seed"]))
     for section in ("format", "model", "lora", "validation", "audit"):
         for key, value in now[section].items():
             if before[section].get(key) != value:
@@ -116,6 +142,8 @@ def _check_same_config(config: Config, file: Path) -> None:
     if len(before["stages"]) != len(now["stages"]):
         raise UserError(_differs("the number of stages", len(before["stages"]), len(now["stages"])))
     for old, new in zip(before["stages"], now["stages"], strict=True):
+        if old["start"] != new["start"]:
+            raise UserError(_differs("start of a stage", old["start"], new["start"]))
         for section in ("train", "corpus"):
             for key, value in new[section].items():
                 if old[section].get(key) != value:
@@ -124,8 +152,8 @@ def _check_same_config(config: Config, file: Path) -> None:
 
 def _differs(name: str, before: Any, now: Any) -> str:
     return (
-        f"--resume: {name} is {now!r} and the run was started with {before!r}; give the same settings, or start a new"
-        " run with model.path"
+        f"--resume: {name} is {now!r} and the run was started with {before!r}; give the same settings (they are in its"
+        " config.json), or start a new run with model.path"
     )
 
 
@@ -236,7 +264,11 @@ def main(arguments: list[str]) -> int:
         return 0
     if not args.out:
         raise UserError("--out is missing: give a folder for the log, the checkpoints and the model")
-    train(config, args.out, args.max_minutes * 60, args.resume)
+    try:
+        train(config, args.out, args.max_minutes * 60, args.resume)
+    except KeyboardInterrupt:
+        print(f"interrupted; --resume continues from the last checkpoint in {args.out}, if any", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
 
-from .checkpoints import Progress
+from .checkpoints import Progress, write_whole
 from .optimize import Step
 
 
@@ -49,7 +49,8 @@ class TrainingLog:
     def step(self, stage: str, step: Step, measured: Mapping[str, float]) -> None:
         """Notes a step, and what validation measured after it."""
         progress = self.progress
-        progress.loss = step.loss if math.isnan(progress.loss) else 0.95 * progress.loss + 0.05 * step.loss
+        if math.isfinite(step.loss):
+            progress.loss = 0.95 * progress.loss + 0.05 * step.loss if math.isfinite(progress.loss) else step.loss
         if not self.main:
             return
         elapsed_s = progress.stage_began_s + step.elapsed_s
@@ -73,7 +74,8 @@ class TrainingLog:
             self._write({**at, **measured, "finished": True})
 
     def _write(self, record: Mapping[str, Any]) -> None:
-        self.file.write(json.dumps(record) + "\n")
+        legal = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self.file.write(json.dumps(legal) + "\n")
 
     def _show(self, elapsed_s: float, speed: float) -> None:
         progress = self.progress
@@ -96,7 +98,7 @@ def _trim(file: Path, step: int) -> None:
     if file.exists():
         lines = [line for line in file.read_text().splitlines() if line.endswith("}")]
         kept = [line for line in lines if json.loads(line)["step"] <= step and '"finished"' not in line]
-        file.write_text("".join(f"{line}\n" for line in kept))
+        write_whole(file, "".join(f"{line}\n" for line in kept))
 
 
 def _progress_bar(console: Console) -> ProgressBar:

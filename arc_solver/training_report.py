@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import __version__
 from .checkpoints import latest_checkpoint, write_json
-from .config import Config
+from .config import Config, UserError
 from .corpus import Corpus
 from .devices import Devices
 from .lora import merged_model
@@ -28,6 +28,8 @@ from .report import loss_curve, rate_curve
 from .run import Run, stage_stream
 from .stream import COUNTS, pack_in_order
 from .training_log import shown
+
+PROBE_TOKENS = 2048  # the most that the memory estimate tries
 
 
 def show_plan(config: Config, corpus: Corpus, model: Model, devices: Devices, console: Console) -> MemoryEstimate:
@@ -44,7 +46,8 @@ def show_plan(config: Config, corpus: Corpus, model: Model, devices: Devices, co
             for source in corpus.mixtures[index]
         )
         console.print(f"stage {stage.name}: {stage.train.steps} steps; {mixture}")
-        draws = [stage_stream(config, corpus, index)[i] for i in range(100)]
+        stream = stage_stream(config, corpus, index)
+        draws = [stream[i] for i in range(100)]
         lengths = sorted(len(draw.sample) for draw in draws)
         dropped, skipped = sum(d.dropped > 0 for d in draws), sum(d.too_long for d in draws)
         console.print(
@@ -62,7 +65,9 @@ def show_plan(config: Config, corpus: Corpus, model: Model, devices: Devices, co
 def _audited(corpus: Corpus, config: Config) -> str:
     sets = ", ".join([*config.audit.scored_on, "the validation tasks"])
     if not corpus.overlaps:
-        return f"leak audit passed: no training task is among {sets}, by id or by content"
+        found = f"leak audit passed: no training task is among {sets}, by id or by content"
+        seen = len(corpus.trained_on.demonstrated)
+        return f"{found}; of {seen} tasks the demonstrations, not the test pairs, are trained on" if seen else found
     ids = {overlap.task_id for overlap in corpus.overlaps}
     if config.audit.overlap == "exclude":
         return f"leak audit passed: {len(ids)} tasks are left out, for being among {sets}"
@@ -75,12 +80,16 @@ def _estimate(config: Config, corpus: Corpus, model: Model, devices: Devices) ->
     stream = stage_stream(config, corpus, config.stages.index(stage))
     samples = [stream[i].sample for i in range(4)]
     batch = pack_in_order(samples, sum(map(len, samples)))[0]
+    longest = min(len(batch.ids_T), PROBE_TOKENS, stage.train.batch_tokens)
 
     def probe(tokens: int) -> Tensor:
         with devices.autocast():
             return packed_loss(model, first_tokens(batch, tokens))
 
-    return estimate_memory(model.lm, stage.train, devices, len(batch.ids_T), probe)
+    estimate = estimate_memory(model.lm, stage.train, devices, longest, probe)
+    if devices.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(devices.device)
+    return estimate
 
 
 def save_results(run: Run, estimate: MemoryEstimate, console: Console) -> None:
@@ -111,7 +120,8 @@ def save_results(run: Run, estimate: MemoryEstimate, console: Console) -> None:
 
 
 def _show_results(run: Run, estimate: MemoryEstimate, peak: int, folders: Sequence[Path], console: Console) -> None:
-    table = Table("source", *(name.replace("_", " ") for name in COUNTS))
+    caption = "too long: not even two pairs fitted; left out: found no room in a batch"
+    table = Table("source", *(name.replace("_", " ") for name in COUNTS), caption=caption)
     for label, counts in run.progress.counts.items():
         table.add_row(label, *(f"{counts[name]:,}" for name in COUNTS))
     console.print(table)
@@ -158,7 +168,13 @@ def cpu_name() -> str:
 
 
 def plot_rates(config: Config, picture: Path) -> None:
-    """Draws the learning rate of every step of every stage, without training."""
+    """Draws the learning rate of every step of every stage, without training.
+
+    Raises:
+        UserError: the file is no picture that can be written.
+    """
+    if picture.suffix not in (".png", ".svg", ".pdf") or not picture.parent.is_dir():
+        raise UserError(f"--plot-lr {picture}: give a .png, .svg or .pdf file in a folder that exists")
     rates = [
         stage.train.lr * step_rate(k / stage.train.steps, stage.train)
         for stage in config.stages

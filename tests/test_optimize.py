@@ -5,7 +5,16 @@ import pytest
 import torch
 from conftest import TOY
 
-from arc_solver.config import Config, FormatConfig, OptimConfig, StageConfig, TrainConfig, UserError, load_config
+from arc_solver.config import (
+    Config,
+    FormatConfig,
+    MachineError,
+    OptimConfig,
+    StageConfig,
+    TrainConfig,
+    UserError,
+    load_config,
+)
 from arc_solver.model import new_model
 from arc_solver.optimize import fit, make_optimizers, rate_at, step_rate
 from arc_solver.train import main
@@ -113,6 +122,42 @@ def test_a_step_that_overflows_in_fp16_changes_nothing_and_lowers_the_scale():
     assert third < second
 
 
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_an_overflow_anywhere_stops_all_optimizers(bad):
+    """Of the weights that one optimizer has, and of those of the other."""
+    model = new_model(TOY, FormatConfig(), seed=0)
+    config = TrainConfig(steps=1)
+    before = {name: p.detach().clone() for name, p in model.lm.named_parameters()}
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+
+    def backward_at(_):
+        loss = sum(p.sum() for p in model.lm.parameters())
+        scaler.scale(loss).backward()
+        model.lm.model.layers[0].mlp.up_proj.weight.grad[0, 0] = bad
+        return loss.detach()
+
+    parameters = list(model.lm.parameters())
+    fit(parameters, make_optimizers(list(model.lm.named_parameters()), config), config, backward_at, scaler=scaler)
+    assert all(torch.equal(p, before[name]) for name, p in model.lm.named_parameters())
+    assert scaler.get_scale() == 2.0
+
+
+def test_divergence_is_an_error_and_not_a_checkpoint():
+    x = torch.nn.Parameter(torch.tensor([5.0]))
+    config = OptimConfig(steps=3)
+    with pytest.raises(MachineError, match="step 1 are not finite"):
+        fit([x], make_optimizers([("x", x)], config), config, lambda _: backward(x.log().sum() * torch.inf))
+    assert x.item() == 5.0
+
+
+def test_a_stage_without_time_takes_no_step():
+    x = torch.nn.Parameter(torch.tensor([5.0]))
+    config = OptimConfig(steps=3)
+    for max_s in (0.0, -1.0):
+        fit([x], make_optimizers([("x", x)], config), config, lambda _: backward(x.sum()), max_s=max_s)
+    assert x.item() == 5.0
+
+
 def test_muon_is_for_hidden_matrices():
     model = new_model(TOY, FormatConfig(), seed=0)
     muon, adamw = make_optimizers(list(model.lm.named_parameters()), TrainConfig())
@@ -147,3 +192,11 @@ def test_a_stage_is_what_its_sections_say_with_its_own_settings_on_top(tmp_path)
     ):
         with pytest.raises(UserError, match=message):
             load_config(file, [override])
+
+
+@pytest.mark.parametrize("text", ["stages = 3", "train = 3", '[[stages]]\nname = "a"\ntrain = 3'])
+def test_what_is_no_section_is_one_sentence(text, tmp_path):
+    file = tmp_path / "odd.toml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=r"setting (stages|train)"):
+        load_config(file)

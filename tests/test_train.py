@@ -312,6 +312,8 @@ def test_what_a_user_gets_wrong(tmp_path):
         train(small(), tmp_path)
     with pytest.raises(UserError, match="give more"):
         train(one, tmp_path / "a", resume=True, max_s=0.01)
+    with pytest.raises(UserError, match=r"run\.seed is 1 and the run was started with 0"):
+        train(small(train={"steps": 1}, run={"device": "cpu", "seed": 1}), tmp_path / "a", resume=True)
     with pytest.raises(UserError, match=r"train\.optimizer is 'adamw'"):
         train(small(train={"steps": 1, "optimizer": "adamw"}), tmp_path / "a", resume=True)
     with pytest.raises(UserError, match="is a file"):
@@ -325,6 +327,19 @@ def test_what_a_user_gets_wrong(tmp_path):
     with pytest.raises(UserError, match=r"give model\.path"):
         train(small(model={"adapter": "x"}), tmp_path / "b")
     assert not (tmp_path / "b").exists()
+
+
+def test_a_lora_run_that_cannot_start_leaves_nothing(qwen, tmp_path):
+    """So the same --out can be given again."""
+    config = lora_config(qwen, lora={**LORA, "targets": ["nope"]})
+    with pytest.raises(UserError, match=r"no layer named nope"):
+        train(config, tmp_path / "a")
+    other = make_checkpoint(tmp_path / "other", "qwen2", seed=1)
+    train(lora_config(other, train={"steps": 1}), tmp_path / "trained")
+    model = {"path": str(qwen), "adapter": str(tmp_path / "trained" / "adapter")}
+    with pytest.raises(UserError, match="is for another base"):
+        train(lora_config(qwen, model=model), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
 
 
 @pytest.mark.parametrize(
