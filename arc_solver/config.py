@@ -170,8 +170,6 @@ class SourceConfig(Section):
             raise ValueError("at least one of solve and imitate needs a weight above 0")
         if self.difficulty[0] > self.difficulty[1]:
             raise ValueError("difficulty is (lowest, highest)")
-        if self.max_pairs == 1:
-            raise ValueError("max_pairs is 0 (all) or at least 2: one pair teaches no rule")
         return self
 
 
