@@ -145,15 +145,20 @@ def save_adapter(adapter: Adapter, folder: Path) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(settings, indent=1) + "\n")
 
 
+def require_adapter(folder: Path) -> None:
+    """Refuses a folder without the two files of a PEFT adapter."""
+    for needed in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / needed).is_file():
+            raise UserError(f"{folder} holds no adapter: {needed} is missing")
+
+
 def load_adapter(folder: Path) -> Adapter:
     """Reads a PEFT adapter.
 
     Raises:
         UserError: there is none, or it is not plain LoRA.
     """
-    for needed in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / needed).is_file():
-            raise UserError(f"{folder} holds no adapter: {needed} is missing")
+    require_adapter(folder)
     try:
         settings = json.loads((folder / "adapter_config.json").read_text())
         tensors = load_file(folder / "adapter_model.safetensors")

@@ -139,15 +139,15 @@ def _clock(step_s: list[float]) -> Any:
         start_s: float
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.start_s = _now_s()
+            self.start_s = now_s()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            step_s.append(_now_s() - self.start_s)
+            step_s.append(now_s() - self.start_s)
 
     return Clock()
 
 
-def _now_s() -> float:
+def now_s() -> float:
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()

@@ -13,7 +13,7 @@ import math
 import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .bench_field import read_samples
+from .bench_field import now_s, read_samples
 from .config import (
     AdaptConfig,
     Config,
@@ -30,6 +30,7 @@ from .config import (
     FormatConfig,
     LoraConfig,
     ModelConfig,
+    OptimConfig,
     Parser,
     RunConfig,
     SourceConfig,
@@ -90,9 +91,7 @@ def compare() -> dict[str, Side]:
         sides = {}
         for name, (module, *words) in commands.items():
             command = [sys.executable, "-P", "-m", f"arc_solver.{module}", *words]
-            done = subprocess.run(
-                command, capture_output=True, text=True
-            )  # libraries warn, of nothing that matters here
+            done = subprocess.run(command, capture_output=True, text=True)  # the libraries' warnings are not ours
             if done.returncode:
                 raise RuntimeError(f"{name} failed:\n{done.stderr}")
             found = json.loads(result.read_text())
@@ -147,22 +146,28 @@ def train_ours(model_dir: Path, file: Path, device: str, precision: str) -> Side
     attach_lora(model, LoraConfig(rank=same.rank, alpha=same.alpha, rslora=False, targets=same.targets), seed=0)
     logits_of = compiled(model.logits, TrainConfig(), devices)
     batches = _packed(file)
-    config = same.model_copy(update={"steps": len(batches), "schedule": "constant", "warmup": 0.0})
-    named = [(name, p) for name, p in lm.named_parameters() if p.requires_grad]
+    config = same.model_copy(update={"schedule": "constant", "warmup": 0.0})
+    spent_s = _timed_fit(devices, model, logits_of, config, batches)
+    return Side(sum(batch.useful_tokens for batch in batches[WARM:]) / spent_s, peak_memory(devices.device))
+
+
+def _timed_fit(
+    devices: Devices, model: Model, logits_of: Callable[..., Tensor], config: OptimConfig, batches: Sequence[Batch]
+) -> float:
+    """Trains what is not frozen, a step a batch; the seconds of the steps after the warm-up."""
+    named = [(name, p) for name, p in model.lm.named_parameters() if p.requires_grad]
+    optimizers = make_optimizers(named, config)
     begins_s: list[float] = []
 
     def loss_of(batch: Batch) -> Tensor:
         return packed_loss(model, batch, logits_of, reduction="sum")
 
     def backward_at(k: int) -> Tensor:
-        begins_s.append(_now_s())
-        return devices.backward(loss_of, lm, [batches[k]], batches[k].learnt)
+        begins_s.append(now_s())
+        return devices.backward(loss_of, model.lm, [batches[k]], batches[k].learnt)
 
-    fit([p for _, p in named], make_optimizers(named, config), config, backward_at)
-    measured = batches[WARM:]
-    return Side(
-        sum(batch.useful_tokens for batch in measured) / (_now_s() - begins_s[WARM]), peak_memory(devices.device)
-    )
+    fit([p for _, p in named], optimizers, config.model_copy(update={"steps": len(batches)}), backward_at)
+    return now_s() - begins_s[WARM]
 
 
 def _packed(file: Path) -> list[Batch]:
@@ -194,21 +199,12 @@ def flop_utilisation(shape: ModelConfig, train: TrainConfig, steps: int, device:
     """
     devices = Devices(Config(run=RunConfig(device=device), train=train))
     model = new_model(shape, FORMAT, seed=0)
-    lm = model.lm.to(devices.device).train()
+    model.lm.to(devices.device).train()
     source = read_source(SourceConfig(kind="tasks", path="arc-agi-1/training"))
     samples = SampleStream([source], CorpusConfig(max_tokens=MAX_TOKENS), FORMAT, 0, "bench")
     batches = BatchStream(samples, train.batch_tokens)[(0, 0)][: steps + WARM]
     logits_of = compiled(model.logits, train, devices)
-    optimizers = make_optimizers(list(lm.named_parameters()), train)
-    begins_s: list[float] = []
-
-    def backward_at(k: int) -> Tensor:
-        begins_s.append(_now_s())
-        batch = batches[k]
-        return devices.backward(lambda b: packed_loss(model, b, logits_of, reduction="sum"), lm, [batch], batch.learnt)
-
-    fit(list(lm.parameters()), optimizers, train.model_copy(update={"steps": len(batches)}), backward_at)
-    spent_s = _now_s() - begins_s[WARM]
+    spent_s = _timed_fit(devices, model, logits_of, train, batches)
     lengths = [batch.ends_S.diff(prepend=torch.zeros(1, dtype=torch.int64)) for batch in batches[WARM:]]
     seen = sum(int((length**2).sum()) for length in lengths)
     attention = 6 * shape.layers * shape.heads * shape.head_dim * seen
@@ -222,16 +218,10 @@ def peak_flops(device: torch.device) -> float:
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     times_s = []
     for _ in range(12):
-        begin_s = _now_s()
+        begin_s = now_s()
         a @ b
-        times_s.append(_now_s() - begin_s)
+        times_s.append(now_s() - begin_s)
     return 2 * size**3 / min(times_s)
-
-
-def _now_s() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def main(arguments: list[str]) -> int:

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .adapters import PEFT_PREFIX, load_adapter, merge
+from .adapters import PEFT_PREFIX, load_adapter, merge, require_adapter
 from .config import LoraConfig, UserError, first_line
 from .leaks import TrainingData
 from .model import DATA_FILE, Model, fingerprint, load_model
@@ -101,9 +101,7 @@ def check_base(folder: Path, base_dir: Path) -> None:
     Raises:
         UserError: it is not, or there is no adapter.
     """
-    for needed in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / needed).is_file():
-            raise UserError(f"{folder} holds no adapter: {needed} is missing")
+    require_adapter(folder)
     file = folder / BASE_FILE
     base = None
     try:

@@ -111,9 +111,10 @@ def fit(
     start = time.monotonic()
     clock = clock or (lambda: time.monotonic() - start)
     for k in range(first_step, config.steps):
-        if clock() >= max_s:
+        spent_s = clock()
+        if spent_s >= max_s:
             break
-        progress = max(k / config.steps, clock() / max_s)
+        progress = max(k / config.steps, spent_s / max_s)
         rate = step_rate(progress, config)
         for optimizer in optimizers:
             for group in optimizer.param_groups:

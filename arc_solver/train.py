@@ -133,28 +133,27 @@ def _is_run(folder: Path) -> bool:
 def _check_same_config(config: Config, file: Path) -> None:
     """A run goes on with the settings it was started with; only the device may be another."""
     before, now = json.loads(file.read_text()), config.model_dump(mode="json")
-    if before["run"]["seed"] != now["run"]["seed"]:
-        raise UserError(_differs("run.seed", before["run"]["seed"], now["run"]["seed"]))
+    _require_same("run.seed", before["run"]["seed"], now["run"]["seed"])
     for section in ("format", "model", "lora", "validation", "audit"):
-        for key, value in now[section].items():
-            if before[section].get(key) != value:
-                raise UserError(_differs(f"{section}.{key}", before[section].get(key), value))
-    if len(before["stages"]) != len(now["stages"]):
-        raise UserError(_differs("the number of stages", len(before["stages"]), len(now["stages"])))
+        _require_same_section(section, before, now)
+    _require_same("the number of stages", len(before["stages"]), len(now["stages"]))
     for old, new in zip(before["stages"], now["stages"], strict=True):
-        if old["start"] != new["start"]:
-            raise UserError(_differs("start of a stage", old["start"], new["start"]))
+        _require_same("start of a stage", old["start"], new["start"])
         for section in ("train", "corpus"):
-            for key, value in new[section].items():
-                if old[section].get(key) != value:
-                    raise UserError(_differs(f"{section}.{key}", old[section].get(key), value))
+            _require_same_section(section, old, new)
 
 
-def _differs(name: str, before: Any, now: Any) -> str:
-    return (
-        f"--resume: {name} is {now!r} and the run was started with {before!r}; give the same settings (they are in its"
-        " config.json), or start a new run with model.path"
-    )
+def _require_same_section(section: str, before: dict[str, Any], now: dict[str, Any]) -> None:
+    for key, value in now[section].items():
+        _require_same(f"{section}.{key}", before[section].get(key), value)
+
+
+def _require_same(name: str, before: Any, now: Any) -> None:
+    if before != now:
+        raise UserError(
+            f"--resume: {name} is {now!r} and the run was started with {before!r}; give the same settings (they are in"
+            " its config.json), or start a new run with model.path"
+        )
 
 
 # ---- the stages ----------------------------------------------------------------------------------------------------
