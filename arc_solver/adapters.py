@@ -34,7 +34,12 @@ class Adapter:
 
 
 class LoraLinear(nn.Module):
-    """A frozen linear layer with K adapters: row block k of the input goes through adapter k."""
+    """A frozen linear layer with K adapters: block k of the input's rows goes through adapter k.
+
+    The blocks are equal, or as long as `rows_K` says.
+    """
+
+    rows_K: Sequence[int] | None = None
 
     def __init__(self, base: nn.Linear, count: int, rank: int, alpha: float):
         super().__init__()
@@ -45,6 +50,10 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         count = len(self.A_KRI)
+        if self.rows_K and len(set(self.rows_K)) > 1:
+            blocks = zip(x.split(list(self.rows_K)), self.A_KRI.to(x.dtype), self.B_KOR.to(x.dtype), strict=True)
+            changes = [(block @ a.T) @ b.T for block, a, b in blocks]
+            return torch.add(self.base(x), torch.cat(changes), alpha=self.scale)
         x_KNI = x.reshape(count, -1, x.shape[-1])
         y_KNO = self.base(x_KNI)
         low_KNR = torch.bmm(x_KNI, self.A_KRI.to(x.dtype).transpose(1, 2))
@@ -62,6 +71,11 @@ class LoraBank:
 
     def parameters(self) -> list[nn.Parameter]:
         return [p for layer in self.layers.values() for p in (layer.A_KRI, layer.B_KOR)]
+
+    def use_rows(self, rows_K: Sequence[int] | None) -> None:
+        """How many rows of the next batches belong to each adapter, one after another; None: equally many."""
+        for layer in self.layers.values():
+            layer.rows_K = rows_K
 
     def export(self, k: int) -> Adapter:
         """A copy of adapter k."""

@@ -4,15 +4,17 @@ A batch is prefilled in one forward pass and then decoded in lockstep. Sequences
 are legal, and each id's grid position, come from `encode.Cursor`; a reply that ends is a grid by construction.
 """
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .adapters import Adapter, attached
+from .config import FormatConfig
 from .encode import PAD, Cursor, Prompt, longest_reply
 from .model import Model
 
@@ -23,6 +25,62 @@ class Reply:
 
     ids: tuple[int, ...]
     log_probability: float  # of all ids together, nats, under the unrestricted softmax
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """A given reply under one prompt."""
+
+    log_probability: float  # of all ids together, nats, under the unrestricted softmax
+    agreed: int  # its first ids that greedy decoding takes too
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What the threshold search found for one prompt."""
+
+    replies: tuple[Reply, ...]  # all that are at least as probable as the threshold, the most probable first
+    complete: bool  # False: the cap on nodes ended the search, so there may be more
+
+
+@dataclass
+class Cost:
+    """What answering took."""
+
+    forward_steps: int = 0  # forward passes of a batch
+    tokens: int = 0  # ids that went through the model, prompts included, padding not
+    decoded: int = 0  # ids of greedy replies
+    drafted: int = 0  # ids of drafts that were checked
+    accepted: int = 0  # and those of them that became part of a reply
+
+
+class Session(Protocol):
+    """Prompts that are being answered. What was computed for them is kept for the next question."""
+
+    cost: Cost
+
+    def generate(self, rows: Sequence[int], drafts: Mapping[int, Sequence[int]] | None = None) -> list[Reply]:
+        """The greedy replies to these of the prompts, in the order of `rows`, among the ids that are legal.
+
+        Args:
+            drafts: guesses of the replies, by row. They change how long it takes, and nothing else.
+        """
+
+    def search(self, threshold: float, max_nodes: int) -> list[Found]:
+        """For every prompt, the legal replies of probability `threshold` or more; `max_nodes` ids at most are tried."""
+
+    def score(self, replies: Sequence[Sequence[Sequence[int]]]) -> list[list[Scored]]:
+        """For every prompt, its own list of replies (with END) scored; what is known already costs nothing."""
+
+
+class Engine(Protocol):
+    """What answers prompts: `TorchEngine`, or `vllm_engine.VLLMEngine`."""
+
+    format: FormatConfig
+    context: int  # the most ids that a prompt and its reply may have together
+
+    def open(self, prompts: Sequence[Prompt], adapters: Sequence[Adapter | None]) -> AbstractContextManager[Session]:
+        """Takes prompts, each with the adapter that it is answered under, until the context is left."""
 
 
 class TorchEngine:

@@ -15,6 +15,7 @@ ROWS = (
         "training_report",
         "train",
         "adapt",
+        "candidates",
         "predict",
         "vote",
         "submission",

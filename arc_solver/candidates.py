@@ -1,0 +1,62 @@
+"""What prediction leaves for selection: every distinct answer, who gave it, and how probable each view finds it.
+
+Plain values that go to a run's folder and come back, so that selection can be done again without a model.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .tasks import Grid, make_grid
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A distinct answer to one test input, with the views' augmentations undone."""
+
+    test: int  # index of the test input
+    grid: Grid
+    views: tuple[int, ...]  # those that answered it, by greedy decoding
+    searched: tuple[int, ...]  # those in which the threshold search found it
+    log_probabilities: tuple[float | None, ...]  # of the whole reply under every view, nats; None: not scored there
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "test": self.test,
+            "views": list(self.views),
+            "searched": list(self.searched),
+            "log_probabilities": [None if p is None else round(p, 6) for p in self.log_probabilities],
+            "grid": self.grid.tolist(),
+        }
+
+    @staticmethod
+    def from_json(content: Mapping[str, Any]) -> "Candidate":
+        return Candidate(
+            content["test"],
+            make_grid(content["grid"], "candidate"),
+            tuple(content["views"]),
+            tuple(content["searched"]),
+            tuple(content["log_probabilities"]),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """All candidates of a task, and the views that they were asked and scored under."""
+
+    geometries: tuple[int, ...]  # of each view, 0 to 7
+    candidates: tuple[Candidate, ...]
+
+    def of(self, test: int) -> list[Candidate]:
+        return [candidate for candidate in self.candidates if candidate.test == test]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "geometries": list(self.geometries),
+            "candidates": [candidate.to_json() for candidate in self.candidates],
+        }
+
+    @staticmethod
+    def from_json(content: Mapping[str, Any]) -> "Predictions":
+        candidates = tuple(Candidate.from_json(candidate) for candidate in content["candidates"])
+        return Predictions(tuple(content["geometries"]), candidates)
