@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .config import AdaptConfig, UserError
+from .decoder import LoraLinear
 from .model import Model
 
 PEFT_PREFIX = "base_model.model."
@@ -31,34 +32,6 @@ class Adapter:
     rank: int
     alpha: float
     weights: Mapping[str, tuple[Tensor, Tensor]]  # name of the linear layer -> A [r, in], B [out, r], float32
-
-
-class LoraLinear(nn.Module):
-    """A frozen linear layer with K adapters: block k of the input's rows goes through adapter k.
-
-    The blocks are equal, or as long as `rows_K` says.
-    """
-
-    rows_K: Sequence[int] | None = None
-
-    def __init__(self, base: nn.Linear, count: int, rank: int, alpha: float):
-        super().__init__()
-        self.base, self.scale = base, alpha / rank
-        device = base.weight.device
-        self.A_KRI = nn.Parameter(torch.zeros(count, rank, base.in_features, device=device))
-        self.B_KOR = nn.Parameter(torch.zeros(count, base.out_features, rank, device=device))
-
-    def forward(self, x: Tensor) -> Tensor:
-        count = len(self.A_KRI)
-        if self.rows_K and len(set(self.rows_K)) > 1:
-            blocks = zip(x.split(list(self.rows_K)), self.A_KRI.to(x.dtype), self.B_KOR.to(x.dtype), strict=True)
-            changes = [(block @ a.T) @ b.T for block, a, b in blocks]
-            return torch.add(self.base(x), torch.cat(changes), alpha=self.scale)
-        x_KNI = x.reshape(count, -1, x.shape[-1])
-        y_KNO = self.base(x_KNI)
-        low_KNR = torch.bmm(x_KNI, self.A_KRI.to(x.dtype).transpose(1, 2))
-        out_KNO = torch.baddbmm(y_KNO, low_KNR, self.B_KOR.to(x.dtype).transpose(1, 2), alpha=self.scale)
-        return out_KNO.view(*x.shape[:-1], -1)
 
 
 @dataclass(frozen=True, eq=False)
