@@ -45,6 +45,32 @@ class LoraBank:
     def parameters(self) -> list[nn.Parameter]:
         return [p for layer in self.layers.values() for p in (layer.A_KRI, layer.B_KOR)]
 
+    def slice(self, k: int) -> list[nn.Parameter]:
+        """The parameters of adapter k alone: views, so that an optimizer of its own changes the bank."""
+        return [nn.Parameter(p.data[k]) for p in self.parameters()]
+
+    def take_gradients(self, k: int, slice: Sequence[nn.Parameter]) -> None:
+        """Gives the views of adapter k their gradients."""
+        for view, p in zip(slice, self.parameters(), strict=True):
+            view.grad = None if p.grad is None else p.grad[k]
+
+    def drop_gradients(self) -> None:
+        for p in self.parameters():
+            p.grad = None
+
+    def use(self, live: Sequence[int]) -> None:
+        """The next batches are for these adapters, in this order, in equal blocks of rows."""
+        count = len(next(iter(self.layers.values())).A_KRI)
+        for layer in self.layers.values():
+            layer.live_L = None if list(live) == list(range(count)) else torch.tensor(live, device=layer.A_KRI.device)
+
+    @torch.no_grad()
+    def set(self, k: int, adapter: Adapter) -> None:
+        """Makes adapter k a copy of this one."""
+        for name, layer in self.layers.items():
+            layer.A_KRI[k].copy_(adapter.weights[name][0])
+            layer.B_KOR[k].copy_(adapter.weights[name][1])
+
     def use_rows(self, rows_K: Sequence[int] | None) -> None:
         """How many rows of the next batches belong to each adapter, one after another; None: equally many."""
         for layer in self.layers.values():
@@ -75,17 +101,17 @@ def attached(model: Model, adapters: Sequence[Adapter]) -> Iterator[LoraBank]:
         base = modules.get(name)
         if not isinstance(base, nn.Linear) or (a.shape[1], b.shape[0]) != (base.in_features, base.out_features):
             raise UserError(f"the adapter does not fit this model: no linear layer {name} of that size")
-        layers[name] = layer = LoraLinear(base, len(adapters), first.rank, first.alpha)
-        with torch.no_grad():
-            layer.A_KRI.copy_(torch.stack([adapter.weights[name][0] for adapter in adapters]))
-            layer.B_KOR.copy_(torch.stack([adapter.weights[name][1] for adapter in adapters]))
+        layers[name] = LoraLinear(base, len(adapters), first.rank, first.alpha)
+    bank = LoraBank(first.rank, first.alpha, layers)
+    for k, adapter in enumerate(adapters):
+        bank.set(k, adapter)
     frozen = [p for p in model.lm.parameters() if p.requires_grad]
     try:
         for p in frozen:
             p.requires_grad_(False)
         for name, layer in layers.items():
             _replace(model.lm, name, layer)
-        yield LoraBank(first.rank, first.alpha, layers)
+        yield bank
     finally:
         for name, layer in layers.items():
             _replace(model.lm, name, layer.base)

@@ -265,14 +265,23 @@ class StageConfig(Section):
 
 
 class AdaptConfig(OptimConfig):
-    optimizer: Literal["adamw"] = "adamw"  # type: ignore[assignment] # Muon is for matrices; adapters are stacks of them
+    optimizer: Literal["adamw"] = "adamw"  # type: ignore[assignment] # Muon is for whole weight matrices
     enabled: bool = True
+    # What a task's adapter starts from: a fresh one (model.adapter is merged into the weights first), or model.adapter
+    # itself, with its rank, alpha and targets.
+    start: Literal["fresh", "pretrained"] = "fresh"
     rank: PositiveInt = 32
     alpha: PositiveFloat = 32.0
     targets: Annotated[tuple[str, ...], Field(min_length=1)] = LINEAR_LAYERS
     lr: PositiveFloat = 3e-3
     steps: PositiveInt = 180
+    # never: all steps are taken. leave-one-out: a task stops once the model, asked each demonstration given the others,
+    # answers all of them exactly.
+    stop: Literal["never", "leave-one-out"] = "never"
     batch_size: PositiveInt = 4  # sequences a step
+    # Tokens of a step of the tasks that are adapted at once: as many as fit, of like length. 0 = 2,048 on a CPU, where
+    # more hardly helps; 32,768 on a GPU.
+    group_tokens: NonNegativeInt = 0
     max_tokens: PositiveInt = 2048  # longest sequence; demonstrations are dropped until it fits
     budget_tokens: PositiveInt = 600_000  # tokens a task may train on; fewer steps for long tasks
     keep_background: Share = 0.8

@@ -21,9 +21,12 @@ ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "
 class LoraLinear(nn.Module):
     """A frozen linear layer with K adapters: block k of the input's rows goes through adapter k.
 
-    The blocks are equal, or as long as `rows_K` says.
+    Attributes:
+        live_L: the adapters that the input is for, if not all of them.
+        rows_K: how long the blocks are, if not equal.
     """
 
+    live_L: Tensor | None = None
     rows_K: Sequence[int] | None = None
 
     def __init__(self, base: nn.Linear, count: int, rank: int, alpha: float):
@@ -34,7 +37,7 @@ class LoraLinear(nn.Module):
         self.B_KOR = nn.Parameter(torch.zeros(count, base.out_features, rank, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
-        (y,), _ = _project(x.reshape(-1, x.shape[-1]), [self], [self.A_KRI, self.B_KOR], len(x))
+        (y,), _ = _project(x.reshape(-1, x.shape[-1]), [self], _adapters([self]), len(x))
         return y.view(*x.shape[:-1], -1)
 
 
@@ -154,6 +157,7 @@ class _OutOf:
         dup = dhidden * silu
         dgate = torch.ops.aten.silu_backward(dhidden.mul_(up), gate)
         dnormed, in_adapters = _project_backward([dgate, dup], self.linears[1:3], in_saved)
+        assert dnormed is not None
         dh = _norm_backward(dnormed, self.layer.post_attention_layernorm, *norm).add_(dy)
         do, o_adapters = _project_backward([dh], self.linears[:1], o_saved)
         assert do is not None
@@ -202,9 +206,16 @@ class _Norm(torch.autograd.Function):
 
 
 def _adapters(linears: Sequence[nn.Module]) -> list[Tensor | None]:
-    """A and B of each layer in turn; None where it has none."""
-    pairs = [(x.A_KRI, x.B_KOR) if isinstance(x, LoraLinear) else (None, None) for x in linears]
-    return [tensor for pair in pairs for tensor in pair]
+    """A and B of each layer in turn, of the live adapters; None where it has none."""
+    found: list[Tensor | None] = []
+    for linear in linears:
+        if not isinstance(linear, LoraLinear):
+            found += [None, None]
+        elif linear.live_L is None:
+            found += [linear.A_KRI, linear.B_KOR]
+        else:
+            found += [linear.A_KRI[linear.live_L], linear.B_KOR[linear.live_L]]
+    return found
 
 
 def _project(

@@ -3,8 +3,8 @@
 `runs/<name>/` holds the resolved config, `log.jsonl`, a result file for each task (candidates, timing, how adaptation
 went), the adapters, and `submission.json`, which exists from the first second and is rewritten after every task.
 
-Tasks are solved by worker processes, one for each CPU core (one for a GPU). A task's result depends on the seed and
-the task alone, so their number and order change nothing but the time.
+Tasks are solved by worker processes, one for each CPU core (one for a GPU), in groups that are adapted at once. A
+group's results depend on the seed and its tasks alone, so the number of workers changes nothing but the time.
 """
 
 import json
@@ -32,8 +32,8 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from .adapt import adapt, planned_steps
-from .adapters import fresh_adapter, save_adapter
+from .adapt import Adaptation, adapt, group_by_length, planned_steps
+from .adapters import Adapter, fresh_adapter, save_adapter
 from .config import (
     Config,
     Parser,
@@ -45,9 +45,10 @@ from .config import (
     run_main,
     task_overrides,
 )
+from .devices import keep_freed_memory
 from .engine import TorchEngine
 from .leaks import leak_audit
-from .lora import with_adapter
+from .lora import with_adapter, with_start
 from .model import BUNDLED_DIR, Model, fast_dtype, load_model, pick_device
 from .predict import Candidate, predict
 from .report import save_picture, task_picture
@@ -66,7 +67,7 @@ class Result:
     attempts: list[Attempts]
     candidates: list[Candidate]
     seconds: float
-    adaptation: dict[str, float] | None  # steps, tokens, first_loss, last_loss, seconds
+    adaptation: dict[str, Any] | None  # see `Adaptation.to_json`
     error: str | None = None  # traceback, if solving failed; the attempts are placeholders then
 
     def to_json(self) -> dict[str, Any]:
@@ -82,28 +83,42 @@ class Result:
 OnProgress = Callable[[str, float], None]  # task id, share of its work done
 
 
-def solve_task(task: Task, engine: TorchEngine, config: Config, run_dir: Path, on_progress: OnProgress) -> Result:
-    """Solves one task. The same config and seed give the same result, whatever ran before."""
-    start = time.monotonic()
-    rng = partial(named_rng, config.run.seed, task.id)  # rng("adapt") is the same whatever ran before
-    adapter, adaptation = None, None
-    if config.adapt.enabled:
-        steps = planned_steps(task, config.adapt)
+@dataclass(frozen=True, eq=False)
+class Worker:
+    """What solves tasks: an engine, and the adapter that their own continue (None: each starts with a fresh one)."""
+
+    engine: TorchEngine
+    start: Adapter | None
+    config: Config
+    run_dir: Path
+
+    def solve(self, tasks: Sequence[Task], on_progress: OnProgress) -> list[Result]:
+        """Solves tasks that are adapted at once. The same config, seed and tasks give the same results."""
+        adaptations = self._adapt(tasks, on_progress) if self.config.adapt.enabled else [None] * len(tasks)
+        return [self._predict(task, adaptation) for task, adaptation in zip(tasks, adaptations, strict=True)]
+
+    def _adapt(self, tasks: Sequence[Task], on_progress: OnProgress) -> list[Adaptation]:
+        rngs = [named_rng(self.config.run.seed, task.id, "adapt") for task in tasks]
         done = adapt(
-            task, engine.model, config.adapt, rng("adapt"), lambda s: on_progress(task.id, ADAPT_SHARE * s.step / steps)
+            tasks,
+            self.engine.model,
+            self.config.adapt,
+            rngs,
+            self.start,
+            lambda task, share: on_progress(task.id, ADAPT_SHARE * share),
         )
-        adapter = done.adapter
-        save_adapter(adapter, run_dir / "adapters" / task.id)
-        adaptation = {
-            "steps": done.steps,
-            "tokens": done.tokens,
-            "first_loss": round(done.first_loss, 4),
-            "last_loss": round(done.last_loss, 4),
-            "seconds": round(done.seconds, 2),
-        }
-    candidates = predict(task, engine, adapter, config.predict, rng("predict"))
-    attempts = vote(candidates, len(task.test), config.vote)
-    return Result(task.id, attempts, candidates, time.monotonic() - start, adaptation)
+        for task, adaptation in zip(tasks, done, strict=True):
+            save_adapter(adaptation.adapter, self.run_dir / "adapters" / task.id)
+        return done
+
+    def _predict(self, task: Task, adaptation: Adaptation | None) -> Result:
+        start = time.monotonic()
+        rng = named_rng(self.config.run.seed, task.id, "predict")
+        adapter = adaptation.adapter if adaptation else None
+        candidates = predict(task, self.engine, adapter, self.config.predict, rng)
+        attempts = vote(candidates, len(task.test), self.config.vote)
+        seconds = time.monotonic() - start + (adaptation.seconds if adaptation else 0)
+        return Result(task.id, attempts, candidates, seconds, adaptation.to_json() if adaptation else None)
 
 
 def solve(found: TaskSet, config: Config, run_dir: Path, console: Console) -> dict[str, Result]:
@@ -121,7 +136,8 @@ def solve(found: TaskSet, config: Config, run_dir: Path, console: Console) -> di
             done_share[task_id] = max(done_share[task_id], share)
             bar.update(line, completed=sum(costs[i] * done_share[i] for i in costs))
 
-        longest_first = sorted(found.tasks, key=lambda task: (-costs[task.id], task.id))
+        groups = group_by_length(found.tasks, config.adapt, pick_device(config.run.device))
+        longest_first = sorted(groups, key=lambda group: -sum(costs[task.id] for task in group))
         for result in map_unordered(longest_first, config, run_dir, on_progress):
             results[result.task_id] = result
             submission[result.task_id] = result.attempts
@@ -135,29 +151,31 @@ def solve(found: TaskSet, config: Config, run_dir: Path, console: Console) -> di
     return results
 
 
-def map_unordered(tasks: Sequence[Task], config: Config, run_dir: Path, on_progress: OnProgress) -> Iterator[Result]:
-    """Solves tasks in worker processes, or in this one if there is but one worker; yields results as they come."""
-    workers = _worker_count(config, len(tasks))
+def map_unordered(
+    groups: Sequence[Sequence[Task]], config: Config, run_dir: Path, on_progress: OnProgress
+) -> Iterator[Result]:
+    """Solves groups of tasks in worker processes, or in this one if there is but one; yields results as they come."""
+    workers = _worker_count(config, len(groups))
     if workers == 1:
         threads = torch.get_num_threads()
         try:
-            _start_worker(config, run_dir, None)
-            for task in tasks:
-                yield _solve_safely(task, on_progress)
+            worker = _make_worker(config, run_dir)
+            for group in groups:
+                yield from _solve_safely(worker, group, on_progress)
         finally:
             torch.set_num_threads(threads)
         return
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (config, run_dir, queue))
+    pool = ProcessPoolExecutor(workers, context, _start_process, (config, run_dir, queue))
     try:
-        pending = {pool.submit(_solve_safely, task) for task in tasks}
+        pending = {pool.submit(_solve_in_process, group) for group in groups}
         while pending:
             finished, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
             while not queue.empty():
                 on_progress(*queue.get())
             for future in finished:
-                yield future.result()
+                yield from future.result()
     finally:
         if pending:  # interrupted: nobody waits for these any more
             for process in multiprocessing.active_children():
@@ -165,24 +183,53 @@ def map_unordered(tasks: Sequence[Task], config: Config, run_dir: Path, on_progr
         pool.shutdown(cancel_futures=True)
 
 
-_worker: dict[str, Any] = {}  # what a worker process keeps between tasks
+_process: dict[str, Any] = {}  # what a worker process keeps between groups
 
 
-def _start_worker(config: Config, run_dir: Path, queue: Any) -> None:
+def _start_process(config: Config, run_dir: Path, queue: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _process.update(worker=_make_worker(config, run_dir), queue=queue)
+
+
+def _solve_in_process(group: Sequence[Task]) -> list[Result]:
+    return _solve_safely(_process["worker"], group, lambda task_id, share: _process["queue"].put((task_id, share)))
+
+
+def _solve_safely(worker: Worker, group: Sequence[Task], on_progress: OnProgress) -> list[Result]:
+    """Failure is an answer: the traceback comes back as a value, with placeholders. Then the others go on alone."""
+    start = time.monotonic()
+    try:
+        return worker.solve(group, on_progress)
+    except Exception:
+        if len(group) > 1:
+            return [result for task in group for result in _solve_safely(worker, [task], on_progress)]
+        (task,) = group
+        blank: list[Attempts] = [(NO_ANSWER, NO_ANSWER)] * len(task.test)
+        return [Result(task.id, blank, [], time.monotonic() - start, None, traceback.format_exc())]
+
+
+def _make_worker(config: Config, run_dir: Path) -> Worker:
     device = pick_device(config.run.device)
     if device.type == "cpu":
         torch.set_num_threads(1)  # one core a worker; and results then depend on no thread count
-    if queue is not None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
-        threading.Thread(target=_end_with_parent, daemon=True).start()
-    model = _load(config, device)
-    _worker.update(engine=TorchEngine(model, config.predict.batch_tokens), config=config, run_dir=run_dir, queue=queue)
+        keep_freed_memory(1 << 30)
+    model, start = _load(config, device)
+    return Worker(TorchEngine(model, config.predict.batch_tokens), start, config, run_dir)
 
 
-def _load(config: Config, device: torch.device) -> Model:
-    """What all adapters of a run are made for: the checkpoint, with the adapter of the config merged in, if any."""
+def _load(config: Config, device: torch.device) -> tuple[Model, Adapter | None]:
+    """The checkpoint that all adapters of a run are for, and the adapter that they continue, if any.
+
+    The adapter of the config is that one, or is merged into the weights.
+    """
     model = load_model(config.model.path, device, fast_dtype(device))
-    return with_adapter(model, config.model.adapter, Path(config.model.path) if config.model.path else BUNDLED_DIR)
+    base_dir = Path(config.model.path) if config.model.path else BUNDLED_DIR
+    if not (config.adapt.enabled and config.adapt.start == "pretrained"):
+        return with_adapter(model, config.model.adapter, base_dir), None
+    if not config.model.adapter:
+        raise UserError('adapt.start="pretrained" continues an adapter: give its folder as model.adapter')
+    return with_start(model, Path(config.model.adapter), base_dir)
 
 
 def _end_with_parent() -> None:
@@ -191,17 +238,6 @@ def _end_with_parent() -> None:
     assert parent
     multiprocessing.connection.wait([parent.sentinel])
     os._exit(1)
-
-
-def _solve_safely(task: Task, on_progress: OnProgress | None = None) -> Result:
-    """Failure is an answer: the traceback comes back as a value, with placeholders."""
-    report = on_progress or (lambda task_id, share: _worker["queue"].put((task_id, share)))
-    start = time.monotonic()
-    try:
-        return solve_task(task, _worker["engine"], _worker["config"], _worker["run_dir"], report)
-    except Exception:
-        blank: list[Attempts] = [(NO_ANSWER, NO_ANSWER)] * len(task.test)
-        return Result(task.id, blank, [], time.monotonic() - start, None, traceback.format_exc())
 
 
 def _worker_count(config: Config, tasks: int) -> int:
@@ -339,11 +375,12 @@ def main(arguments: list[str]) -> int:
     found = load_tasks(config.tasks)
     run_dir = args.out or default_run_dir(found)
     device = pick_device(config.run.device)
-    model = _load(config, device)
-    if config.adapt.enabled:
+    model, start_adapter = _load(config, device)
+    if config.adapt.enabled and not start_adapter:
         fresh_adapter(model, config.adapt, named_rng(0))  # refuses targets that the model lacks before any work is done
     config = config.model_copy(update={"format": model.format})  # the checkpoint's, whatever the config says
-    workers = _worker_count(config, len(found.tasks))
+    groups = group_by_length(found.tasks, config.adapt, device)
+    workers = _worker_count(config, len(groups))
     _make_run_dir(run_dir)
     plain = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     plain(

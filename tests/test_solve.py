@@ -19,7 +19,7 @@ from arc_solver.engine import TorchEngine
 from arc_solver.model import Model, load_model, new_model, packed_loss, save_model
 from arc_solver.optimize import fit, make_optimizers
 from arc_solver.predict import predict
-from arc_solver.solve import default_run_dir, main, solve_task
+from arc_solver.solve import Worker, default_run_dir, main
 from arc_solver.stream import pack
 from arc_solver.submission import read_submission, score
 from arc_solver.tasks import Pair, TasksConfig, TaskSet, load_tasks, smallest
@@ -225,16 +225,17 @@ def test_a_tiny_model_learns_five_tasks_by_heart(arc):
     assert score(submission, solutions).share_of_outputs == 1.0
 
 
-def test_solve_task_does_not_depend_on_what_ran_before(toy_model, rng, tmp_path):
+def test_a_group_does_not_depend_on_what_ran_before(toy_model, rng, tmp_path):
     config = Config().model_copy(update={"predict": PredictConfig(views=2)})
     config = config.model_copy(update={"adapt": config.adapt.model_copy(update={"steps": 2, "rank": 2})})
-    engine = TorchEngine(toy_model, 10_000)
-    tasks = [flip_task(rng, f"task{i}") for i in range(2)]
+    groups = [[flip_task(rng, f"task{i}"), flip_task(rng, f"other{i}")] for i in range(2)]
     quiet = lambda task_id, share: None  # noqa: E731
-    forwards = [solve_task(t, engine, config, tmp_path / "f", quiet) for t in tasks]
-    backwards = [solve_task(t, engine, config, tmp_path / "b", quiet) for t in reversed(tasks)][::-1]
+    worker = Worker(TorchEngine(toy_model, 10_000), None, config, tmp_path)
+    forwards = [worker.solve(group, quiet) for group in groups]
+    backwards = [worker.solve(group, quiet) for group in reversed(groups)][::-1]
     for a, b in zip(forwards, backwards, strict=True):
-        assert [c.to_json() for c in a.candidates] == [c.to_json() for c in b.candidates]
+        for one, other in zip(a, b, strict=True):
+            assert [c.to_json() for c in one.candidates] == [c.to_json() for c in other.candidates]
 
 
 def test_run_directories_get_names_of_their_own(tmp_path, monkeypatch):
