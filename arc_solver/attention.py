@@ -6,7 +6,7 @@ transformers, which therefore builds none.
 """
 
 import inspect
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import torch
@@ -135,22 +135,39 @@ def _products_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of causal attention by bf16 matrix products: on short sequences twice as fast as the flash kernel.
 
-    A block of queries at a time, each with the keys that it sees. [H, T, D] each.
+    A block of queries at a time, each with the keys that it sees; one block of all if there are few. [H, T, D] each.
     """
     q, length = q * scale, q.shape[1]
+    if length <= 2 * block:
+        dq, dk, dv = _block_backward(grad, q, k, v)
+        return dq.mul_(scale), dk, dv
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    above = torch.full((min(block, length),) * 2, -torch.inf, dtype=q.dtype).triu_(1)
     for start in range(0, length, block):
         rows, seen = slice(start, start + block), slice(min(start + block, length))
-        scores = torch.bmm(q[:, rows], k[:, seen].transpose(1, 2))
-        scores[:, :, start:] += above[: scores.shape[1], : scores.shape[1]]
-        weights = scores.softmax(-1)
-        dweights = torch.bmm(grad[:, rows], v[:, seen].transpose(1, 2))
-        dscores = torch.ops.aten._softmax_backward_data(dweights, weights, -1, weights.dtype)
-        dq[:, rows] = torch.bmm(dscores, k[:, seen])
-        dk[:, seen] += torch.bmm(dscores.transpose(1, 2), q[:, rows])
-        dv[:, seen] += torch.bmm(weights.transpose(1, 2), grad[:, rows])
+        dq[:, rows], dk_seen, dv_seen = _block_backward(grad[:, rows], q[:, rows], k[:, seen], v[:, seen])
+        dk[:, seen] += dk_seen
+        dv[:, seen] += dv_seen
     return dq.mul_(scale), dk, dv
+
+
+def _block_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for queries that are the last of the keys, and scaled already."""
+    rows = q.shape[1]
+    scores = torch.bmm(q, k.transpose(1, 2))
+    scores[:, :, -rows:] += _above_diagonal(rows)
+    weights = scores.softmax(-1)
+    dweights = torch.bmm(grad, v.transpose(1, 2))
+    dscores = torch.ops.aten._softmax_backward_data(dweights, weights, -1, weights.dtype)
+    return (
+        torch.bmm(dscores, k),
+        torch.bmm(dscores.transpose(1, 2), q),
+        torch.bmm(weights.transpose(1, 2), grad),
+    )
+
+
+@lru_cache(64)
+def _above_diagonal(size: int) -> Tensor:
+    return torch.full((size, size), -torch.inf, dtype=torch.bfloat16).triu_(1)
 
 
 def _packed_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
