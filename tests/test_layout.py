@@ -19,6 +19,7 @@ ROWS = (
         "predict",
         "vote",
         "submission",
+        "revote",
         "solve",
     ),
     *("bench_field", "bench_train", "bench"),
