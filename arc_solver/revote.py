@@ -282,6 +282,7 @@ def main(arguments: list[str]) -> int:
     runs = [read_run(run_dir, overrides) for run_dir in run_dirs]
     console = Console()
     if len(runs) > 1 or args.all_rules:
+        console.width = max(console.width, 100)  # a file's is 80, which would cut the figures
         console.print(compare(runs))
     else:
         revote(runs[0], console)
