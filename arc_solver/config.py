@@ -65,6 +65,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Schedule = Literal["linear", "cosine", "constant", "cyclic", "wsd"]
 OutputOnly = Literal["keep", "permute"]
+VoteRule = Literal["votes", "product", "mean-probability", "hierarchical", "probmul", "kgmon", "hierarchical-kgmon"]
 
 
 class RunConfig(Section):
@@ -303,7 +304,11 @@ class PredictConfig(Section):
 
 
 class VoteConfig(Section):
-    rule: Literal["votes"] = "votes"  # most views; ties by mean log-probability
+    """How the two attempts are chosen among the candidates; `bin/solve --revote` chooses again."""
+
+    rule: VoteRule = "votes"  # see the functions of these names in vote.py
+    monochrome_prior: bool = False  # grids of one colour go last, if no demonstration's output is one
+    shape_prior: bool = False  # other shapes go last, if all demonstrations keep it, or multiply it by the same
 
 
 class Config(Section):

@@ -32,6 +32,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from . import revote
 from .adapt import Adaptation, adapt, group_by_length, planned_steps
 from .adapters import Adapter, fresh_adapter, save_adapter
 from .config import (
@@ -358,11 +359,14 @@ def default_run_dir(found: TaskSet) -> Path:
 
 
 def main(arguments: list[str]) -> int:
+    if any(word.partition("=")[0] == "--revote" for word in arguments):
+        return revote.main(arguments)
     parser = Parser(prog="bin/solve", description="Solve ARC tasks and write submission.json.")
     parser.add_argument("config", nargs="?", help="TOML file; without it, the defaults and the demo set")
     add_task_arguments(parser)
     parser.add_argument("--out", type=Path, metavar="RUN_DIR", help="a new folder; default runs/<tasks>-<time>")
     parser.add_argument("--seed", type=int)
+    parser.add_argument("--revote", metavar="RUN_DIR", help="only select again in finished runs; --revote --help")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args(arguments)
     overrides = list(args.overrides)

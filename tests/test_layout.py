@@ -31,6 +31,7 @@ ROWS = (
         "predict",
         "vote",
         "submission",
+        "revote",
         "solve",
     ),
     *("bench_field", "bench_train", "bench"),
