@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .adapters import LoraBank
@@ -191,5 +192,6 @@ class Block:
 def _mask(prompts_B: Tensor, seen_BTR: Tensor, end: int) -> Tensor:
     """Each row's prompt, and what `seen_BTR` says of the columns after it. [B, T, end] bool."""
     after_BK = torch.arange(end, device=prompts_B.device) - prompts_B[:, None]
+    seen_BTR = F.pad(seen_BTR, (0, 1))  # one more, never seen: where the columns of shorter prompts end up
     places_BTK = after_BK.clamp(0, seen_BTR.shape[2] - 1)[:, None].expand(-1, seen_BTR.shape[1], -1)
     return (after_BK < 0)[:, None] | seen_BTR.gather(2, places_BTK)

@@ -24,7 +24,7 @@ from .model import Model
 from .token_tree import Grammar, Guess, TokenTree
 
 FIRST_WINDOW = 16  # ids of a draft that are verified together after its first disagreement
-MOST_PADDING = 1.5  # longest prompt over shortest in a cache
+MOST_PADDING = 0.5, 256  # of a prompt in a cache: as a share of its length, and ids besides
 MASK_CELLS = 1 << 27  # queries x keys of a scoring pass
 
 
@@ -86,8 +86,12 @@ class Session(Protocol):
 class Engine(Protocol):
     """What answers prompts: `TorchEngine`, or `vllm_engine.VLLMEngine`."""
 
-    format: FormatConfig
-    context: int  # the positions that the model has; with token positions, ids of a prompt and its reply together
+    @property
+    def format(self) -> FormatConfig: ...
+
+    @property
+    def context(self) -> int:
+        """The positions that the model has; see `needed_context`."""
 
     def open(self, prompts: Sequence[Prompt], adapters: Sequence[Adapter | None]) -> AbstractContextManager[Session]:
         """Takes prompts, each with the adapter that it is answered under, until the context is left."""
@@ -337,7 +341,8 @@ def _share_caches(prompts: Sequence[Prompt], adapters: Sequence[int], engine: To
     for i in sorted(range(len(prompts)), key=lambda i: (-longest_of[adapters[i]], adapters[i], -len(prompts[i]))):
         lengths = [len(prompts[j]) for j in (*parts[-1], i)] if parts else []
         fits = len(lengths) * (max(lengths, default=0) + longest_reply(engine.format)) <= room
-        if lengths and fits and max(lengths) <= MOST_PADDING * min(lengths):
+        share, besides = MOST_PADDING
+        if lengths and fits and max(lengths) <= (1 + share) * min(lengths) + besides:
             parts[-1].append(i)
         else:
             parts.append([i])
