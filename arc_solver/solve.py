@@ -35,6 +35,7 @@ from rich.text import Text
 from . import revote
 from .adapt import Adaptation, adapt, group_by_length, planned_steps
 from .adapters import Adapter, fresh_adapter, save_adapter
+from .candidates import Predictions
 from .config import (
     Config,
     Parser,
@@ -51,9 +52,9 @@ from .engine import TorchEngine
 from .leaks import leak_audit
 from .lora import with_adapter, with_start
 from .model import BUNDLED_DIR, Model, fast_dtype, load_model, pick_device
-from .predict import Candidate, predict
+from .predict import predict_tasks
 from .report import save_picture, task_picture
-from .submission import Score, Submission, score, write_submission
+from .submission import Score, Submission, coverage, score, write_submission
 from .tasks import Attempts, Task, TaskSet, load_tasks
 from .vote import NO_ANSWER, rank, vote
 
@@ -66,8 +67,9 @@ class Result:
 
     task_id: str
     attempts: list[Attempts]
-    candidates: list[Candidate]
+    predictions: Predictions
     seconds: float
+    predicting: float  # of these seconds, those of prediction
     adaptation: dict[str, Any] | None  # see `Adaptation.to_json`
     error: str | None = None  # traceback, if solving failed; the attempts are placeholders then
 
@@ -75,8 +77,9 @@ class Result:
         return {
             "task": self.task_id,
             "seconds": round(self.seconds, 2),
+            "predicting": round(self.predicting, 2),
             "adaptation": self.adaptation,
-            "candidates": [candidate.to_json() for candidate in self.candidates],
+            **self.predictions.to_json(),
             "error": self.error,
         }
 
@@ -92,11 +95,16 @@ class Worker:
     start: Adapter | None
     config: Config
     run_dir: Path
+    shares_batches: (
+        bool  # tasks that are adapted at once are asked at once too: on a GPU, where a step waits for launches
+    )
 
     def solve(self, tasks: Sequence[Task], on_progress: OnProgress) -> list[Result]:
         """Solves tasks that are adapted at once. The same config, seed and tasks give the same results."""
         adaptations = self._adapt(tasks, on_progress) if self.config.adapt.enabled else [None] * len(tasks)
-        return [self._predict(task, adaptation) for task, adaptation in zip(tasks, adaptations, strict=True)]
+        together = len(tasks) if self.shares_batches else 1
+        chunks = (slice(i, i + together) for i in range(0, len(tasks), together))
+        return [result for chunk in chunks for result in self._predict(tasks[chunk], adaptations[chunk])]
 
     def _adapt(self, tasks: Sequence[Task], on_progress: OnProgress) -> list[Adaptation]:
         rngs = [named_rng(self.config.run.seed, task.id, "adapt") for task in tasks]
@@ -112,14 +120,23 @@ class Worker:
             save_adapter(adaptation.adapter, self.run_dir / "adapters" / task.id)
         return done
 
-    def _predict(self, task: Task, adaptation: Adaptation | None) -> Result:
+    def _predict(self, tasks: Sequence[Task], adaptations: Sequence[Adaptation | None]) -> list[Result]:
         start = time.monotonic()
-        rng = named_rng(self.config.run.seed, task.id, "predict")
-        adapter = adaptation.adapter if adaptation else None
-        candidates = predict(task, self.engine, adapter, self.config.predict, rng)
-        attempts = vote(candidates, len(task.test), self.config.vote)
-        seconds = time.monotonic() - start + (adaptation.seconds if adaptation else 0)
-        return Result(task.id, attempts, candidates, seconds, adaptation.to_json() if adaptation else None)
+        rngs = [named_rng(self.config.run.seed, task.id, "predict") for task in tasks]
+        adapters = [adaptation.adapter if adaptation else None for adaptation in adaptations]
+        found = predict_tasks(tasks, self.engine, adapters, self.config.predict, rngs)
+        seconds = (time.monotonic() - start) / len(tasks)
+        return [
+            Result(
+                task.id,
+                vote(predictions, task, self.config.vote),
+                predictions,
+                seconds + (adaptation.seconds if adaptation else 0),
+                seconds,
+                adaptation.to_json() if adaptation else None,
+            )
+            for task, predictions, adaptation in zip(tasks, found, adaptations, strict=True)
+        ]
 
 
 def solve(found: TaskSet, config: Config, run_dir: Path, console: Console) -> dict[str, Result]:
@@ -128,6 +145,7 @@ def solve(found: TaskSet, config: Config, run_dir: Path, console: Console) -> di
     submission: Submission = {task.id: [(NO_ANSWER, NO_ANSWER)] * len(task.test) for task in found.tasks}
     write_submission(submission, run_dir / "submission.json")
     results: dict[str, Result] = {}
+    tasks = {task.id: task for task in found.tasks}
     costs = {task.id: _cost(task, config) for task in found.tasks}
     done_share = dict.fromkeys(costs, 0.0)
     with _progress_bar(console) as bar, (run_dir / "log.jsonl").open("w", buffering=1) as log:
@@ -144,7 +162,7 @@ def solve(found: TaskSet, config: Config, run_dir: Path, console: Console) -> di
             submission[result.task_id] = result.attempts
             write_submission(submission, run_dir / "submission.json")
             (run_dir / "tasks" / f"{result.task_id}.json").write_text(json.dumps(result.to_json()) + "\n")
-            record = _log_record(result, config)
+            record = _log_record(result, tasks[result.task_id], config)
             log.write(json.dumps(record) + "\n")
             on_progress(result.task_id, 1.0)
             bar.update(line, tasks_done=len(results))
@@ -207,7 +225,9 @@ def _solve_safely(worker: Worker, group: Sequence[Task], on_progress: OnProgress
             return [result for task in group for result in _solve_safely(worker, [task], on_progress)]
         (task,) = group
         blank: list[Attempts] = [(NO_ANSWER, NO_ANSWER)] * len(task.test)
-        return [Result(task.id, blank, [], time.monotonic() - start, None, traceback.format_exc())]
+        return [
+            Result(task.id, blank, Predictions((), ()), time.monotonic() - start, 0.0, None, traceback.format_exc())
+        ]
 
 
 def _make_worker(config: Config, run_dir: Path) -> Worker:
@@ -216,7 +236,7 @@ def _make_worker(config: Config, run_dir: Path) -> Worker:
         torch.set_num_threads(1)  # one core a worker; and results then depend on no thread count
         keep_freed_memory(1 << 30)
     model, start = _load(config, device)
-    return Worker(TorchEngine(model, config.predict.batch_tokens), start, config, run_dir)
+    return Worker(TorchEngine(model, config.predict.batch_tokens), start, config, run_dir, device.type != "cpu")
 
 
 def _load(config: Config, device: torch.device) -> tuple[Model, Adapter | None]:
@@ -279,15 +299,18 @@ def _progress_bar(console: Console) -> Progress:
     )
 
 
-def _log_record(result: Result, config: Config) -> dict[str, Any]:
-    ranked = [rank([c for c in result.candidates if c.test == t], config.vote) for t in range(len(result.attempts))]
+def _log_record(result: Result, task: Task, config: Config) -> dict[str, Any]:
+    ranked = [rank(result.predictions, task, test, config.vote) for test in range(len(task.test))]
     return {
         "task": result.task_id,
         "seconds": round(result.seconds, 2),
         "adaptation": result.adaptation,
-        "candidates": len(result.candidates),
         "distinct": [len(r) for r in ranked],
         "votes": [[entry.votes for entry in r[:2]] for r in ranked],
+        "dropped": result.predictions.dropped,
+        "capped": result.predictions.capped,
+        "predicting": round(result.predicting, 2),
+        "cost": dict(result.predictions.cost),
         "error": result.error,
     }
 
@@ -296,24 +319,41 @@ def _task_line(result: Result, record: dict[str, Any]) -> str:
     if result.error:
         last = escape(result.error.splitlines()[-1])
         return f"[red]{result.task_id} failed after {result.seconds:.0f} s:[/red] {last}"
-    votes = "; ".join(
-        f"votes {' and '.join(map(str, v))} of {d} distinct"
-        for v, d in zip(record["votes"], record["distinct"], strict=True)
+    parts = [f"{result.task_id}  {result.seconds:4.0f} s"]
+    if learnt := result.adaptation:
+        parts.append(f"loss {learnt['first_loss']:.3f} to {learnt['last_loss']:.3f}{_ENDS[learnt['ended']]}")
+    parts.append(
+        "; ".join(
+            f"votes {' and '.join(map(str, votes))} of {distinct} distinct"
+            for votes, distinct in zip(record["votes"], record["distinct"], strict=True)
+        )
     )
-    loss = (
-        f", loss {result.adaptation['first_loss']:.3f} to {result.adaptation['last_loss']:.3f}"
-        if result.adaptation
-        else ""
-    )
-    return f"{result.task_id}  {result.seconds:4.0f} s  {record['candidates']} candidates{loss}, {votes}"
+    cost = record["cost"]
+    parts.append(f"{cost['forward_steps']} forward steps")
+    if cost["drafted"]:
+        parts.append(f"{cost['accepted']} of {cost['decoded']} ids from drafts")
+    if record["dropped"]:
+        parts.append(f"prompts lost up to {_count(record['dropped'], 'demonstration')}")
+    if record["capped"]:
+        parts.append(f"search cut in {_count(record['capped'], 'view')}")
+    return ", ".join(parts)
 
 
-def _results(found: TaskSet, results: dict[str, Result], config: Config, model: Model) -> tuple[Group, Score | None]:
-    """Some tasks drawn, and the score with all that it must be read with; no score without known solutions."""
+_ENDS = {
+    "steps": "",
+    "leave-one-out": ", stopped early",
+    "diverged": ", [red]diverged[/red]: the adapter is what it started as",
+}
+
+
+def _results(
+    found: TaskSet, results: dict[str, Result], config: Config, model: Model
+) -> tuple[Group, Score | None, Score | None]:
+    """Some tasks drawn; the score with all that it must be read with; coverage. No score without known solutions."""
     shown: list[RenderableType] = []
     attempts = {i: result.attempts for i, result in results.items()}
     if not found.solutions:
-        return Group(*(task_picture(t, attempts[t.id], None) for t in found.tasks[: config.run.show])), None
+        return Group(*(task_picture(t, attempts[t.id], None) for t in found.tasks[: config.run.show])), None, None
     tasks = {task.id: task for task in found.tasks}
     result = score(attempts, found.solutions)
     for title, is_wanted in (("Solved", lambda share: share == 1), ("Not solved", lambda share: share < 1)):
@@ -325,6 +365,8 @@ def _results(found: TaskSet, results: dict[str, Result], config: Config, model: 
     table = Table(title=title, show_header=False)
     table.add_row("tasks solved", f"{result.tasks_solved} of {len(result.per_task)}")
     table.add_row("test outputs solved, two attempts", f"{result.outputs_solved} of {result.outputs}")
+    covered = coverage({i: r.predictions for i, r in results.items()}, found.solutions)
+    table.add_row("right answer among the candidates", f"{covered.outputs_solved} of {covered.outputs}")
     table.add_row("share of test outputs (Kaggle's score)", f"{result.share_of_outputs:.1%}")
     table.add_row("mean over tasks (ARC Prize's score)", f"{result.mean_over_tasks:.1%}")
     if unscored := len(found.tasks) - len(result.per_task):
@@ -332,7 +374,7 @@ def _results(found: TaskSet, results: dict[str, Result], config: Config, model: 
     shown.append(table)
     unknown = "no leak audit: this checkpoint does not say what it was trained on"
     shown.append(Text(str(leak_audit(model.trained_on, found)) if model.trained_on else unknown))
-    return Group(*shown), result
+    return Group(*shown), result, covered
 
 
 def _make_run_dir(run_dir: Path) -> None:
@@ -398,9 +440,14 @@ def main(arguments: list[str]) -> int:
         print(f"interrupted; the answers so far are in {run_dir}/submission.json", file=sys.stderr)
         return 1
     minutes = (time.monotonic() - start) / 60
-    shown, final = _results(found, results, config, model)
+    shown, final, covered = _results(found, results, config, model)
     failed = [i for i, result in results.items() if result.error]
-    summary = {"minutes": round(minutes, 2), "failed": failed, "score": final.to_json() if final else None}
+    summary = {
+        "minutes": round(minutes, 2),
+        "failed": failed,
+        "score": final and final.to_json(),
+        "coverage": covered and covered.to_json(),
+    }
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     save_picture(shown, run_dir / "report.svg", "bin/solve")
     console.print(shown)

@@ -11,7 +11,7 @@ from arc_solver import decoder
 from arc_solver.adapters import attached
 from arc_solver.config import AdaptConfig, FormatConfig
 from arc_solver.encode import VOCABULARY
-from arc_solver.engine import KvCache
+from arc_solver.kv_cache import KvCache
 from arc_solver.lora import attach_lora
 from arc_solver.model import Model, load_model, new_model, packed_loss, save_model
 from arc_solver.stream import Batch
@@ -78,12 +78,13 @@ def test_logits(model, by_transformers):
 def test_a_cache_continues_a_sequence(model):
     batch = some_batch(20)
     ids_BT, positions_BT = batch.ids_T[None], batch.positions_T[None]
-    cache = KvCache()
+    cache = KvCache(1)
     with torch.no_grad():
         whole = model.logits(ids_BT, positions_BT)
-        first = model.logits(ids_BT[:, :12], positions_BT[:, :12], past_key_values=cache)
+        first = model.logits(ids_BT[:, :12], positions_BT[:, :12], past_key_values=cache.prompts([0]))
         mask_BTK = torch.ones(1, 8, 20, dtype=torch.bool).tril(12)
-        second = model.logits(ids_BT[:, 12:], positions_BT[:, 12:], past_key_values=cache, mask_BTK=mask_BTK)
+        step = cache.step(torch.arange(12, 20)[None], 20)
+        second = model.logits(ids_BT[:, 12:], positions_BT[:, 12:], past_key_values=step, mask_BTK=mask_BTK)
     torch.testing.assert_close(torch.cat([first, second], 1), whole, atol=2e-5, rtol=1e-5)
 
 

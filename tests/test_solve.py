@@ -220,22 +220,23 @@ def test_a_tiny_model_learns_five_tasks_by_heart(arc):
     settings = Config(predict=PredictConfig(views=1))
     submission = {}
     for task in tasks:
-        candidates = predict(task, engine, None, settings.predict, named_rng(0))
-        submission[task.id] = vote(candidates, len(task.test), settings.vote)
+        predictions = predict(task, engine, None, settings.predict, named_rng(0))
+        submission[task.id] = vote(predictions, task, settings.vote)
     assert score(submission, solutions).share_of_outputs == 1.0
 
 
-def test_a_group_does_not_depend_on_what_ran_before(toy_model, rng, tmp_path):
+@pytest.mark.parametrize("shares_batches", [False, True])
+def test_a_group_does_not_depend_on_what_ran_before(toy_model, rng, tmp_path, shares_batches):
     config = Config().model_copy(update={"predict": PredictConfig(views=2)})
     config = config.model_copy(update={"adapt": config.adapt.model_copy(update={"steps": 2, "rank": 2})})
     groups = [[flip_task(rng, f"task{i}"), flip_task(rng, f"other{i}")] for i in range(2)]
     quiet = lambda task_id, share: None  # noqa: E731
-    worker = Worker(TorchEngine(toy_model, 10_000), None, config, tmp_path)
+    worker = Worker(TorchEngine(toy_model, 10_000), None, config, tmp_path, shares_batches)
     forwards = [worker.solve(group, quiet) for group in groups]
     backwards = [worker.solve(group, quiet) for group in reversed(groups)][::-1]
     for a, b in zip(forwards, backwards, strict=True):
         for one, other in zip(a, b, strict=True):
-            assert [c.to_json() for c in one.candidates] == [c.to_json() for c in other.candidates]
+            assert one.predictions.to_json() == other.predictions.to_json()
 
 
 def test_run_directories_get_names_of_their_own(tmp_path, monkeypatch):
