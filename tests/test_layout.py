@@ -7,7 +7,21 @@ import arc_solver
 
 ROWS = (
     *("config", "tasks", "report", "augment", "encode", "counting", "sources", "leaks", "corpus", "stream"),
-    *("attention", "model", "pretrained", "adapters", "lora", "kv_cache", "token_tree", "block", "engine", "validate", "optimize", "devices", "memory"),
+    *(
+        "attention",
+        "model",
+        "pretrained",
+        "adapters",
+        "lora",
+        "kv_cache",
+        "token_tree",
+        "block",
+        "engine",
+        "validate",
+        "optimize",
+        "devices",
+        "memory",
+    ),
     *(
         "checkpoints",
         "training_log",
