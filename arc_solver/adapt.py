@@ -29,6 +29,7 @@ from .stream import pack
 from .tasks import Pair, Task
 
 CPU_GROUP_TOKENS, GPU_GROUP_TOKENS = 2048, 32_768
+CPU_GROUPS = 8  # there are at least, if there are as many tasks, so that all cores have work
 CHECKS = 10  # how often in a run "leave-one-out" looks
 
 
@@ -92,11 +93,15 @@ def _step_tokens(task: Task, config: AdaptConfig) -> int:
 
 def group_by_length(tasks: Sequence[Task], config: AdaptConfig, device: torch.device) -> list[list[Task]]:
     """The tasks that are adapted at once: of like length, so that little is padding. Longest first."""
-    room = config.group_tokens or (CPU_GROUP_TOKENS if device.type == "cpu" else GPU_GROUP_TOKENS)
+    room, most = config.group_tokens, len(tasks)
+    if not room and device.type == "cpu":
+        room, most = CPU_GROUP_TOKENS, max(1, len(tasks) // CPU_GROUPS)
+    room = room or GPU_GROUP_TOKENS
     groups: list[list[Task]] = []
     for task in sorted(tasks, key=lambda task: (-_step_tokens(task, config), task.id)):
         longest = _step_tokens(groups[-1][0], config) if groups else 0
-        if groups and longest * (len(groups[-1]) + 1) <= room and _step_tokens(task, config) > 0.8 * longest:
+        fits = groups and len(groups[-1]) < most and longest * (len(groups[-1]) + 1) <= room
+        if fits and _step_tokens(task, config) > 0.8 * longest:
             groups[-1].append(task)
         else:
             groups.append([task])

@@ -12,6 +12,7 @@ import numpy as np
 
 from .config import FormatConfig
 from .encode import END, GRID_STRIDE, INPUT, NEWLINE, NUMBER, OUTPUT, VOCABULARY, Cursor, Prompt
+from .tasks import MAX_SIDE
 
 
 class Grammar:
@@ -67,7 +68,7 @@ class Guess:
                 self.rows.append([])
             elif token < NEWLINE:
                 self.rows[-1].append(token)
-        self.rows = [row for row in self.rows if row]
+        self.rows = [row[:MAX_SIDE] for row in self.rows if row][:MAX_SIDE]
 
     def after(self, grammar: Grammar, state: int) -> int | None:
         """The legal id that is likely next; None: no idea."""

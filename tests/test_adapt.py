@@ -243,3 +243,7 @@ def test_groups_are_of_like_length(arc):
         assert len(group) == 1 or max(lengths) * len(group) * config.batch_size <= 2048
         assert min(lengths) >= 0.8 * max(lengths)
     assert group_by_length(tasks[::-1], config, torch.device("cpu")) == groups
+    assert len(group_by_length(tasks[:9], config, torch.device("cpu"))) >= 8, (
+        "a few tasks are shared out over the cores"
+    )
+    assert len(group_by_length(tasks[:9], config.model_copy(update={"group_tokens": 10**6}), torch.device("cpu"))) < 8

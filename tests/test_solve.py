@@ -18,7 +18,7 @@ from arc_solver.encode import encode_sample
 from arc_solver.engine import TorchEngine
 from arc_solver.model import Model, load_model, new_model, packed_loss, save_model
 from arc_solver.optimize import fit, make_optimizers
-from arc_solver.predict import predict
+from arc_solver.predict import predict, predict_tasks
 from arc_solver.solve import Worker, default_run_dir, main
 from arc_solver.stream import pack
 from arc_solver.submission import read_submission, score
@@ -91,7 +91,10 @@ def test_the_whole_sentence_is_reproducible(checkpoint, challenges, tmp_path):
     summary = json.loads((tmp_path / "a" / "summary.json").read_text())
     assert summary["score"] == result.to_json()
     log = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
-    assert {record["task"]: record["candidates"] for record in log} == {f"task{i}": 3 * (i + 1) for i in range(4)}
+    assert {record["task"]: len(record["distinct"]) for record in log} == {f"task{i}": i + 1 for i in range(4)}
+    for record in log:
+        assert sum(map(sum, record["votes"])) <= 3 * len(record["votes"])
+        assert record["cost"]["accepted"] <= record["cost"]["decoded"]
     for text in ("test outputs solved", str(tmp_path / "a"), "leak audit passed", "seed 0", "4 tasks"):
         assert text in first.stdout.replace("\n", "")
     assert "seed 1" in other.stdout
@@ -131,12 +134,12 @@ def test_a_run_directory_is_not_overwritten(checkpoint, challenges, tmp_path):
 def test_a_failing_task_is_an_answer(checkpoint, challenges, tmp_path, monkeypatch, capsys):
     """One task raises: it is named with its traceback, the others are solved, and the submission is whole."""
 
-    def faulty(task, *rest):
-        if task.id == "task1":
+    def faulty(tasks, *rest):
+        if any(task.id == "task1" for task in tasks):
             raise RuntimeError("injected")
-        return predict(task, *rest)
+        return predict_tasks(tasks, *rest)
 
-    monkeypatch.setattr(arc_solver.solve, "predict", faulty)
+    monkeypatch.setattr(arc_solver.solve, "predict_tasks", faulty)
     words = ["--tasks", challenges, "--out", tmp_path / "run", f"model.path={checkpoint}", "run.workers=1", *QUICK]
     assert main([str(word) for word in words]) == 1
     said = capsys.readouterr().out
