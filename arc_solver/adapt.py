@@ -93,10 +93,9 @@ def _step_tokens(task: Task, config: AdaptConfig) -> int:
 
 def group_by_length(tasks: Sequence[Task], config: AdaptConfig, device: torch.device) -> list[list[Task]]:
     """The tasks that are adapted at once: of like length, so that little is padding. Longest first."""
-    room, most = config.group_tokens, len(tasks)
-    if not room and device.type == "cpu":
-        room, most = CPU_GROUP_TOKENS, max(1, len(tasks) // CPU_GROUPS)
-    room = room or GPU_GROUP_TOKENS
+    on_cpu = device.type == "cpu"
+    room = config.group_tokens or (CPU_GROUP_TOKENS if on_cpu else GPU_GROUP_TOKENS)
+    most = config.together or (max(1, len(tasks) // CPU_GROUPS) if on_cpu else len(tasks))
     groups: list[list[Task]] = []
     for task in sorted(tasks, key=lambda task: (-_step_tokens(task, config), task.id)):
         longest = _step_tokens(groups[-1][0], config) if groups else 0

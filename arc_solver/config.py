@@ -280,8 +280,9 @@ class AdaptConfig(OptimConfig):
     # answers all of them exactly.
     stop: Literal["never", "leave-one-out"] = "never"
     batch_size: PositiveInt = 4  # sequences a step
-    # Tokens of a step of the tasks that are adapted at once: as many as fit, of like length. 0 = 2,048 on a CPU, where
-    # more hardly helps; 32,768 on a GPU.
+    # How many tasks, of like length, are adapted at once: at most so many, and so many tokens a step. 0 = on a CPU an
+    # eighth of the tasks, so that all cores have work, and 2,048 tokens, as more hardly helps; on a GPU all, and 32,768.
+    together: NonNegativeInt = 0
     group_tokens: NonNegativeInt = 0
     max_tokens: PositiveInt = 2048  # longest sequence; demonstrations are dropped until it fits
     budget_tokens: PositiveInt = 600_000  # tokens a task may train on; fewer steps for long tasks
