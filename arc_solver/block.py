@@ -175,11 +175,9 @@ class Block:
         device = self.model.device
         if self.bank:
             self.bank.use_rows(np.bincount(self.adapters[rows], minlength=self.bank_size).tolist())
-        logits_BTV = self.model.logits(
-            torch.from_numpy(ids_BT).to(device), torch.from_numpy(positions_BT).to(device), **attention
-        )
-        chosen = torch.tensor([b * ids_BT.shape[1] + t for b, columns in places for t in columns], device=device)
-        found = torch.log_softmax(logits_BTV.flatten(0, 1)[chosen], -1).cpu().numpy()
+        rows_N = torch.tensor([b * ids_BT.shape[1] + t for b, columns in places for t in columns], device=device)
+        ids, positions = (torch.from_numpy(x).to(device) for x in (ids_BT, positions_BT))
+        found = torch.log_softmax(self.model.logits(ids, positions, rows_N=rows_N, **attention), -1).cpu().numpy()
         return np.split(found, np.cumsum([len(columns) for _, columns in places])[:-1])
 
     @property

@@ -280,8 +280,8 @@ class AdaptConfig(OptimConfig):
     # answers all of them exactly.
     stop: Literal["never", "leave-one-out"] = "never"
     batch_size: PositiveInt = 4  # sequences a step
-    # How many tasks, of like length, are adapted at once: at most so many, and so many tokens a step. 0 = on a CPU an
-    # eighth of the tasks, so that all cores have work, and 2,048 tokens, as more hardly helps; on a GPU all, and 32,768.
+    # How many tasks, of like length, are adapted at once: at most so many, and so many tokens a step. 0 = on a GPU all,
+    # and 32,768; on a CPU an eighth of the tasks, so that all cores have work, and 2,048, as more hardly helps.
     together: NonNegativeInt = 0
     group_tokens: NonNegativeInt = 0
     max_tokens: PositiveInt = 2048  # longest sequence; demonstrations are dropped until it fits

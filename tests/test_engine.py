@@ -178,7 +178,7 @@ def test_an_adapted_model_decodes_as_it_does_plainly(toy_model, rng):
     from arc_solver.adapters import attached
 
     task = flip_task(rng)
-    adapter = adapt(task, toy_model, AdaptConfig(steps=30, rank=4, lr=2e-2), rng).adapter
+    adapter = adapt([task], toy_model, AdaptConfig(steps=30, rank=4, lr=2e-2), [rng])[0].adapter
     prompts = [encode_prompt(task.train[i:], task.test[0], toy_model.format) for i in range(3)]
     with attached(toy_model, [adapter]):
         expected = [plainly(toy_model, prompt) for prompt in prompts]
