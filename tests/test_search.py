@@ -54,9 +54,9 @@ def two_colours() -> Model:
 
 @pytest.fixture(scope="module")
 def brute_force(two_colours):
-    """Prompts, and for each the log-probabilities of all replies up to 3 by 3."""
+    """Prompts, and for each the log-probabilities of all replies up to 3 by 2, and of the row of 3."""
     prompts = prompts_of(np.random.default_rng(0), FORMAT, 3)
-    every = list(all_replies(3, 3))
+    every = [*all_replies(3, 2), *all_replies(1, 3)]
     return prompts, [{ids: forced(two_colours, prompt, ids)[0] for ids in every} for prompt in prompts]
 
 
