@@ -261,8 +261,8 @@ class Search:
 
     def ask(self) -> list[int]:
         """Nodes that have to be known before the next call; none: the search has ended."""
-        guessed = sum(len(chain) - 1 for _, chain in self.asked)
-        self.window = min(64, _next_window(self.window, guessed, sum(map(self._hits, self.asked))))
+        for asked in self.asked:
+            self.window = min(64, _next_window(self.window, len(asked[1]) - 1, self._hits(asked)))
         heads: list[tuple[float, int]] = []
         while self.open and len(heads) < min(self.WIDTH, self.left):
             cost, node = heapq.heappop(self.open)

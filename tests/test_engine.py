@@ -50,7 +50,7 @@ def with_short_replies(model: Model) -> Model:
                 p *= 8 * (TOY.width / width) ** 0.5  # as drawn, every state is much like the next
         head.weight.normal_(0, 4 * width**-0.5, generator=torch.Generator().manual_seed(0))
         head.bias.zero_()
-        head.bias[[NEWLINE, END]] = 7
+        head.bias[[NEWLINE, END]] = 10
         head.bias[NUMBER + 10 :] = -99  # small shape headers
     model.lm.set_output_embeddings(head)
     return model
@@ -60,7 +60,7 @@ def with_short_replies(model: Model) -> Model:
 def case(request):
     """A model, prompts, and what plain decoding gives for them."""
     model = with_short_replies(Model(new_model(TOY, request.param, seed=1).lm.eval(), request.param, None))
-    prompts = prompts_of(np.random.default_rng(3), request.param, 8)
+    prompts = prompts_of(np.random.default_rng(3), request.param, 6)
     return model, prompts, [plainly(model, prompt) for prompt in prompts]
 
 
@@ -68,7 +68,7 @@ def case(request):
 def one_case():
     """The same, in the default format."""
     model = with_short_replies(Model(new_model(TOY, FormatConfig(), seed=1).lm.eval(), FormatConfig(), None))
-    prompts = prompts_of(np.random.default_rng(3), FormatConfig(), 8)
+    prompts = prompts_of(np.random.default_rng(3), FormatConfig(), 7)
     return model, prompts, [plainly(model, prompt) for prompt in prompts]
 
 
@@ -242,7 +242,7 @@ def test_the_cache_limit_changes_no_answer(one_case):
 
 
 def test_costs_of_a_case_worked_by_hand(rng):
-    """A model that answers 3 3 / 3 3, each id with certainty given the draft's position: forced by its head."""
+    """A model that prefers END to a newline to the colour 3, whatever it has seen."""
     model = random_lm("qwen2")
     with torch.no_grad():
         head = model.lm.get_output_embeddings()
@@ -297,8 +297,11 @@ def test_less_is_computed_at_a_time_when_memory_runs_out(one_case, caplog):
 def test_replies_end_where_the_context_does(positions, rng):
     model = random_lm("qwen3")
     model = Model(model.lm, FormatConfig(positions=positions), None)
+    with torch.no_grad():
+        model.lm.get_output_embeddings().bias[[NEWLINE, END]] = 6
     (prompt,) = prompts_of(rng, model.format, 1)
     (whole, _) = plainly(model, prompt)
+    assert whole.index(NEWLINE) > 2
     assert len(whole) > 6
     context = len(prompt) + 5 if positions == "token" else int(prompt.positions_T[-1]) + 3
     model.lm.config.max_position_embeddings = context
@@ -310,7 +313,8 @@ def test_replies_end_where_the_context_does(positions, rng):
     assert len(reply.ids) == 5 if positions == "token" else len(reply.ids) < len(whole)
     with engine.open([prompt], [None]) as session:
         assert session.score([[whole]])[0][0].log_probability == -np.inf
-        assert session.search(1e-9, 50)[0].replies == ()
+        found = session.search(1e-9, 50)[0].replies
+    assert all(len(reply.ids) <= 5 and positions == "token" for reply in found)  # END has the last position of a grid
 
 
 def test_the_needed_context_is_that_of_the_largest_reply(any_format, rng):

@@ -1,37 +1,60 @@
 import json
+import math
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from conftest import TOY, flip_task, hasty, random_grid
+from conftest import TOY, flip_task, random_grid
+from test_engine import with_short_replies
 
 from arc_solver.augment import ColourPolicy, spread_augmentations
+from arc_solver.candidates import Candidate, Predictions
 from arc_solver.config import FormatConfig, PredictConfig, named_rng
-from arc_solver.encode import INPUT, decode_reply, encode_prompt, encode_reply
-from arc_solver.engine import Reply, TorchEngine
-from arc_solver.model import new_model
-from arc_solver.predict import Candidate, predict
+from arc_solver.encode import END, INPUT, decode_reply, encode_prompt, encode_reply
+from arc_solver.engine import Cost, Found, Reply, Scored, TorchEngine, needed_context
+from arc_solver.model import Model, new_model
+from arc_solver.predict import predict, predict_tasks
 from arc_solver.tasks import freeze, grid_key, same_grid
+
+FORMAT = FormatConfig()
 
 
 class Mirror:
     """An engine that knows the rule of `flip_task` in every view: it mirrors the test input it is shown.
 
-    Of a turned view it sees a turned mirror axis, so it looks at the demonstration for it.
+    Of a turned view it sees a turned mirror axis, so it looks at the demonstration for it. It also finds the unchanged
+    test input, with half the probability. Every other reply scores minus its length.
     """
 
-    class model:
-        format = FormatConfig()
+    format = FORMAT
 
-    def __init__(self):
-        self.prompts = []
+    def __init__(self, context: int = 32_768):
+        self.context, self.prompts, self.drafts, self.scored = context, [], {}, 0
 
-    def generate(self, prompts, adapter):
-        self.prompts = prompts
-        return [self.answer(prompt) for prompt in prompts]
+    @contextmanager
+    def open(self, prompts, adapters):
+        assert len(prompts) == len(adapters)
+        self.prompts, self.adapters, self.cost = prompts, adapters, Cost(forward_steps=7)
+        yield self
 
-    def answer(self, prompt) -> Reply:
-        from arc_solver.encode import END
+    def generate(self, rows, drafts=None):
+        self.drafts |= {i: tuple(ids) for i, ids in (drafts or {}).items()}
+        return [Reply(self.answers(self.prompts[i])[0], -1.0 - i) for i in rows]
 
+    def search(self, threshold, max_nodes):
+        found = []
+        for i, prompt in enumerate(self.prompts):
+            first, second = self.answers(prompt)
+            replies = (Reply(first, -1.0 - i), Reply(second, -1.0 - i - math.log(2)))
+            found.append(Found(tuple(r for r in replies if threshold < 0.9), i > 0))
+        return found
+
+    def score(self, replies):
+        assert len(replies) == len(self.prompts)
+        self.scored += 1
+        return [[Scored(-float(len(ids)), 0) for ids in of_prompt] for of_prompt in replies]
+
+    def answers(self, prompt) -> tuple[tuple[int, ...], tuple[int, ...]]:
         ids = prompt.ids_T.tolist()
         grids, start = [], 0
         for i, token in enumerate(ids):
@@ -39,7 +62,7 @@ class Mirror:
                 start = i + 1
             nxt = ids[i + 1] if i + 1 < len(ids) else None
             if nxt in (11, 12, END) and token not in (11, 12, END):
-                grids.append(decode_reply([*ids[start : i + 1], END], FormatConfig()))
+                grids.append(decode_reply([*ids[start : i + 1], END], FORMAT))
         *demonstrations, test = grids
         flips = [lambda g: g[:, ::-1], lambda g: g[::-1]]
         fits = [
@@ -47,48 +70,131 @@ class Mirror:
             for flip in flips
         ]
         answer = freeze(np.ascontiguousarray(flips[fits.index(True)](test)))
-        return Reply(tuple(encode_reply(answer, FormatConfig()).tolist()), -1.0)
+        return tuple(encode_reply(answer, FORMAT).tolist()), tuple(encode_reply(test, FORMAT).tolist())
+
+
+def plain(views, **settings):
+    return PredictConfig(**{"views": views, "drafts": False, "score": False, **settings})
 
 
 @pytest.mark.parametrize("tests", [1, 3])
 def test_answers_come_back_undone(tests, rng):
     """Whatever the view, a right answer in the view is the right answer of the task."""
     task = flip_task(rng, tests=tests)
-    candidates = predict(task, Mirror(), None, PredictConfig(views=16), named_rng(0))
-    assert [(c.test, c.view) for c in candidates] == [(t, v) for t in range(tests) for v in range(16)]
-    for candidate in candidates:
-        assert same_grid(candidate.grid, task.test[candidate.test][:, ::-1])
+    for config in (plain(16), PredictConfig(views=16)):
+        found = predict(task, Mirror(), None, config, named_rng(0))
+        assert [c.test for c in found.candidates] == list(range(tests))
+        for candidate in found.candidates:
+            assert same_grid(candidate.grid, task.test[candidate.test][:, ::-1])
+            assert candidate.views == tuple(range(16))
+            assert candidate.searched == ()
+            assert None not in candidate.log_probabilities
+        assert sorted(found.geometries) == sorted([*range(8)] * 2)
+        assert found.cost["forward_steps"] == 7
+
+
+def test_drafts_are_the_leaders_answer_in_each_view(rng):
+    task = flip_task(rng, tests=2)
+    engine = Mirror()
+    predict(task, engine, None, PredictConfig(views=10, leaders=3, score=False), named_rng(0))
+    assert sorted(engine.drafts) == list(range(3 * 2, 10 * 2))
+    assert all(ids == engine.answers(engine.prompts[i])[0] for i, ids in engine.drafts.items())
+
+
+def test_what_the_search_finds_is_a_candidate(rng):
+    task = flip_task(rng)
+    engine = Mirror()
+    found = predict(task, engine, None, plain(6, threshold=0.1), named_rng(0))
+    right, unchanged = found.candidates
+    assert right.views == right.searched == unchanged.searched == tuple(range(6))
+    assert unchanged.views == ()
+    assert same_grid(unchanged.grid, task.test[0])
+    assert unchanged.log_probabilities == pytest.approx([-1.0 - i - math.log(2) for i in range(6)])
+    assert found.capped == 1
+    assert engine.scored == 0
+    assert len(predict(task, engine, None, plain(6, threshold=0.95), named_rng(0)).candidates) == 1
+
+
+def test_scores_are_of_every_candidate_in_every_view(rng):
+    task = flip_task(rng)
+    found = predict(task, Mirror(), None, plain(8, threshold=0.1, score=True), named_rng(0))
+    assert len(found.candidates) == 2
+    for candidate in found.candidates:
+        turned = [
+            candidate.grid.T if geometry % 4 % 2 != geometry // 4 else candidate.grid for geometry in found.geometries
+        ]
+        assert candidate.log_probabilities == tuple(-float(len(encode_reply(cells, FORMAT))) for cells in turned)
+
+
+def test_tasks_together_are_as_each_alone(rng):
+    model = with_short_replies(Model(new_model(TOY, FORMAT, seed=1).lm.eval(), FORMAT, None))
+    tasks = [flip_task(rng, f"task{i}", tests=1 + i % 2) for i in range(3)]
+    config = PredictConfig(views=5, leaders=2, threshold=0.3)
+    engine = TorchEngine(model, 10_000)
+    alone = [predict(task, engine, None, config, named_rng(0, task.id)) for task in tasks]
+    together = predict_tasks(tasks, engine, [None] * 3, config, [named_rng(0, task.id) for task in tasks])
+    for one, other in zip(alone, together, strict=True):
+        assert one.geometries == other.geometries
+        assert [grid_key(c.grid) for c in one.candidates] == [grid_key(c.grid) for c in other.candidates]
+        for a, b in zip(one.candidates, other.candidates, strict=True):
+            assert (a.test, a.views, a.searched) == (b.test, b.views, b.searched)
+            assert a.log_probabilities == pytest.approx(b.log_probabilities, abs=1e-3)
+
+
+def test_drafts_change_no_candidate(rng):
+    model = with_short_replies(Model(new_model(TOY, FORMAT, seed=1).lm.eval(), FORMAT, None))
+    task, engine = flip_task(rng), TorchEngine(model, 10_000)
+    found = [
+        predict(task, engine, None, PredictConfig(views=8, drafts=drafts), named_rng(0)) for drafts in (False, True)
+    ]
+    for a, b in zip(*(predictions.candidates for predictions in found), strict=True):
+        assert grid_key(a.grid) == grid_key(b.grid)
+        assert a.views == b.views
+        assert a.log_probabilities == pytest.approx(b.log_probabilities, abs=1e-3)
+    assert found[1].cost["drafted"] > found[0].cost["drafted"] == 0
 
 
 def test_long_prompts_lose_demonstrations_but_not_the_last(rng):
     task, engine = flip_task(rng, demonstrations=4), Mirror()
-    predict(task, engine, None, PredictConfig(views=2, max_tokens=1), named_rng(0))
+    found = predict(task, engine, None, plain(2, max_tokens=1), named_rng(0))
     assert all((prompt.ids_T == INPUT).sum() == 2 for prompt in engine.prompts)
-    predict(task, engine, None, PredictConfig(views=2), named_rng(0))
+    assert found.dropped == 3
+    found = predict(task, engine, None, plain(2), named_rng(0))
     assert all((prompt.ids_T == INPUT).sum() == 5 for prompt in engine.prompts)
+    assert found.dropped == 0
+
+
+def test_prompts_and_replies_fit_the_context(rng):
+    task = flip_task(rng, demonstrations=4)
+    needed = needed_context(encode_prompt(task.train, task.test[0], FORMAT), FORMAT)
+    assert predict(task, Mirror(needed), None, plain(2), named_rng(0)).dropped == 0
+    assert predict(task, Mirror(needed - 1), None, plain(2), named_rng(0)).dropped == 1
 
 
 def test_the_first_view_is_the_task_itself(rng):
     task, engine = flip_task(rng), Mirror()
-    predict(task, engine, None, PredictConfig(views=3), named_rng(0))
-    assert engine.prompts[0].ids_T.tolist() == encode_prompt(task.train, task.test[0], FormatConfig()).ids_T.tolist()
+    predict(task, engine, None, plain(3), named_rng(0))
+    assert engine.prompts[0].ids_T.tolist() == encode_prompt(task.train, task.test[0], FORMAT).ids_T.tolist()
     views = spread_augmentations(3, named_rng(0), ColourPolicy(PredictConfig().keep_background), task.train)
     seen = views[2].apply_task(task)
-    assert engine.prompts[2].ids_T.tolist() == encode_prompt(seen.train, seen.test[0], FormatConfig()).ids_T.tolist()
+    assert engine.prompts[2].ids_T.tolist() == encode_prompt(seen.train, seen.test[0], FORMAT).ids_T.tolist()
 
 
-def test_candidates_survive_json(rng):
-    candidate = Candidate(1, 2, random_grid(rng), -0.123456)
-    again = Candidate.from_json(json.loads(json.dumps(candidate.to_json())))
-    assert grid_key(again.grid) == grid_key(candidate.grid)
-    assert (again.test, again.view, again.log_probability) == (1, 2, -0.123456)
+def test_predictions_survive_json(rng):
+    candidate = Candidate(1, random_grid(rng), (0, 2), (1,), (-0.123456, None, -3.0))
+    predictions = Predictions((0, 5, 3), (candidate,), dropped=2, capped=1, cost={"tokens": 5})
+    again = Predictions.from_json(json.loads(json.dumps(predictions.to_json())))
+    assert again.to_json() == predictions.to_json()
+    assert (again.geometries, again.dropped, again.capped, again.cost) == ((0, 5, 3), 2, 1, {"tokens": 5})
+    assert grid_key(again.candidates[0].grid) == grid_key(candidate.grid)
+    assert again.candidates[0].log_probabilities == (-0.123456, None, -3.0)
 
 
 def test_predictions_do_not_see_test_outputs(tmp_path, rng):
     """The same task file with other test outputs: the same candidates, to the bit."""
     from arc_solver.tasks import TasksConfig, load_tasks
 
-    task, model = flip_task(rng), hasty(new_model(TOY, FormatConfig(), seed=1))
+    task, model = flip_task(rng), with_short_replies(new_model(TOY, FORMAT, seed=1))
     found = []
     for answer in ([[1]], [[7, 7], [7, 7]]):
         content = {
@@ -97,6 +203,6 @@ def test_predictions_do_not_see_test_outputs(tmp_path, rng):
         }
         (tmp_path / "aa.json").write_text(json.dumps(content))
         (loaded,) = load_tasks(TasksConfig(spec=str(tmp_path / "aa.json"))).tasks
-        candidates = predict(loaded, TorchEngine(model, 10_000), None, PredictConfig(views=2), named_rng(0))
-        found.append([c.to_json() for c in candidates])
+        predictions = predict(loaded, TorchEngine(model, 10_000), None, PredictConfig(views=2), named_rng(0))
+        found.append(predictions.to_json())
     assert found[0] == found[1]

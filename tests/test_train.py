@@ -265,7 +265,7 @@ def test_accuracy_counts_exact_answers(monkeypatch):
     replies = [Reply(tuple(encode_reply(answer, config.format).tolist()), 0.0) for _, answer in asked]
     replies[1] = Reply(replies[1].ids[:-1], 0.0)  # no end
     replies[2] = Reply(tuple((i + 1) % 10 if i < 10 else i for i in replies[2].ids), 0.0)  # other colours
-    monkeypatch.setattr("arc_solver.engine.TorchEngine.generate", lambda self, prompts: replies)
+    monkeypatch.setattr("arc_solver.engine.TorchSession.generate", lambda self, rows: [replies[i] for i in rows])
     assert accuracy(model, asked, 1000) == 0.5
     assert model.lm.training
 
