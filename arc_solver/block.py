@@ -105,7 +105,7 @@ class Block:
         """Prompts, each with a chain of ids after it, in one causal pass. The first of a row's nodes is the prompt."""
         rows = list(asked)
         lengths = [len(self.trees[row].prompt) + len(asked[row]) - 1 for row in rows]
-        ids_BT = np.full((len(rows), max(lengths)), PAD, dtype=np.int64)
+        ids_BT = np.full((len(rows), _rounded(max(lengths))), PAD, dtype=np.int64)
         positions_BT = np.zeros_like(ids_BT)
         for b, row in enumerate(rows):
             tree, chain = self.trees[row], asked[row][1:]
@@ -128,7 +128,7 @@ class Block:
         """Nodes of trees whose prompts are in the cache, in one pass."""
         self.cache.focus(list(asked))
         rows, device = self.cache.rows, self.model.device
-        count, longest = len(rows), max(map(len, asked.values()))
+        count, longest = len(rows), _rounded(max(map(len, asked.values())))
         ids_BT = np.full((count, longest), PAD, dtype=np.int64)
         positions_BT = np.zeros_like(ids_BT)
         starts_B = np.array([self.trees[row].used for row in rows])
@@ -142,7 +142,7 @@ class Block:
                 tree.place(nodes)
                 for t, node in enumerate(nodes):
                     tree.see(node, seen_BTR[b, t])
-        end = int(starts_B.max()) + longest
+        end = _rounded(int(starts_B.max()) + longest)
         columns_BT = torch.from_numpy(starts_B[:, None] + np.arange(longest)).to(device)
         mask_BTK = _mask(torch.from_numpy(prompts_B).to(device), torch.from_numpy(seen_BTR).to(device), end)
         places = [(rows.index(row), range(len(nodes))) for row, nodes in asked.items()]
@@ -185,6 +185,14 @@ class Block:
         """How many adapters the model carries."""
         assert self.bank
         return len(self.bank.parameters()[0])
+
+
+def _rounded(size: int) -> int:
+    """A size that is at least so large, of few that there are: a power of two, or a multiple of 32.
+
+    For every new shape CPU libraries write machine code, and they keep it. In lockstep decoding every step is new.
+    """
+    return 1 << (size - 1).bit_length() if size <= 32 else -(-size // 32) * 32
 
 
 def _mask(prompts_B: Tensor, seen_BTR: Tensor, end: int) -> Tensor:

@@ -293,7 +293,7 @@ class AdaptConfig(OptimConfig):
 
 class PredictConfig(Section):
     views: PositiveInt = 16  # augmented copies of the task that are asked
-    batch_tokens: PositiveInt = 32_768  # prompts decoded together x the longest of them
+    batch_tokens: PositiveInt = 8192  # of prompts, or of what is asked after them: rows x the longest, in one pass
     max_tokens: PositiveInt = 16_384  # longest prompt; demonstrations are dropped until it fits
     keep_background: Share = 0.8
     output_only: OutputOnly = "permute"  # colours that only outputs have: left as they are, or permuted too

@@ -25,7 +25,7 @@ from .token_tree import Grammar, Guess, TokenTree
 
 FIRST_WINDOW = 16  # ids of a draft that are verified together after its first disagreement
 MOST_PADDING = 0.5, 256  # of a prompt in a cache: as a share of its length, and ids besides
-MASK_CELLS = 1 << 27  # queries x keys of a scoring pass
+MASK_CELLS = 1 << 25  # queries x keys of a scoring pass
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +133,11 @@ class TorchEngine:
         numbers = {id(adapter): k for k, adapter in enumerate(distinct)}
         with ExitStack() as stack:
             bank = stack.enter_context(attached(self.model, distinct)) if distinct else None
-            yield TorchSession(self, prompts, [numbers.get(id(adapter), 0) for adapter in adapters], bank)
+            session = TorchSession(self, prompts, [numbers.get(id(adapter), 0) for adapter in adapters], bank)
+            try:
+                yield session
+            finally:
+                session.close()
 
 
 class TorchSession:
@@ -230,6 +234,11 @@ class TorchSession:
                 self.recent.pop(0).drop()
             self.recent.append(block)
             yield block, members
+
+    def close(self) -> None:
+        """Frees the caches at once: a session and its blocks know each other, so they are garbage only much later."""
+        for block in self.blocks:
+            block.drop()
 
     def _held(self) -> int:
         return sum(block.cache.bytes for block in self.recent)

@@ -234,7 +234,7 @@ def _make_worker(config: Config, run_dir: Path) -> Worker:
     device = pick_device(config.run.device)
     if device.type == "cpu":
         torch.set_num_threads(1)  # one core a worker; and results then depend on no thread count
-        keep_freed_memory(1 << 30)
+        keep_freed_memory(256 << 20)
     model, start = _load(config, device)
     return Worker(TorchEngine(model, config.predict.batch_tokens), start, config, run_dir, device.type != "cpu")
 
