@@ -157,12 +157,16 @@ def _decode(
 def _best_answers(
     questions: Sequence[Question], replies: Sequence[Reply], format: FormatConfig
 ) -> dict[tuple[int, int], Grid]:
-    """For each task and test, the answer of most views; of equals, that of the highest mean log-probability."""
+    """For each task and test, the answer of most views; of equals, that of the highest mean log-probability.
+
+    None where no two of several views agree: verifying what is wrong costs more than it saves.
+    """
     answers: ByInput = defaultdict(dict)
     for q, reply in zip(questions, replies, strict=True):
         _answer(answers, q, reply, format)
     votes = {key: max(of_input.values(), key=_support) for key, of_input in answers.items() if of_input}
-    return {key: answer.grid for key, answer in votes.items()}
+    several = len({q.view for q in questions}) > 1
+    return {key: answer.grid for key, answer in votes.items() if _support(answer)[0] > several}
 
 
 def _support(answer: Answer) -> tuple[int, float]:

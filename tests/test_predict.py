@@ -10,7 +10,7 @@ from test_engine import with_short_replies
 from arc_solver.augment import ColourPolicy, spread_augmentations
 from arc_solver.candidates import Candidate, Predictions
 from arc_solver.config import FormatConfig, PredictConfig, named_rng
-from arc_solver.encode import END, INPUT, decode_reply, encode_prompt, encode_reply
+from arc_solver.encode import END, INPUT, NEWLINE, decode_reply, encode_prompt, encode_reply
 from arc_solver.engine import Cost, Found, Reply, Scored, TorchEngine, needed_context
 from arc_solver.model import Model, new_model
 from arc_solver.predict import predict, predict_tasks
@@ -101,6 +101,18 @@ def test_drafts_are_the_leaders_answer_in_each_view(rng):
     assert all(ids == engine.answers(engine.prompts[i])[0] for i, ids in engine.drafts.items())
 
 
+def test_leaders_that_all_differ_give_no_draft(rng, monkeypatch):
+    """The drafts are then more likely wrong than right."""
+    task, engine = flip_task(rng), Mirror()
+    numbers = iter(range(1, 100))
+    one_cell = lambda prompt: ((next(numbers) % 10, NEWLINE, END),) * 2  # noqa: E731
+    monkeypatch.setattr(engine, "answers", one_cell)
+    predict(task, engine, None, PredictConfig(views=6, leaders=2, keep_background=1.0, score=False), named_rng(1))
+    assert engine.drafts == {}
+    predict(task, engine, None, PredictConfig(views=6, leaders=1, score=False), named_rng(1))
+    assert len(engine.drafts) == 5
+
+
 def test_what_the_search_finds_is_a_candidate(rng):
     task = flip_task(rng)
     engine = Mirror()
@@ -145,7 +157,8 @@ def test_drafts_change_no_candidate(rng):
     model = with_short_replies(Model(new_model(TOY, FORMAT, seed=1).lm.eval(), FORMAT, None))
     task, engine = flip_task(rng), TorchEngine(model, 10_000)
     found = [
-        predict(task, engine, None, PredictConfig(views=8, drafts=drafts), named_rng(0)) for drafts in (False, True)
+        predict(task, engine, None, PredictConfig(views=8, drafts=drafts, leaders=1), named_rng(0))
+        for drafts in (False, True)
     ]
     for a, b in zip(*(predictions.candidates for predictions in found), strict=True):
         assert grid_key(a.grid) == grid_key(b.grid)
