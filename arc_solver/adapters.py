@@ -138,14 +138,19 @@ def fresh_adapter(model: Model, config: AdaptConfig, rng: np.random.Generator) -
     return Adapter(config.rank, config.alpha, weights)
 
 
-def save_adapter(adapter: Adapter, folder: Path) -> None:
-    """Writes the two files of a PEFT adapter."""
-    folder.mkdir(parents=True, exist_ok=True)
+def peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """The weights under PEFT's names."""
     tensors: dict[str, Tensor] = {}
     for name, (a, b) in adapter.weights.items():
         tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = a
         tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = b
-    save_file(tensors, folder / "adapter_model.safetensors")
+    return tensors
+
+
+def save_adapter(adapter: Adapter, folder: Path) -> None:
+    """Writes the two files of a PEFT adapter."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(peft_tensors(adapter), folder / "adapter_model.safetensors")
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

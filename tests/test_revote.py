@@ -77,8 +77,10 @@ def test_it_is_what_voting_gives(run_dir, rule, capsys):
     answers = read_submission(run_dir / f"submission-{rule}.json", found.tasks)
     for task in found.tasks:
         file = run_dir / "tasks" / f"{task.id}.json"
-        content = json.loads(file.read_text()) if file.exists() else {"geometries": [], "candidates": []}
-        expected = vote(Predictions.from_json(content), task, VoteConfig(rule=rule))
+        saved = Predictions((), ())
+        if task.id in ("aa", "bb"):  # of the others one failed and one is not there
+            saved = Predictions.from_json(json.loads(file.read_text()))
+        expected = vote(saved, task, VoteConfig(rule=rule))
         assert [[a.tolist() for a in both] for both in answers[task.id]] == [
             [a.tolist() for a in both] for both in expected
         ]
