@@ -10,15 +10,20 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from itertools import count
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from .bench_solve import LARGE_STEPS, RANDOM_TASKS, RANDOM_VIEWS, SETTINGS, large_tasks, random_model
+from .bench_solve import compare as compare_solving
 from .bench_train import BF16, QWEN_05B, compare, flop_utilisation
 from .config import PACKAGE_DIR, CorpusConfig, FormatConfig, Parser, UserError, run_main
 from .sources import read_source
 from .stream import SampleStream
+from .tasks import TasksConfig, TaskSet, load_tasks
 from .training_report import cpu_name
 
 MEASURED_S = 5.0  # how long a speed is measured
@@ -69,7 +74,45 @@ def bench_train() -> list[Row]:
     return rows
 
 
-BENCHES: dict[str, Callable[[], list[Row]]] = {"stream": bench_stream, "train": bench_train}
+def bench_solve() -> list[Row]:
+    """Test time against PEFT and `generate`: the demo set; decoding of large outputs; decoding with random weights."""
+    if find_spec("peft") is None:
+        raise UserError("bin/bench solve compares with PEFT: run bin/bench, or pip install 'arc_solver[train]'")
+    demo = load_tasks(TasksConfig(spec="demo"))
+    ours, field = compare_solving(demo)
+    rows = [
+        _more("adapt", ours.adapt_tokens_per_s, field.adapt_tokens_per_s, "tokens/s"),
+        _less("decode_steps", ours.view_steps, field.view_steps, "forward steps x views"),
+        _less("decode_batches", ours.batches, field.batches, "forward steps of batches"),
+        _less("decode_time", ours.decode_s, field.decode_s, "s"),
+        _more("score", ours.scores_per_s, field.scores_per_s, "candidates x views/s"),
+        _more("whole", ours.tasks_per_hour, field.tasks_per_hour, "tasks/hour"),
+        Row("solved", ours.solved, field.solved, None, f"test outputs of {len(demo.tasks)} tasks"),
+        _less("peak_memory", ours.peak_memory_bytes / 2**20, field.peak_memory_bytes / 2**20, "MiB, all processes"),
+    ]
+    ours, field = compare_solving(large_tasks(), settings=(*SETTINGS, f"adapt.steps={LARGE_STEPS}"))
+    rows.append(_less("decode_time_200_cells", ours.decode_s, field.decode_s, "s"))
+    rows.append(_less("decode_steps_200_cells", ours.view_steps, field.view_steps, "forward steps x views"))
+    few = TaskSet(
+        demo.name, demo.tasks[:RANDOM_TASKS], {task.id: demo.solutions[task.id] for task in demo.tasks[:RANDOM_TASKS]}
+    )
+    with TemporaryDirectory() as folder:
+        settings = (*SETTINGS, "adapt.enabled=false", f"predict.views={RANDOM_VIEWS}")
+        ours, field = compare_solving(few, random_model(Path(folder)), settings)
+    rows.append(_less("decode_time_random", ours.decode_s, field.decode_s, "s"))
+    return rows
+
+
+def _more(name: str, ours: float, field: float, unit: str) -> Row:
+    return Row(name, ours, field, ours / field, unit)
+
+
+def _less(name: str, ours: float, field: float, unit: str) -> Row:
+    """A row of what should be little: the ratio says how many times less ours is."""
+    return Row(name, ours, field, field / ours, unit)
+
+
+BENCHES: dict[str, Callable[[], list[Row]]] = {"stream": bench_stream, "train": bench_train, "solve": bench_solve}
 
 
 def main(arguments: list[str]) -> int:

@@ -32,7 +32,7 @@ class Block:
         adapters: index of each row's adapter in the bank; ascending.
         batch_tokens: rows x ids of the longest of them that go through the model together; a row by itself may be
             longer. Halved when memory runs out.
-        on_forward: called after each pass with the number of its ids.
+        on_forward: called after each pass with the number of its rows and of its ids.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Block:
         adapters: Sequence[int],
         bank: LoraBank | None,
         batch_tokens: int,
-        on_forward: Callable[[int], None],
+        on_forward: Callable[[int, int], None],
     ):
         self.model, self.trees, self.bank = model, trees, bank
         self.adapters = np.array(adapters)
@@ -122,7 +122,7 @@ class Block:
             tree.place_prompt()
             tree.place(asked[row][1:])
             tree.learn(asked[row], log_probabilities_TV)
-        self.on_forward(sum(lengths))
+        self.on_forward(len(rows), sum(lengths))
 
     def _continue(self, asked: Asked) -> None:
         """Nodes of trees whose prompts are in the cache, in one pass."""
@@ -161,7 +161,7 @@ class Block:
             raise
         for (row, nodes), log_probabilities_TV in zip(asked.items(), found, strict=True):
             self.trees[row].learn(nodes, log_probabilities_TV)
-        self.on_forward(sum(map(len, asked.values())))
+        self.on_forward(len(asked), sum(map(len, asked.values())))
 
     def _forward(
         self,

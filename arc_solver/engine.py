@@ -57,6 +57,7 @@ class Cost:
     """What answering took."""
 
     forward_steps: int = 0  # forward passes of a batch
+    view_steps: int = 0  # the same, summed over the prompts that took part
     tokens: int = 0  # ids that went through the model, prompts included, padding not
     decoded: int = 0  # ids of greedy replies
     drafted: int = 0  # ids of drafts that were checked
@@ -243,8 +244,9 @@ class TorchSession:
     def _held(self) -> int:
         return sum(block.cache.bytes for block in self.recent)
 
-    def _count(self, tokens: int) -> None:
+    def _count(self, rows: int, tokens: int) -> None:
         self.cost.forward_steps += 1
+        self.cost.view_steps += rows
         self.cost.tokens += tokens
         self.cost.cache_bytes = max(self.cost.cache_bytes, self._held())
 

@@ -51,6 +51,7 @@ from .devices import keep_freed_memory
 from .engine import TorchEngine
 from .leaks import leak_audit
 from .lora import with_adapter, with_start
+from .memory import peak_memory
 from .model import BUNDLED_DIR, Model, fast_dtype, load_model, pick_device
 from .predict import predict_tasks
 from .report import save_picture, task_picture
@@ -71,6 +72,8 @@ class Result:
     seconds: float
     predicting: float  # of these seconds, those of prediction
     adaptation: dict[str, Any] | None  # see `Adaptation.to_json`
+    worker: int = 0  # its process
+    peak_memory_bytes: int = 0  # of that process so far
     error: str | None = None  # traceback, if solving failed; the attempts are placeholders then
 
     def to_json(self) -> dict[str, Any]:
@@ -95,14 +98,13 @@ class Worker:
     start: Adapter | None
     config: Config
     run_dir: Path
-    shares_batches: (
-        bool  # tasks that are adapted at once are asked at once too: on a GPU, where a step waits for launches
-    )
+    device: torch.device
 
     def solve(self, tasks: Sequence[Task], on_progress: OnProgress) -> list[Result]:
         """Solves tasks that are adapted at once. The same config, seed and tasks give the same results."""
         adaptations = self._adapt(tasks, on_progress) if self.config.adapt.enabled else [None] * len(tasks)
-        together = len(tasks) if self.shares_batches else 1
+        # On a GPU, where a step waits for launches, tasks that were adapted at once are asked at once too.
+        together = 1 if self.device.type == "cpu" else len(tasks)
         chunks = (slice(i, i + together) for i in range(0, len(tasks), together))
         return [result for chunk in chunks for result in self._predict(tasks[chunk], adaptations[chunk])]
 
@@ -134,6 +136,8 @@ class Worker:
                 seconds + (adaptation.seconds if adaptation else 0),
                 seconds,
                 adaptation.to_json() if adaptation else None,
+                os.getpid(),
+                peak_memory(self.device),
             )
             for task, predictions, adaptation in zip(tasks, found, adaptations, strict=True)
         ]
@@ -226,7 +230,9 @@ def _solve_safely(worker: Worker, group: Sequence[Task], on_progress: OnProgress
         (task,) = group
         blank: list[Attempts] = [(NO_ANSWER, NO_ANSWER)] * len(task.test)
         return [
-            Result(task.id, blank, Predictions((), ()), time.monotonic() - start, 0.0, None, traceback.format_exc())
+            Result(
+                task.id, blank, Predictions((), ()), time.monotonic() - start, 0.0, None, error=traceback.format_exc()
+            )
         ]
 
 
@@ -236,7 +242,7 @@ def _make_worker(config: Config, run_dir: Path) -> Worker:
         torch.set_num_threads(1)  # one core a worker; and results then depend on no thread count
         keep_freed_memory(256 << 20)
     model, start = _load(config, device)
-    return Worker(TorchEngine(model, config.predict.batch_tokens), start, config, run_dir, device.type != "cpu")
+    return Worker(TorchEngine(model, config.predict.batch_tokens), start, config, run_dir, device)
 
 
 def _load(config: Config, device: torch.device) -> tuple[Model, Adapter | None]:
@@ -311,6 +317,8 @@ def _log_record(result: Result, task: Task, config: Config) -> dict[str, Any]:
         "capped": result.predictions.capped,
         "predicting": round(result.predicting, 2),
         "cost": dict(result.predictions.cost),
+        "worker": result.worker,
+        "peak_memory_bytes": result.peak_memory_bytes,
         "error": result.error,
     }
 
