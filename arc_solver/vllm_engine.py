@@ -100,7 +100,7 @@ class VLLMEngine:
                     max_num_seqs=config.max_sequences,
                     max_num_batched_tokens=config.step_tokens,
                     kv_cache_memory_bytes=int(config.kv_cache_gib * 2**30),
-                    gpu_memory_utilization=0.01,  # else vLLM wants 92% of the GPU free before it looks at the line above
+                    gpu_memory_utilization=0.01,  # else vLLM wants 92% of the GPU free first
                     max_logprobs=-1,
                     use_tqdm_on_load=False,
                     **(
