@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .config import AdaptConfig, UserError
+from .decoder import LoraLinear
 from .model import Model
 
 PEFT_PREFIX = "base_model.model."
@@ -33,34 +34,6 @@ class Adapter:
     weights: Mapping[str, tuple[Tensor, Tensor]]  # name of the linear layer -> A [r, in], B [out, r], float32
 
 
-class LoraLinear(nn.Module):
-    """A frozen linear layer with K adapters: block k of the input's rows goes through adapter k.
-
-    The blocks are equal, or as long as `rows_K` says.
-    """
-
-    rows_K: Sequence[int] | None = None
-
-    def __init__(self, base: nn.Linear, count: int, rank: int, alpha: float):
-        super().__init__()
-        self.base, self.scale = base, alpha / rank
-        device = base.weight.device
-        self.A_KRI = nn.Parameter(torch.zeros(count, rank, base.in_features, device=device))
-        self.B_KOR = nn.Parameter(torch.zeros(count, base.out_features, rank, device=device))
-
-    def forward(self, x: Tensor) -> Tensor:
-        count = len(self.A_KRI)
-        if self.rows_K and len(set(self.rows_K)) > 1:
-            blocks = zip(x.split(list(self.rows_K)), self.A_KRI.to(x.dtype), self.B_KOR.to(x.dtype), strict=True)
-            changes = [(block @ a.T) @ b.T for block, a, b in blocks]
-            return torch.add(self.base(x), torch.cat(changes), alpha=self.scale)
-        x_KNI = x.reshape(count, -1, x.shape[-1])
-        y_KNO = self.base(x_KNI)
-        low_KNR = torch.bmm(x_KNI, self.A_KRI.to(x.dtype).transpose(1, 2))
-        out_KNO = torch.baddbmm(y_KNO, low_KNR, self.B_KOR.to(x.dtype).transpose(1, 2), alpha=self.scale)
-        return out_KNO.view(*x.shape[:-1], -1)
-
-
 @dataclass(frozen=True, eq=False)
 class LoraBank:
     """The adapters that are attached to a model."""
@@ -71,6 +44,32 @@ class LoraBank:
 
     def parameters(self) -> list[nn.Parameter]:
         return [p for layer in self.layers.values() for p in (layer.A_KRI, layer.B_KOR)]
+
+    def slice(self, k: int) -> list[nn.Parameter]:
+        """The parameters of adapter k alone: views, so that an optimizer of its own changes the bank."""
+        return [nn.Parameter(p.data[k]) for p in self.parameters()]
+
+    def take_gradients(self, k: int, slice: Sequence[nn.Parameter]) -> None:
+        """Gives the views of adapter k their gradients."""
+        for view, p in zip(slice, self.parameters(), strict=True):
+            view.grad = None if p.grad is None else p.grad[k]
+
+    def drop_gradients(self) -> None:
+        for p in self.parameters():
+            p.grad = None
+
+    def use(self, live: Sequence[int]) -> None:
+        """The next batches are for these adapters, in this order, in equal blocks of rows."""
+        count = len(next(iter(self.layers.values())).A_KRI)
+        for layer in self.layers.values():
+            layer.live_L = None if list(live) == list(range(count)) else torch.tensor(live, device=layer.A_KRI.device)
+
+    @torch.no_grad()
+    def set(self, k: int, adapter: Adapter) -> None:
+        """Makes adapter k a copy of this one."""
+        for name, layer in self.layers.items():
+            layer.A_KRI[k].copy_(adapter.weights[name][0])
+            layer.B_KOR[k].copy_(adapter.weights[name][1])
 
     def use_rows(self, rows_K: Sequence[int] | None) -> None:
         """How many rows of the next batches belong to each adapter, one after another; None: equally many."""
@@ -102,17 +101,17 @@ def attached(model: Model, adapters: Sequence[Adapter]) -> Iterator[LoraBank]:
         base = modules.get(name)
         if not isinstance(base, nn.Linear) or (a.shape[1], b.shape[0]) != (base.in_features, base.out_features):
             raise UserError(f"the adapter does not fit this model: no linear layer {name} of that size")
-        layers[name] = layer = LoraLinear(base, len(adapters), first.rank, first.alpha)
-        with torch.no_grad():
-            layer.A_KRI.copy_(torch.stack([adapter.weights[name][0] for adapter in adapters]))
-            layer.B_KOR.copy_(torch.stack([adapter.weights[name][1] for adapter in adapters]))
+        layers[name] = LoraLinear(base, len(adapters), first.rank, first.alpha)
+    bank = LoraBank(first.rank, first.alpha, layers)
+    for k, adapter in enumerate(adapters):
+        bank.set(k, adapter)
     frozen = [p for p in model.lm.parameters() if p.requires_grad]
     try:
         for p in frozen:
             p.requires_grad_(False)
         for name, layer in layers.items():
             _replace(model.lm, name, layer)
-        yield LoraBank(first.rank, first.alpha, layers)
+        yield bank
     finally:
         for name, layer in layers.items():
             _replace(model.lm, name, layer.base)

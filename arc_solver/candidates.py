@@ -4,7 +4,7 @@ Plain values that go to a run's folder and come back, so that selection can be d
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .tasks import Grid, make_grid
@@ -46,6 +46,9 @@ class Predictions:
 
     geometries: tuple[int, ...]  # of each view, 0 to 7
     candidates: tuple[Candidate, ...]
+    dropped: int = 0  # demonstrations that had no room in a view's prompt, at most
+    capped: int = 0  # searches that ended at the cap on nodes
+    cost: Mapping[str, int] = field(default_factory=dict)  # `engine.Cost` of the session, which tasks may have shared
 
     def of(self, test: int) -> list[Candidate]:
         return [candidate for candidate in self.candidates if candidate.test == test]
@@ -54,9 +57,14 @@ class Predictions:
         return {
             "geometries": list(self.geometries),
             "candidates": [candidate.to_json() for candidate in self.candidates],
+            "dropped": self.dropped,
+            "capped": self.capped,
+            "cost": dict(self.cost),
         }
 
     @staticmethod
     def from_json(content: Mapping[str, Any]) -> "Predictions":
         candidates = tuple(Candidate.from_json(candidate) for candidate in content["candidates"])
-        return Predictions(tuple(content["geometries"]), candidates)
+        return Predictions(
+            tuple(content["geometries"]), candidates, content["dropped"], content["capped"], content["cost"]
+        )

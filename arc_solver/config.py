@@ -65,6 +65,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Schedule = Literal["linear", "cosine", "constant", "cyclic", "wsd"]
 OutputOnly = Literal["keep", "permute"]
+VoteRule = Literal["votes", "product", "mean-probability", "hierarchical", "probmul", "kgmon", "hierarchical-kgmon"]
 
 
 class RunConfig(Section):
@@ -265,14 +266,24 @@ class StageConfig(Section):
 
 
 class AdaptConfig(OptimConfig):
-    optimizer: Literal["adamw"] = "adamw"  # type: ignore[assignment] # Muon is for matrices; adapters are stacks of them
+    optimizer: Literal["adamw"] = "adamw"  # type: ignore[assignment] # Muon is for whole weight matrices
     enabled: bool = True
+    # What a task's adapter starts from: a fresh one (model.adapter is merged into the weights first), or model.adapter
+    # itself, with its rank, alpha and targets.
+    start: Literal["fresh", "pretrained"] = "fresh"
     rank: PositiveInt = 32
     alpha: PositiveFloat = 32.0
     targets: Annotated[tuple[str, ...], Field(min_length=1)] = LINEAR_LAYERS
     lr: PositiveFloat = 3e-3
     steps: PositiveInt = 180
+    # never: all steps are taken. leave-one-out: a task stops once the model, asked each demonstration given the others,
+    # answers all of them exactly.
+    stop: Literal["never", "leave-one-out"] = "never"
     batch_size: PositiveInt = 4  # sequences a step
+    # How many tasks, of like length, are adapted at once: at most so many, and so many tokens a step. 0 = on a GPU all,
+    # and 32,768; on a CPU an eighth of the tasks, so that all cores have work, and 2,048, as more hardly helps.
+    together: NonNegativeInt = 0
+    group_tokens: NonNegativeInt = 0
     max_tokens: PositiveInt = 2048  # longest sequence; demonstrations are dropped until it fits
     budget_tokens: PositiveInt = 600_000  # tokens a task may train on; fewer steps for long tasks
     keep_background: Share = 0.8
@@ -305,7 +316,11 @@ class PredictConfig(Section):
 
 
 class VoteConfig(Section):
-    rule: Literal["votes"] = "votes"  # most views; ties by mean log-probability
+    """How the two attempts are chosen among the candidates; `bin/solve --revote` chooses again."""
+
+    rule: VoteRule = "votes"  # see the functions of these names in vote.py
+    monochrome_prior: bool = False  # grids of one colour go last, if no demonstration's output is one
+    shape_prior: bool = False  # other shapes go last, if all demonstrations keep it, or multiply it by the same
 
 
 class Config(Section):

@@ -63,7 +63,7 @@ class Devices:
             raise UserError('train.parallel="fsdp" needs train.optimizer="adamw": Muon takes whole matrices')
         self.precision = self._precision(config.train.precision)
         if self.device.type == "cpu":
-            _return_freed_memory()
+            keep_freed_memory(1 << 20)
         self.scaler = torch.amp.GradScaler(self.device.type) if self.precision == "fp16" else None
 
     @property
@@ -191,12 +191,16 @@ def decoder_layers(lm: Any) -> list[nn.Module]:
     return max((list(m) for m in lm.modules() if isinstance(m, nn.ModuleList)), key=len)
 
 
-def _return_freed_memory() -> None:
-    """Makes glibc give large freed blocks back to the system. Its default keeps up to three times what a step needs."""
+def keep_freed_memory(size: int) -> None:
+    """Makes glibc keep freed blocks of up to `size` bytes for later, and give larger ones back to the system.
+
+    Its default does the one now and the other then: it keeps up to three times what a step of training needs, yet asks
+    the system for pages, which are cleared first, in most steps of a small model.
+    """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
-        m_trim_threshold, m_mmap_threshold, size = -1, -3, 1 << 20
-        mallopt(m_mmap_threshold, size)
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        mallopt(m_mmap_threshold, min(size, 32 << 20))  # the most that it takes
         mallopt(m_trim_threshold, size)
 
 

@@ -1,22 +1,31 @@
-"""Ids in; ids and log-probabilities out: greedy decoding in PyTorch, with a KV cache and only legal ids.
+"""Ids in; ids and log-probabilities out: the protocol of engines, and the one in PyTorch.
 
-A batch is prefilled in one forward pass and then decoded in lockstep. Sequences that end leave the batch. Which ids
-are legal, and each id's grid position, come from `encode.Cursor`; a reply that ends is a grid by construction.
+Greedy decoding, the search for all probable replies, and scoring ask the same question, "what comes after these ids?",
+of the same trees (`token_tree`), whose forward passes share a KV cache (`block`). Only ids that `encode.Cursor` calls
+legal are ever taken, so a reply that ends is a grid by construction.
 """
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+import heapq
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from .adapters import Adapter, attached
+from .adapters import Adapter, LoraBank, attached
+from .block import Asked, Block
 from .config import FormatConfig
-from .encode import PAD, Cursor, Prompt, longest_reply
+from .encode import END, GRID_STRIDE, Prompt, longest_reply
+from .kv_cache import bytes_per_token
 from .model import Model
+from .token_tree import Grammar, Guess, TokenTree
+
+FIRST_WINDOW = 16  # ids of a draft that are verified together after its first disagreement
+MOST_PADDING = 0.5, 256  # of a prompt in a cache: as a share of its length, and ids besides
+MASK_CELLS = 1 << 27  # queries x keys of a scoring pass
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +61,7 @@ class Cost:
     decoded: int = 0  # ids of greedy replies
     drafted: int = 0  # ids of drafts that were checked
     accepted: int = 0  # and those of them that became part of a reply
+    cache_bytes: int = 0  # of keys and values, at most at a time
 
 
 class Session(Protocol):
@@ -76,120 +86,264 @@ class Session(Protocol):
 class Engine(Protocol):
     """What answers prompts: `TorchEngine`, or `vllm_engine.VLLMEngine`."""
 
-    format: FormatConfig
-    context: int  # the most ids that a prompt and its reply may have together
+    @property
+    def format(self) -> FormatConfig: ...
+
+    @property
+    def context(self) -> int:
+        """The positions that the model has; see `needed_context`."""
 
     def open(self, prompts: Sequence[Prompt], adapters: Sequence[Adapter | None]) -> AbstractContextManager[Session]:
         """Takes prompts, each with the adapter that it is answered under, until the context is left."""
 
 
+def needed_context(prompt: Prompt, format: FormatConfig) -> int:
+    """The context in which any legal reply to a prompt fits, in positions."""
+    if format.positions == "token":
+        return len(prompt) + longest_reply(format)
+    return (int(prompt.positions_T[-1]) // GRID_STRIDE + 1) * GRID_STRIDE
+
+
 class TorchEngine:
-    """Decodes on the model's own device. Serves CPUs, small models, and models with grid positions.
+    """Answers on the model's own device. Serves CPUs, small models, and models with grid positions.
+
+    Answers do not depend on the two limits, up to ties that are closer than rounding.
 
     Args:
-        batch_tokens: prompts x longest prompt that are decoded together.
+        batch_tokens: rows x longest row that go through the model together, padding included.
+        cache_bytes: what keys and values may take. Prompts for which it is too little are answered one part after
+            another, and computed again when they are asked again; one part may take more if its replies branch much.
     """
 
-    def __init__(self, model: Model, batch_tokens: int):
-        self.model, self.batch_tokens = model, batch_tokens
+    def __init__(self, model: Model, batch_tokens: int, cache_bytes: int = 4 << 30):
+        self.model, self.batch_tokens, self.cache_bytes = model, batch_tokens, cache_bytes
 
-    def generate(self, prompts: Sequence[Prompt], adapter: Adapter | None = None) -> list[Reply]:
-        """The greedy reply to each prompt, in their order, under the adapter if one is given."""
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # equal lengths together: little padding
-        replies: dict[int, Reply] = {}
+    @property
+    def format(self) -> FormatConfig:
+        return self.model.format
+
+    @property
+    def context(self) -> int:
+        return self.model.lm.config.max_position_embeddings
+
+    @contextmanager
+    def open(self, prompts: Sequence[Prompt], adapters: Sequence[Adapter | None]) -> Iterator["TorchSession"]:
+        distinct = list({id(adapter): adapter for adapter in adapters if adapter is not None}.values())
+        assert not distinct or None not in adapters, "prompts with and without an adapter cannot share a session"
+        numbers = {id(adapter): k for k, adapter in enumerate(distinct)}
         with ExitStack() as stack:
-            if adapter:
-                stack.enter_context(attached(self.model, [adapter]))
-            stack.enter_context(torch.inference_mode())
-            while order:
-                count = max(1, self.batch_tokens // len(prompts[order[0]]))
-                while count > 1 and len(prompts[order[min(count, len(order)) - 1]]) * count > self.batch_tokens:
-                    count -= 1
-                batch, order = order[:count], order[count:]
-                replies.update(zip(batch, self._decode([prompts[i] for i in batch]), strict=True))
-        return [replies[i] for i in range(len(prompts))]
-
-    def _decode(self, prompts: Sequence[Prompt]) -> list[Reply]:
-        model, device = self.model, self.model.device
-        lengths = [len(prompt) for prompt in prompts]
-        count, longest = len(prompts), max(lengths)
-        ids_BT = np.full((count, longest), PAD, dtype=np.int64)
-        positions_BT = np.zeros((count, longest), dtype=np.int64)
-        for b, prompt in enumerate(prompts):
-            ids_BT[b, : len(prompt)] = prompt.ids_T
-            positions_BT[b, : len(prompt)] = prompt.positions_T
-        lengths_B = torch.tensor(lengths, device=device)
-        cache = KvCache()
-        # Padding is on the right: causal attention of the real ids never sees it, and the mask below hides it later.
-        logits_BTV = model.logits(
-            torch.from_numpy(ids_BT).to(device), torch.from_numpy(positions_BT).to(device), past_key_values=cache
-        )
-        logits_BV = logits_BTV[torch.arange(count, device=device), lengths_B - 1]
-        mask_BK = torch.arange(longest, device=device) < lengths_B[:, None]
-
-        cursors = [Cursor(prompt, model.format) for prompt in prompts]
-        taken: list[list[int]] = [[] for _ in prompts]
-        totals = np.zeros(count)
-        live = list(range(count))  # rows of the cache -> prompts
-        for step in range(longest_reply(model.format)):
-            legal_BV = torch.from_numpy(np.stack([cursors[i].legal() for i in live])).to(device)
-            next_B = logits_BV.masked_fill(~legal_BV, -torch.inf).argmax(-1)
-            chosen_B = torch.log_softmax(logits_BV, -1).gather(1, next_B[:, None])[:, 0]
-            next_ids, chosen = next_B.tolist(), chosen_B.tolist()
-            positions = []
-            for i, token, log_probability in zip(live, next_ids, chosen, strict=True):
-                in_grid = cursors[i].take(token)
-                positions.append(in_grid if model.format.positions == "grid" else lengths[i] + step)
-                taken[i].append(token)
-                totals[i] += log_probability
-            rows = [row for row, i in enumerate(live) if not cursors[i].done]
-            if not rows:
-                break
-            if len(rows) < len(live):
-                keep = torch.tensor(rows, device=device)
-                cache.keep(keep)
-                next_B, mask_BK = next_B[keep], mask_BK[keep]
-                positions, live = [positions[row] for row in rows], [live[row] for row in rows]
-            mask_BK = torch.cat((mask_BK, mask_BK.new_ones(len(live), 1)), 1)
-            logits_BV = model.logits(
-                next_B[:, None],
-                torch.tensor(positions, device=device)[:, None],
-                past_key_values=cache,
-                mask_BTK=mask_BK[:, None],
-            )[:, 0]
-        return [Reply(tuple(ids), float(total)) for ids, total in zip(taken, totals, strict=True)]
+            bank = stack.enter_context(attached(self.model, distinct)) if distinct else None
+            yield TorchSession(self, prompts, [numbers.get(id(adapter), 0) for adapter in adapters], bank)
 
 
-class KvCache:
-    """Keys and values of all layers, in buffers that grow by half: a step writes one column and copies nothing.
+class TorchSession:
+    """Prompts that are being answered by a `TorchEngine`.
 
-    Has the one method that attention layers of transformers call on a cache.
+    The greedy choice is the most probable id among the legal ones, the lowest of equal ones. A draft is verified by
+    several ids a pass, which round otherwise than one by one: ties closer than that may be broken otherwise.
     """
 
-    def __init__(self) -> None:
-        self.buffers: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys, values [B, G, capacity, D]
-        self.used: dict[int, int] = {}  # layer -> columns
+    def __init__(self, engine: TorchEngine, prompts: Sequence[Prompt], adapters: Sequence[int], bank: LoraBank | None):
+        self.engine, self.cost = engine, Cost()
+        grammar = Grammar(engine.format)
+        self.trees = [TokenTree(prompt, grammar, engine.context) for prompt in prompts]
+        self.blocks: list[Block] = []
+        self.homes: dict[int, tuple[Block, int]] = {}  # prompt -> its block, and its row there
+        self.recent: list[Block] = []  # those with a cache, the one used last at the end
+        self.answered: set[int] = set()
+        for members in _share_caches(prompts, adapters, engine):
+            trees = [self.trees[i] for i in members]
+            block = Block(engine.model, trees, [adapters[i] for i in members], bank, engine.batch_tokens, self._count)
+            self.blocks.append(block)
+            self.homes |= {i: (block, row) for row, i in enumerate(members)}
 
-    def update(self, k_BGTD: Tensor, v_BGTD: Tensor, layer: int, *_: object) -> tuple[Tensor, Tensor]:
-        """Appends T columns and returns all of them. [B, G, K, D] each."""
-        start = self.used.get(layer, 0)
-        end = start + k_BGTD.shape[2]
-        if layer not in self.buffers or end > self.buffers[layer][0].shape[2]:
-            self._grow(layer, k_BGTD, max(end + 32, end * 3 // 2))
-        k, v = self.buffers[layer]
-        k[:, :, start:end], v[:, :, start:end] = k_BGTD, v_BGTD
-        self.used[layer] = end
-        return k[:, :, :end], v[:, :, :end]
+    def generate(self, rows: Sequence[int], drafts: Mapping[int, Sequence[int]] | None = None) -> list[Reply]:
+        for block, members in self._by_block(rows):
+            self._decode(block, {row: Guess((drafts or {}).get(i)) for row, i in members.items()})
+        for i in set(rows) - self.answered:
+            self.cost.decoded += len(self.trees[i].path) - 1
+            self.answered.add(i)
+        return [_reply(self.trees[i]) for i in rows]
 
-    def _grow(self, layer: int, like_BGTD: Tensor, capacity: int) -> None:
-        batch, groups, _, size = like_BGTD.shape
-        old, used = self.buffers.get(layer), self.used.get(layer, 0)
-        new = tuple(like_BGTD.new_zeros(batch, groups, capacity, size) for _ in range(2))
-        if old:
-            for old_buffer, new_buffer in zip(old, new, strict=True):
-                new_buffer[:, :, :used] = old_buffer[:, :, :used]
-        self.buffers[layer] = (new[0], new[1])
+    def search(self, threshold: float, max_nodes: int) -> list[Found]:
+        assert threshold > 0, threshold
+        searches = {i: Search(tree, threshold, max_nodes) for i, tree in enumerate(self.trees)}
+        for block, members in self._by_block(range(len(self.trees))):
+            while asked := {row: nodes for row, i in members.items() if (nodes := searches[i].ask())}:
+                block.learn(asked)
+        return [search.found() for search in searches.values()]
 
-    def keep(self, rows: Tensor) -> None:
-        """Only these rows of the batch stay."""
-        self.buffers = {layer: (k[rows], v[rows]) for layer, (k, v) in self.buffers.items()}
+    def score(self, replies: Sequence[Sequence[Sequence[int]]]) -> list[list[Scored]]:
+        wanted = [i for i, of_row in enumerate(replies) if of_row]
+        for block, members in self._by_block(wanted):
+            unknown = {}
+            for row, i in members.items():
+                tree = block.trees[row]
+                walks = [tree.walk(ids[:-1]) for ids in replies[i]]
+                unknown[row] = [walk for walk in walks if not all(tree.known[node] for node in walk)]
+            self._learn_walks(block, unknown)
+        return [[_score(tree, ids) for ids in of_row] for tree, of_row in zip(self.trees, replies, strict=True)]
+
+    def _decode(self, block: Block, guesses: Mapping[int, Guess]) -> None:
+        """Greedy decoding of these rows: what is guessed is verified, the more at a time the better the guesses."""
+        windows: dict[int, float] = dict.fromkeys(guesses, math.inf)  # at first, all of a draft
+        while live := [row for row in guesses if not block.trees[row].advance()]:
+            guessed, tips = {}, {}
+            for row in live:
+                tree = block.trees[row]
+                tips[row] = len(tree.path)
+                guessed[row] = list(tree.guessed(tree.path[-1], guesses[row], windows[row]))
+            block.learn({row: [tree.path[-1], *_fed(tree, guessed[row])] for row, tree in block.rows(live)})
+            for row, tree in block.rows(live):
+                tree.advance()
+                right = _agreement(guessed[row], tree.path[tips[row] :])
+                last = [tree.path[tips[row] - 1], *_fed(tree, guessed[row][:right])][-1]
+                tree.free_from(tree.columns[last] + 1)  # what was guessed wrong
+                if guesses[row].rows:
+                    self.cost.drafted += len(guessed[row])
+                    self.cost.accepted += right
+                    windows[row] = _next_window(windows[row], len(guessed[row]), right)
+
+    def _learn_walks(self, block: Block, unknown: dict[int, list[list[int]]]) -> None:
+        """As many whole walks of each row at a time as fit in a batch; their columns are free again afterwards."""
+        while unknown := {row: walks for row, walks in unknown.items() if walks}:
+            columns = max(block.trees[row].used + len(walks[-1]) for row, walks in unknown.items())
+            room = min(block.batch_tokens, MASK_CELLS // columns) // len(unknown)
+            asked: Asked = {}
+            for row, walks in unknown.items():
+                asked[row] = walks.pop()
+                while walks and len(asked[row]) + len(walks[-1]) <= room:
+                    asked[row] = asked[row] + walks.pop()
+            ends = {row: max(block.trees[row].used, len(block.trees[row].prompt)) for row in asked}
+            block.learn(asked)
+            for row, end in ends.items():
+                block.trees[row].free_from(end)
+
+    def _by_block(self, rows: Sequence[int]) -> Iterator[tuple[Block, dict[int, int]]]:
+        """The blocks of these prompts, each with room for its cache, and row -> prompt."""
+        for block in self.blocks:
+            members = {self.homes[i][1]: i for i in sorted(set(rows)) if self.homes[i][0] is block}
+            if not members:
+                continue
+            self.recent = [other for other in self.recent if other is not block]
+            while self.recent and self._held() + block.expected_bytes > self.engine.cache_bytes:
+                self.recent.pop(0).drop()
+            self.recent.append(block)
+            yield block, members
+
+    def _held(self) -> int:
+        return sum(block.cache.bytes for block in self.recent)
+
+    def _count(self, tokens: int) -> None:
+        self.cost.forward_steps += 1
+        self.cost.tokens += tokens
+        self.cost.cache_bytes = max(self.cost.cache_bytes, self._held())
+
+
+class Search:
+    """The search for all replies to one prompt that are probable enough, most probable ids first.
+
+    What follows an id off the greedy path is mostly what follows its neighbour on it. So the cells of the greedy reply
+    are guessed, and a pass learns about whole chains of ids.
+    """
+
+    WIDTH = 8  # ids that a pass asks about, each with a chain of guesses after it
+    COLUMNS = 4096  # of the cache after the prompt; beyond them all are freed, and computed again if need be
+
+    def __init__(self, tree: TokenTree, threshold: float, max_nodes: int):
+        self.tree, self.least, self.left = tree, math.log(threshold), max_nodes
+        self.open: list[tuple[float, int]] = [(0.0, 0)]  # a heap of (minus log-probability, node)
+        self.replies: list[Reply] = []
+        self.guess = Guess(tree.ids_to(tree.path[-1]))
+        self.window: float = 8
+        self.asked: list[tuple[float, list[int]]] = []  # log-probability of each chain's first node, and the chain
+        self.kept = max(tree.used, len(tree.prompt))  # columns
+
+    def ask(self) -> list[int]:
+        """Nodes that have to be known before the next call; none: the search has ended."""
+        guessed = sum(len(chain) - 1 for _, chain in self.asked)
+        self.window = min(64, _next_window(self.window, guessed, sum(map(self._hits, self.asked))))
+        heads: list[tuple[float, int]] = []
+        while self.open and len(heads) < min(self.WIDTH, self.left):
+            cost, node = heapq.heappop(self.open)
+            if self.tree.known[node]:
+                self._expand(-cost, node)
+            else:
+                heads.append((cost, node))
+        for head in heads:  # expanded at the next call
+            heapq.heappush(self.open, head)
+        if not heads or self.tree.used - len(self.tree.prompt) > self.COLUMNS:
+            self.tree.free_from(self.kept)
+        self.asked = [
+            (-cost, [node, *_fed(self.tree, self.tree.guessed(node, self.guess, self.window))]) for cost, node in heads
+        ]
+        return [node for _, chain in self.asked for node in chain]
+
+    def found(self) -> Found:
+        replies = sorted(self.replies, key=lambda reply: (-reply.log_probability, reply.ids))
+        return Found(tuple(replies), complete=not self.open)
+
+    def _expand(self, total: float, node: int) -> None:
+        """Opens what may come after a known node. `total` is the node's log-probability."""
+        self.left -= 1
+        totals_V = total + self.tree.log_probabilities_NV[node].astype(np.float64)
+        legal_V = self.tree.grammar.legal_SV[self.tree.states[node]]
+        for token in np.flatnonzero(legal_V & (totals_V >= self.least)).tolist():
+            following = self.tree.child(node, token)
+            if following is None:
+                continue
+            if token == END:
+                self.replies.append(Reply(self.tree.ids_to(following), float(totals_V[token])))
+            else:
+                heapq.heappush(self.open, (-float(totals_V[token]), following))
+
+    def _hits(self, asked: tuple[float, list[int]]) -> int:
+        """How many ids of a chain, after its first, are probable enough to be of use."""
+        total, chain = asked
+        ids = [self.tree.ids[node] for node in chain[1:]]
+        totals = total + self.tree.log_probabilities_NV[chain[:-1], ids].cumsum(dtype=np.float64)
+        return int((totals >= self.least).sum())
+
+
+def _next_window(window: float, guessed: int, accepted: int) -> float:
+    """How many ids to guess next, when of so many in the last window so many were right."""
+    if accepted < guessed:
+        return FIRST_WINDOW if window == math.inf else max(1, min(window, 2 * accepted))
+    return 2 * window if guessed >= window else window
+
+
+def _fed(tree: TokenTree, nodes: Iterable[int]) -> list[int]:
+    """Those that go through the model: all but END, after which nothing comes."""
+    return [node for node in nodes if not tree.ended(node)]
+
+
+def _agreement(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many leading elements are equal."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
+
+
+def _reply(tree: TokenTree) -> Reply:
+    return Reply(tuple(tree.ids[node] for node in tree.path[1:]), tree.log_probability(tree.path))
+
+
+def _score(tree: TokenTree, ids: Sequence[int]) -> Scored:
+    """A reply beyond the context has probability 0."""
+    nodes = tree.walk(ids)
+    agreed = _agreement([tree.greedy[node] for node in nodes], ids)
+    return Scored(tree.log_probability(nodes) if len(nodes) == len(ids) + 1 else -math.inf, agreed)
+
+
+def _share_caches(prompts: Sequence[Prompt], adapters: Sequence[int], engine: TorchEngine) -> list[list[int]]:
+    """Which prompts share a cache: those of an adapter together, of nearly equal length, and as many as fit."""
+    room = engine.cache_bytes // bytes_per_token(engine.model)  # ids
+    longest_of = {k: max(len(p) for p, of in zip(prompts, adapters, strict=True) if of == k) for k in set(adapters)}
+    parts: list[list[int]] = []
+    for i in sorted(range(len(prompts)), key=lambda i: (-longest_of[adapters[i]], adapters[i], -len(prompts[i]))):
+        lengths = [len(prompts[j]) for j in (*parts[-1], i)] if parts else []
+        fits = len(lengths) * (max(lengths, default=0) + longest_reply(engine.format)) <= room
+        share, besides = MOST_PADDING
+        if lengths and fits and max(lengths) <= (1 + share) * min(lengths) + besides:
+            parts[-1].append(i)
+        else:
+            parts.append([i])
+    return [sorted(part, key=lambda i: (adapters[i], i)) for part in parts]

@@ -6,7 +6,8 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from .config import Config
+from .adapters import Adapter, fresh_adapter
+from .config import Config, named_rng
 from .encode import longest_reply
 from .engine import Engine, TorchEngine
 from .model import BUNDLED_DIR, Model, save_model
@@ -33,19 +34,23 @@ def engine_kind(model: Model, config: Config) -> tuple[str, str]:
     return "vllm", f"{model.parameters_count:,} parameters on a GPU"
 
 
-def make_engine(model: Model, config: Config) -> Engine:
-    """The engine of a run for its model: the checkpoint at `model.path`, with `model.adapter` merged in, if any.
+def make_engine(model: Model, start: Adapter | None, config: Config) -> Engine:
+    """The engine of a run.
+
+    Args:
+        model: the checkpoint at `model.path`, with `model.adapter` merged in unless that is `start`.
+        start: what the adapters of tasks continue; None: they start with fresh ones.
 
     Raises:
         UserError: it is to be vLLM, and that is not installed or cannot serve this model.
     """
     if engine_kind(model, config)[0] == "torch":
-        return TorchEngine(model, config.predict.batch_tokens)  # type: ignore[return-value]
-    adapt = config.adapt if config.adapt.enabled else None
+        return TorchEngine(model, config.predict.batch_tokens)
+    like = start or (fresh_adapter(model, config.adapt, named_rng(0)) if config.adapt.enabled else None)
     context = config.predict.max_tokens + longest_reply(model.format)
-    if not config.model.adapter:
+    if start or not config.model.adapter:
         folder = Path(config.model.path) if config.model.path else BUNDLED_DIR
-        return VLLMEngine(model, folder, config.engine, adapt, context)
+        return VLLMEngine(model, folder, config.engine, like, context)
     with TemporaryDirectory(prefix="arc_solver-") as folder_name:  # vLLM reads a folder, and merged weights have none
         save_model(model, Path(folder_name))
-        return VLLMEngine(model, Path(folder_name), config.engine, adapt, context)
+        return VLLMEngine(model, Path(folder_name), config.engine, like, context)

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .adapters import PEFT_PREFIX, load_adapter, merge, require_adapter
+from .adapters import PEFT_PREFIX, Adapter, attached, load_adapter, merge, require_adapter
 from .config import LoraConfig, UserError, first_line
 from .leaks import TrainingData
 from .model import DATA_FILE, Model, fingerprint, load_model
@@ -181,6 +181,22 @@ def with_adapter(model: Model, adapter: str, base_dir: Path) -> Model:
     except UserError as error:
         raise UserError(f"the adapter in {folder} cannot be merged into the model in {base_dir}: {error}") from error
     return Model(model.lm, model.format, trained_with(model.trained_on, folder))
+
+
+def with_start(model: Model, folder: Path, base_dir: Path) -> tuple[Model, Adapter]:
+    """A saved LoRA adapter that tasks continue, and the model that it is for, which knows what both were trained on.
+
+    Raises:
+        UserError: there is none, it is for another base, or no plain LoRA.
+    """
+    check_base(folder, base_dir)
+    adapter = load_adapter(folder)
+    try:
+        with attached(model, [adapter]):
+            pass
+    except UserError as error:
+        raise UserError(f"the adapter in {folder} does not go on the model in {base_dir}: {error}") from error
+    return Model(model.lm, model.format, trained_with(model.trained_on, folder)), adapter
 
 
 def trained_with(base: TrainingData | None, folder: Path) -> TrainingData | None:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import decoder
 from .attention import attend
 from .config import PACKAGE_DIR, FormatConfig, ModelConfig, UserError, first_line
 from .encode import END, IGNORE, PAD, TOKENS, VOCABULARY
@@ -44,19 +45,28 @@ class Model:
         return sum(p.numel() for p in self.lm.parameters())
 
     def logits(
-        self, ids_BT: Tensor, positions_BT: Tensor, through: nn.Module | None = None, **attention: Any
+        self,
+        ids_BT: Tensor,
+        positions_BT: Tensor,
+        through: nn.Module | None = None,
+        rows_N: Tensor | None = None,
+        **attention: Any,
     ) -> Tensor:
-        """Next-id logits, [B, T, V] float32.
+        """Next-id logits, [B, T, V] float32; or [N, V], of the places `rows_N` alone.
 
         Args:
             ids_BT, positions_BT: int64.
             through: the module to call instead of the language model itself: what makes several processes train it.
+            rows_N: indexes into the flattened ids, int64.
             attention: `ends_S`, where packed sequences end (B must be 1), or `mask_BTK`, True where a key may be seen,
                 with `past_key_values` to keep keys and values. None of them: plain causal attention.
         """
+        if through is None and decoder.runs(self.lm):
+            return decoder.run(self.lm, ids_BT, positions_BT, rows_N, **attention).float()
         keeps = "past_key_values" in attention
         out = (through or self.lm)(input_ids=ids_BT, position_ids=positions_BT, use_cache=keeps, **attention)
-        return out.logits.float()
+        logits_BTV = out.logits.float()
+        return logits_BTV if rows_N is None else logits_BTV.flatten(0, 1)[rows_N]
 
 
 def packed_loss(

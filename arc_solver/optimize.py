@@ -1,7 +1,7 @@
-"""The one training loop: schedules, optimizers, `fit`.
+"""The one training loop: schedules, optimizers, `take_step`, `fit`.
 
-`fit` knows optimizers, schedules and the clock; it does not know tasks. It serves the offline run in `train.py` and
-test-time training in `adapt.py`.
+`fit` knows optimizers, schedules and the clock; it does not know tasks. It serves the offline run in `train.py`.
+Test-time training in `adapt.py` takes the same steps, `take_step`, for many tasks at once.
 """
 
 import math
@@ -114,26 +114,38 @@ def fit(
         spent_s = clock()
         if spent_s >= max_s:
             break
-        progress = max(k / config.steps, spent_s / max_s)
-        rate = step_rate(progress, config)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * rate
         loss = backward_at(k)
-        if scaler:
-            for optimizer in optimizers:
-                scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(parameters, config.clip)
-        finite = bool(norm.isfinite())
-        if not finite and not scaler:
+        norm, rate = take_step(parameters, optimizers, config, max(k / config.steps, spent_s / max_s), scaler)
+        if not math.isfinite(norm) and not scaler:
             raise MachineError(
                 f"the gradients of step {k + 1} are not finite (loss {loss.item():g}): training diverged; lower lr, or"
                 " use another precision"
             )
-        for optimizer in optimizers:
-            if finite:  # all or none: one optimizer's overflow is in the norm that clips them all
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        after_step(Step(k + 1, loss.item(), norm, rate, clock()))
+
+
+def take_step(
+    parameters: Sequence[nn.Parameter],
+    optimizers: Sequence[Optimizer],
+    config: OptimConfig,
+    progress: float,
+    scaler: torch.amp.GradScaler | None = None,
+) -> tuple[float, float]:
+    """One step from the gradients that are there, which it uses up. Gradients that are not finite change nothing.
+
+    Returns the norm of the gradients before clipping, and the share of the peak learning rate that `progress` gave.
+    """
+    rate = step_rate(progress, config)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * rate
         if scaler:
-            scaler.update()
-        after_step(Step(k + 1, loss.item(), norm.item(), rate, clock()))
+            scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(parameters, config.clip).item()
+    for optimizer in optimizers:
+        if math.isfinite(norm):  # all or none: one optimizer's overflow is in the norm that clips them all
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    if scaler:
+        scaler.update()
+    return norm, rate

@@ -1,68 +1,189 @@
-"""Ask a task under many views and undo each answer: views -> prompts -> replies -> candidates."""
+"""Ask tasks under many views, undo each answer, and ask every view about every answer: views -> prompts -> candidates.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+A few views are decoded without help. The best of their answers, carried into the other views, is the draft that those
+verify; it changes no answer, only the time. All questions of a call share one session, so what was computed for one of
+them is there for the next: that of scoring above all.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
 from .adapters import Adapter
-from .augment import ColourPolicy, spread_augmentations
-from .config import PredictConfig
-from .encode import Malformed, Prompt, decode_reply, encode_prompt
-from .engine import TorchEngine
-from .tasks import Grid, Task, make_grid
+from .augment import Augmentation, ColourPolicy, spread_augmentations
+from .candidates import Candidate, Predictions
+from .config import FormatConfig, PredictConfig
+from .encode import Malformed, Prompt, decode_reply, encode_prompt, encode_reply
+from .engine import Engine, Reply, Session, needed_context
+from .tasks import Grid, Task, grid_key
 
 
 @dataclass(frozen=True, eq=False)
-class Candidate:
-    """An answer to one test input, as one view gave it, with the view's augmentation undone."""
+class Question:
+    """One test input of one task under one view."""
 
-    test: int  # index of the test input
+    task: int
+    test: int
     view: int
+    augmentation: Augmentation
+    prompt: Prompt
+    dropped: int  # demonstrations that had no room
+
+    def grid_of(self, ids: Sequence[int], format: FormatConfig) -> Grid | None:
+        """The answer that a reply spells, with the augmentation undone; None: it is no grid."""
+        seen = decode_reply(ids, format)
+        return None if isinstance(seen, Malformed) else self.augmentation.undo(seen)
+
+    def reply_of(self, grid: Grid, format: FormatConfig) -> list[int]:
+        """The reply that spells an answer here."""
+        return encode_reply(self.augmentation.apply(grid), format).tolist()
+
+
+@dataclass(eq=False)
+class Answer:
+    """A distinct answer while views are being asked."""
+
     grid: Grid
-    log_probability: float  # of the whole reply in its view, nats
+    views: list[int] = field(default_factory=list)
+    searched: list[int] = field(default_factory=list)
+    log_probabilities: dict[int, float] = field(default_factory=dict)  # by view
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "test": self.test,
-            "view": self.view,
-            "log_probability": round(self.log_probability, 6),
-            "grid": self.grid.tolist(),
-        }
+    def to_candidate(self, test: int, views: int) -> Candidate:
+        scores = tuple(self.log_probabilities.get(view) for view in range(views))
+        return Candidate(test, self.grid, tuple(self.views), tuple(self.searched), scores)
 
-    @staticmethod
-    def from_json(content: dict[str, Any]) -> "Candidate":
-        grid = make_grid(content["grid"], "candidate")
-        return Candidate(content["test"], content["view"], grid, content["log_probability"])
+
+Answers = dict[bytes, Answer]  # by `grid_key`, in the order in which they were found
+ByInput = Mapping[tuple[int, int], Answers]  # by task and test
 
 
 def predict(
-    task: Task, engine: TorchEngine, adapter: Adapter | None, config: PredictConfig, rng: np.random.Generator
-) -> list[Candidate]:
-    """One candidate for each view and test input, the task's tests in order. Replies that are no grid are left out."""
+    task: Task, engine: Engine, adapter: Adapter | None, config: PredictConfig, rng: np.random.Generator
+) -> Predictions:
+    """All candidates of one task."""
+    return predict_tasks([task], engine, [adapter], config, [rng])[0]
+
+
+def predict_tasks(
+    tasks: Sequence[Task],
+    engine: Engine,
+    adapters: Sequence[Adapter | None],
+    config: PredictConfig,
+    rngs: Sequence[np.random.Generator],
+) -> list[Predictions]:
+    """All candidates of several tasks, which share batches. Replies that are no grid are left out."""
+    views = [_views(task, config, rng) for task, rng in zip(tasks, rngs, strict=True)]
+    questions = [q for k, task in enumerate(tasks) for q in _questions(k, task, views[k], engine, config)]
+    answers: ByInput = defaultdict(dict)
+    capped = np.zeros(len(tasks), dtype=int)
+    with engine.open([q.prompt for q in questions], [adapters[q.task] for q in questions]) as session:
+        for q, reply in zip(questions, _decode(session, questions, engine.format, config), strict=True):
+            if answer := _answer(answers, q, reply, engine.format):
+                answer.views.append(q.view)
+        if config.threshold > 0:
+            for q, found in zip(questions, session.search(config.threshold, config.max_nodes), strict=True):
+                capped[q.task] += not found.complete
+                for reply in found.replies:
+                    if answer := _answer(answers, q, reply, engine.format):
+                        answer.searched.append(q.view)
+        if config.score:
+            _score(session, questions, answers, engine.format)
+        cost = asdict(session.cost)
+    return [
+        Predictions(
+            tuple(view.geometry for view in views[k]),
+            tuple(
+                answer.to_candidate(test, len(views[k]))
+                for test in range(len(task.test))
+                for answer in answers[k, test].values()
+            ),
+            dropped=max(q.dropped for q in questions if q.task == k),
+            capped=int(capped[k]),
+            cost=cost,
+        )
+        for k, task in enumerate(tasks)
+    ]
+
+
+def _views(task: Task, config: PredictConfig, rng: np.random.Generator) -> list[Augmentation]:
     policy = ColourPolicy(config.keep_background, config.output_only)
-    views = spread_augmentations(config.views, rng, policy, task.train)
-    asked: list[tuple[int, int]] = []
-    prompts: list[Prompt] = []
+    return spread_augmentations(config.views, rng, policy, task.train)
+
+
+def _questions(
+    k: int, task: Task, views: Sequence[Augmentation], engine: Engine, config: PredictConfig
+) -> list[Question]:
+    """All views of all test inputs, view by view."""
+    questions = []
     for v, view in enumerate(views):
         seen = view.apply_task(task)
         for t, test_input in enumerate(seen.test):
-            asked.append((t, v))
-            prompts.append(_prompt(seen, test_input, engine, config.max_tokens))
-    candidates = []
-    for (t, v), reply in zip(asked, engine.generate(prompts, adapter), strict=True):
-        grid = decode_reply(reply.ids, engine.model.format)
-        if not isinstance(grid, Malformed):
-            candidates.append(Candidate(t, v, views[v].undo(grid), reply.log_probability))
-    return sorted(candidates, key=lambda candidate: (candidate.test, candidate.view))
+            prompt, dropped = _prompt(seen, test_input, engine, config.max_tokens)
+            questions.append(Question(k, t, v, view, prompt, dropped))
+    return questions
 
 
-def _prompt(seen: Task, test_input: Grid, engine: TorchEngine, max_tokens: int) -> Prompt:
-    """A prompt longer than `max_tokens` loses demonstrations from the front, but never the last one."""
-    pairs: Sequence = seen.train
-    prompt = encode_prompt(pairs, test_input, engine.model.format)
-    while len(pairs) > 1 and len(prompt) > max_tokens:
-        pairs = pairs[1:]
-        prompt = encode_prompt(pairs, test_input, engine.model.format)
-    return prompt
+def _prompt(seen: Task, test_input: Grid, engine: Engine, max_tokens: int) -> tuple[Prompt, int]:
+    """A prompt that is too long loses demonstrations from the front, but never the last one. And how many it lost."""
+    for dropped in range(len(seen.train)):
+        prompt = encode_prompt(seen.train[dropped:], test_input, engine.format)
+        if len(prompt) <= max_tokens and needed_context(prompt, engine.format) <= engine.context:
+            break
+    return prompt, dropped
+
+
+def _decode(
+    session: Session, questions: Sequence[Question], format: FormatConfig, config: PredictConfig
+) -> list[Reply]:
+    """The greedy reply to each question; with drafts, the leaders' first."""
+    if not config.drafts:
+        return session.generate(range(len(questions)))
+    leaders = [i for i, q in enumerate(questions) if q.view < config.leaders]
+    followers = [i for i, q in enumerate(questions) if q.view >= config.leaders]
+    replies = dict(zip(leaders, session.generate(leaders), strict=True))
+    best = _best_answers([questions[i] for i in leaders], list(replies.values()), format)
+    drafts = {}
+    for i in followers:
+        q = questions[i]
+        if (q.task, q.test) in best:
+            drafts[i] = q.reply_of(best[q.task, q.test], format)
+    replies |= zip(followers, session.generate(followers, drafts), strict=True)
+    return [replies[i] for i in range(len(questions))]
+
+
+def _best_answers(
+    questions: Sequence[Question], replies: Sequence[Reply], format: FormatConfig
+) -> dict[tuple[int, int], Grid]:
+    """For each task and test, the answer of most views; of equals, that of the highest mean log-probability."""
+    answers: ByInput = defaultdict(dict)
+    for q, reply in zip(questions, replies, strict=True):
+        _answer(answers, q, reply, format)
+    votes = {key: max(of_input.values(), key=_support) for key, of_input in answers.items() if of_input}
+    return {key: answer.grid for key, answer in votes.items()}
+
+
+def _support(answer: Answer) -> tuple[int, float]:
+    return len(answer.log_probabilities), float(np.mean(list(answer.log_probabilities.values())))
+
+
+def _answer(answers: ByInput, q: Question, reply: Reply, format: FormatConfig) -> Answer | None:
+    """The answer that a reply spells, with what the reply says of its probability; None: it is no grid."""
+    grid = q.grid_of(reply.ids, format)
+    if grid is None:
+        return None
+    answer = answers[q.task, q.test].setdefault(grid_key(grid), Answer(grid))
+    answer.log_probabilities.setdefault(q.view, reply.log_probability)
+    return answer
+
+
+def _score(session: Session, questions: Sequence[Question], answers: ByInput, format: FormatConfig) -> None:
+    """Every answer's log-probability in every view; where its reply has no room in the context there is none."""
+    asked = [list(answers[q.task, q.test].values()) for q in questions]
+    replies = [[q.reply_of(answer.grid, format) for answer in of] for q, of in zip(questions, asked, strict=True)]
+    for q, of_question, scores in zip(questions, asked, session.score(replies), strict=True):
+        for answer, scored in zip(of_question, scores, strict=True):
+            if math.isfinite(scored.log_probability):
+                answer.log_probabilities[q.view] = scored.log_probability

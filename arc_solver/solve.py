@@ -3,8 +3,8 @@
 `runs/<name>/` holds the resolved config, `log.jsonl`, a result file for each task (candidates, timing, how adaptation
 went), the adapters, and `submission.json`, which exists from the first second and is rewritten after every task.
 
-Tasks are solved by worker processes, one for each CPU core (one for a GPU). A task's result depends on the seed and
-the task alone, so their number and order change nothing but the time.
+Tasks are solved by worker processes, one for each CPU core (one for a GPU), in groups that are adapted at once. A
+group's results depend on the seed and its tasks alone, so the number of workers changes nothing but the time.
 """
 
 import json
@@ -32,8 +32,10 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from .adapt import adapt, planned_steps
-from .adapters import fresh_adapter, save_adapter
+from . import revote
+from .adapt import Adaptation, adapt, group_by_length, planned_steps
+from .adapters import Adapter, fresh_adapter, save_adapter
+from .candidates import Predictions
 from .config import (
     Config,
     Parser,
@@ -45,13 +47,14 @@ from .config import (
     run_main,
     task_overrides,
 )
+from .devices import keep_freed_memory
 from .engine import TorchEngine
 from .leaks import leak_audit
-from .lora import with_adapter
+from .lora import with_adapter, with_start
 from .model import BUNDLED_DIR, Model, fast_dtype, load_model, pick_device
-from .predict import Candidate, predict
+from .predict import predict_tasks
 from .report import save_picture, task_picture
-from .submission import Score, Submission, score, write_submission
+from .submission import Score, Submission, coverage, score, write_submission
 from .tasks import Attempts, Task, TaskSet, load_tasks
 from .vote import NO_ANSWER, rank, vote
 
@@ -64,17 +67,19 @@ class Result:
 
     task_id: str
     attempts: list[Attempts]
-    candidates: list[Candidate]
+    predictions: Predictions
     seconds: float
-    adaptation: dict[str, float] | None  # steps, tokens, first_loss, last_loss, seconds
+    predicting: float  # of these seconds, those of prediction
+    adaptation: dict[str, Any] | None  # see `Adaptation.to_json`
     error: str | None = None  # traceback, if solving failed; the attempts are placeholders then
 
     def to_json(self) -> dict[str, Any]:
         return {
             "task": self.task_id,
             "seconds": round(self.seconds, 2),
+            "predicting": round(self.predicting, 2),
             "adaptation": self.adaptation,
-            "candidates": [candidate.to_json() for candidate in self.candidates],
+            **self.predictions.to_json(),
             "error": self.error,
         }
 
@@ -82,28 +87,56 @@ class Result:
 OnProgress = Callable[[str, float], None]  # task id, share of its work done
 
 
-def solve_task(task: Task, engine: TorchEngine, config: Config, run_dir: Path, on_progress: OnProgress) -> Result:
-    """Solves one task. The same config and seed give the same result, whatever ran before."""
-    start = time.monotonic()
-    rng = partial(named_rng, config.run.seed, task.id)  # rng("adapt") is the same whatever ran before
-    adapter, adaptation = None, None
-    if config.adapt.enabled:
-        steps = planned_steps(task, config.adapt)
+@dataclass(frozen=True, eq=False)
+class Worker:
+    """What solves tasks: an engine, and the adapter that their own continue (None: each starts with a fresh one)."""
+
+    engine: TorchEngine
+    start: Adapter | None
+    config: Config
+    run_dir: Path
+    shares_batches: (
+        bool  # tasks that are adapted at once are asked at once too: on a GPU, where a step waits for launches
+    )
+
+    def solve(self, tasks: Sequence[Task], on_progress: OnProgress) -> list[Result]:
+        """Solves tasks that are adapted at once. The same config, seed and tasks give the same results."""
+        adaptations = self._adapt(tasks, on_progress) if self.config.adapt.enabled else [None] * len(tasks)
+        together = len(tasks) if self.shares_batches else 1
+        chunks = (slice(i, i + together) for i in range(0, len(tasks), together))
+        return [result for chunk in chunks for result in self._predict(tasks[chunk], adaptations[chunk])]
+
+    def _adapt(self, tasks: Sequence[Task], on_progress: OnProgress) -> list[Adaptation]:
+        rngs = [named_rng(self.config.run.seed, task.id, "adapt") for task in tasks]
         done = adapt(
-            task, engine.model, config.adapt, rng("adapt"), lambda s: on_progress(task.id, ADAPT_SHARE * s.step / steps)
+            tasks,
+            self.engine.model,
+            self.config.adapt,
+            rngs,
+            self.start,
+            lambda task, share: on_progress(task.id, ADAPT_SHARE * share),
         )
-        adapter = done.adapter
-        save_adapter(adapter, run_dir / "adapters" / task.id)
-        adaptation = {
-            "steps": done.steps,
-            "tokens": done.tokens,
-            "first_loss": round(done.first_loss, 4),
-            "last_loss": round(done.last_loss, 4),
-            "seconds": round(done.seconds, 2),
-        }
-    candidates = predict(task, engine, adapter, config.predict, rng("predict"))
-    attempts = vote(candidates, len(task.test), config.vote)
-    return Result(task.id, attempts, candidates, time.monotonic() - start, adaptation)
+        for task, adaptation in zip(tasks, done, strict=True):
+            save_adapter(adaptation.adapter, self.run_dir / "adapters" / task.id)
+        return done
+
+    def _predict(self, tasks: Sequence[Task], adaptations: Sequence[Adaptation | None]) -> list[Result]:
+        start = time.monotonic()
+        rngs = [named_rng(self.config.run.seed, task.id, "predict") for task in tasks]
+        adapters = [adaptation.adapter if adaptation else None for adaptation in adaptations]
+        found = predict_tasks(tasks, self.engine, adapters, self.config.predict, rngs)
+        seconds = (time.monotonic() - start) / len(tasks)
+        return [
+            Result(
+                task.id,
+                vote(predictions, task, self.config.vote),
+                predictions,
+                seconds + (adaptation.seconds if adaptation else 0),
+                seconds,
+                adaptation.to_json() if adaptation else None,
+            )
+            for task, predictions, adaptation in zip(tasks, found, adaptations, strict=True)
+        ]
 
 
 def solve(found: TaskSet, config: Config, run_dir: Path, console: Console) -> dict[str, Result]:
@@ -112,6 +145,7 @@ def solve(found: TaskSet, config: Config, run_dir: Path, console: Console) -> di
     submission: Submission = {task.id: [(NO_ANSWER, NO_ANSWER)] * len(task.test) for task in found.tasks}
     write_submission(submission, run_dir / "submission.json")
     results: dict[str, Result] = {}
+    tasks = {task.id: task for task in found.tasks}
     costs = {task.id: _cost(task, config) for task in found.tasks}
     done_share = dict.fromkeys(costs, 0.0)
     with _progress_bar(console) as bar, (run_dir / "log.jsonl").open("w", buffering=1) as log:
@@ -121,13 +155,14 @@ def solve(found: TaskSet, config: Config, run_dir: Path, console: Console) -> di
             done_share[task_id] = max(done_share[task_id], share)
             bar.update(line, completed=sum(costs[i] * done_share[i] for i in costs))
 
-        longest_first = sorted(found.tasks, key=lambda task: (-costs[task.id], task.id))
+        groups = group_by_length(found.tasks, config.adapt, pick_device(config.run.device))
+        longest_first = sorted(groups, key=lambda group: -sum(costs[task.id] for task in group))
         for result in map_unordered(longest_first, config, run_dir, on_progress):
             results[result.task_id] = result
             submission[result.task_id] = result.attempts
             write_submission(submission, run_dir / "submission.json")
             (run_dir / "tasks" / f"{result.task_id}.json").write_text(json.dumps(result.to_json()) + "\n")
-            record = _log_record(result, config)
+            record = _log_record(result, tasks[result.task_id], config)
             log.write(json.dumps(record) + "\n")
             on_progress(result.task_id, 1.0)
             bar.update(line, tasks_done=len(results))
@@ -135,29 +170,31 @@ def solve(found: TaskSet, config: Config, run_dir: Path, console: Console) -> di
     return results
 
 
-def map_unordered(tasks: Sequence[Task], config: Config, run_dir: Path, on_progress: OnProgress) -> Iterator[Result]:
-    """Solves tasks in worker processes, or in this one if there is but one worker; yields results as they come."""
-    workers = _worker_count(config, len(tasks))
+def map_unordered(
+    groups: Sequence[Sequence[Task]], config: Config, run_dir: Path, on_progress: OnProgress
+) -> Iterator[Result]:
+    """Solves groups of tasks in worker processes, or in this one if there is but one; yields results as they come."""
+    workers = _worker_count(config, len(groups))
     if workers == 1:
         threads = torch.get_num_threads()
         try:
-            _start_worker(config, run_dir, None)
-            for task in tasks:
-                yield _solve_safely(task, on_progress)
+            worker = _make_worker(config, run_dir)
+            for group in groups:
+                yield from _solve_safely(worker, group, on_progress)
         finally:
             torch.set_num_threads(threads)
         return
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (config, run_dir, queue))
+    pool = ProcessPoolExecutor(workers, context, _start_process, (config, run_dir, queue))
     try:
-        pending = {pool.submit(_solve_safely, task) for task in tasks}
+        pending = {pool.submit(_solve_in_process, group) for group in groups}
         while pending:
             finished, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
             while not queue.empty():
                 on_progress(*queue.get())
             for future in finished:
-                yield future.result()
+                yield from future.result()
     finally:
         if pending:  # interrupted: nobody waits for these any more
             for process in multiprocessing.active_children():
@@ -165,24 +202,55 @@ def map_unordered(tasks: Sequence[Task], config: Config, run_dir: Path, on_progr
         pool.shutdown(cancel_futures=True)
 
 
-_worker: dict[str, Any] = {}  # what a worker process keeps between tasks
+_process: dict[str, Any] = {}  # what a worker process keeps between groups
 
 
-def _start_worker(config: Config, run_dir: Path, queue: Any) -> None:
+def _start_process(config: Config, run_dir: Path, queue: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _process.update(worker=_make_worker(config, run_dir), queue=queue)
+
+
+def _solve_in_process(group: Sequence[Task]) -> list[Result]:
+    return _solve_safely(_process["worker"], group, lambda task_id, share: _process["queue"].put((task_id, share)))
+
+
+def _solve_safely(worker: Worker, group: Sequence[Task], on_progress: OnProgress) -> list[Result]:
+    """Failure is an answer: the traceback comes back as a value, with placeholders. Then the others go on alone."""
+    start = time.monotonic()
+    try:
+        return worker.solve(group, on_progress)
+    except Exception:
+        if len(group) > 1:
+            return [result for task in group for result in _solve_safely(worker, [task], on_progress)]
+        (task,) = group
+        blank: list[Attempts] = [(NO_ANSWER, NO_ANSWER)] * len(task.test)
+        return [
+            Result(task.id, blank, Predictions((), ()), time.monotonic() - start, 0.0, None, traceback.format_exc())
+        ]
+
+
+def _make_worker(config: Config, run_dir: Path) -> Worker:
     device = pick_device(config.run.device)
     if device.type == "cpu":
         torch.set_num_threads(1)  # one core a worker; and results then depend on no thread count
-    if queue is not None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
-        threading.Thread(target=_end_with_parent, daemon=True).start()
-    model = _load(config, device)
-    _worker.update(engine=TorchEngine(model, config.predict.batch_tokens), config=config, run_dir=run_dir, queue=queue)
+        keep_freed_memory(1 << 30)
+    model, start = _load(config, device)
+    return Worker(TorchEngine(model, config.predict.batch_tokens), start, config, run_dir, device.type != "cpu")
 
 
-def _load(config: Config, device: torch.device) -> Model:
-    """What all adapters of a run are made for: the checkpoint, with the adapter of the config merged in, if any."""
+def _load(config: Config, device: torch.device) -> tuple[Model, Adapter | None]:
+    """The checkpoint that all adapters of a run are for, and the adapter that they continue, if any.
+
+    The adapter of the config is that one, or is merged into the weights.
+    """
     model = load_model(config.model.path, device, fast_dtype(device))
-    return with_adapter(model, config.model.adapter, Path(config.model.path) if config.model.path else BUNDLED_DIR)
+    base_dir = Path(config.model.path) if config.model.path else BUNDLED_DIR
+    if not (config.adapt.enabled and config.adapt.start == "pretrained"):
+        return with_adapter(model, config.model.adapter, base_dir), None
+    if not config.model.adapter:
+        raise UserError('adapt.start="pretrained" continues an adapter: give its folder as model.adapter')
+    return with_start(model, Path(config.model.adapter), base_dir)
 
 
 def _end_with_parent() -> None:
@@ -191,17 +259,6 @@ def _end_with_parent() -> None:
     assert parent
     multiprocessing.connection.wait([parent.sentinel])
     os._exit(1)
-
-
-def _solve_safely(task: Task, on_progress: OnProgress | None = None) -> Result:
-    """Failure is an answer: the traceback comes back as a value, with placeholders."""
-    report = on_progress or (lambda task_id, share: _worker["queue"].put((task_id, share)))
-    start = time.monotonic()
-    try:
-        return solve_task(task, _worker["engine"], _worker["config"], _worker["run_dir"], report)
-    except Exception:
-        blank: list[Attempts] = [(NO_ANSWER, NO_ANSWER)] * len(task.test)
-        return Result(task.id, blank, [], time.monotonic() - start, None, traceback.format_exc())
 
 
 def _worker_count(config: Config, tasks: int) -> int:
@@ -242,15 +299,18 @@ def _progress_bar(console: Console) -> Progress:
     )
 
 
-def _log_record(result: Result, config: Config) -> dict[str, Any]:
-    ranked = [rank([c for c in result.candidates if c.test == t], config.vote) for t in range(len(result.attempts))]
+def _log_record(result: Result, task: Task, config: Config) -> dict[str, Any]:
+    ranked = [rank(result.predictions, task, test, config.vote) for test in range(len(task.test))]
     return {
         "task": result.task_id,
         "seconds": round(result.seconds, 2),
         "adaptation": result.adaptation,
-        "candidates": len(result.candidates),
         "distinct": [len(r) for r in ranked],
         "votes": [[entry.votes for entry in r[:2]] for r in ranked],
+        "dropped": result.predictions.dropped,
+        "capped": result.predictions.capped,
+        "predicting": round(result.predicting, 2),
+        "cost": dict(result.predictions.cost),
         "error": result.error,
     }
 
@@ -259,24 +319,41 @@ def _task_line(result: Result, record: dict[str, Any]) -> str:
     if result.error:
         last = escape(result.error.splitlines()[-1])
         return f"[red]{result.task_id} failed after {result.seconds:.0f} s:[/red] {last}"
-    votes = "; ".join(
-        f"votes {' and '.join(map(str, v))} of {d} distinct"
-        for v, d in zip(record["votes"], record["distinct"], strict=True)
+    parts = [f"{result.task_id}  {result.seconds:4.0f} s"]
+    if learnt := result.adaptation:
+        parts.append(f"loss {learnt['first_loss']:.3f} to {learnt['last_loss']:.3f}{_ENDS[learnt['ended']]}")
+    parts.append(
+        "; ".join(
+            f"votes {' and '.join(map(str, votes))} of {distinct} distinct"
+            for votes, distinct in zip(record["votes"], record["distinct"], strict=True)
+        )
     )
-    loss = (
-        f", loss {result.adaptation['first_loss']:.3f} to {result.adaptation['last_loss']:.3f}"
-        if result.adaptation
-        else ""
-    )
-    return f"{result.task_id}  {result.seconds:4.0f} s  {record['candidates']} candidates{loss}, {votes}"
+    cost = record["cost"]
+    parts.append(f"{cost['forward_steps']} forward steps")
+    if cost["drafted"]:
+        parts.append(f"{cost['accepted']} of {cost['decoded']} ids from drafts")
+    if record["dropped"]:
+        parts.append(f"prompts lost up to {_count(record['dropped'], 'demonstration')}")
+    if record["capped"]:
+        parts.append(f"search cut in {_count(record['capped'], 'view')}")
+    return ", ".join(parts)
 
 
-def _results(found: TaskSet, results: dict[str, Result], config: Config, model: Model) -> tuple[Group, Score | None]:
-    """Some tasks drawn, and the score with all that it must be read with; no score without known solutions."""
+_ENDS = {
+    "steps": "",
+    "leave-one-out": ", stopped early",
+    "diverged": ", [red]diverged[/red]: the adapter is what it started as",
+}
+
+
+def _results(
+    found: TaskSet, results: dict[str, Result], config: Config, model: Model
+) -> tuple[Group, Score | None, Score | None]:
+    """Some tasks drawn; the score with all that it must be read with; coverage. No score without known solutions."""
     shown: list[RenderableType] = []
     attempts = {i: result.attempts for i, result in results.items()}
     if not found.solutions:
-        return Group(*(task_picture(t, attempts[t.id], None) for t in found.tasks[: config.run.show])), None
+        return Group(*(task_picture(t, attempts[t.id], None) for t in found.tasks[: config.run.show])), None, None
     tasks = {task.id: task for task in found.tasks}
     result = score(attempts, found.solutions)
     for title, is_wanted in (("Solved", lambda share: share == 1), ("Not solved", lambda share: share < 1)):
@@ -288,6 +365,8 @@ def _results(found: TaskSet, results: dict[str, Result], config: Config, model: 
     table = Table(title=title, show_header=False)
     table.add_row("tasks solved", f"{result.tasks_solved} of {len(result.per_task)}")
     table.add_row("test outputs solved, two attempts", f"{result.outputs_solved} of {result.outputs}")
+    covered = coverage({i: r.predictions for i, r in results.items()}, found.solutions)
+    table.add_row("right answer among the candidates", f"{covered.outputs_solved} of {covered.outputs}")
     table.add_row("share of test outputs (Kaggle's score)", f"{result.share_of_outputs:.1%}")
     table.add_row("mean over tasks (ARC Prize's score)", f"{result.mean_over_tasks:.1%}")
     if unscored := len(found.tasks) - len(result.per_task):
@@ -295,7 +374,7 @@ def _results(found: TaskSet, results: dict[str, Result], config: Config, model: 
     shown.append(table)
     unknown = "no leak audit: this checkpoint does not say what it was trained on"
     shown.append(Text(str(leak_audit(model.trained_on, found)) if model.trained_on else unknown))
-    return Group(*shown), result
+    return Group(*shown), result, covered
 
 
 def _make_run_dir(run_dir: Path) -> None:
@@ -322,11 +401,14 @@ def default_run_dir(found: TaskSet) -> Path:
 
 
 def main(arguments: list[str]) -> int:
+    if any(word.partition("=")[0] == "--revote" for word in arguments):
+        return revote.main(arguments)
     parser = Parser(prog="bin/solve", description="Solve ARC tasks and write submission.json.")
     parser.add_argument("config", nargs="?", help="TOML file; without it, the defaults and the demo set")
     add_task_arguments(parser)
     parser.add_argument("--out", type=Path, metavar="RUN_DIR", help="a new folder; default runs/<tasks>-<time>")
     parser.add_argument("--seed", type=int)
+    parser.add_argument("--revote", metavar="RUN_DIR", help="only select again in finished runs; --revote --help")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args(arguments)
     overrides = list(args.overrides)
@@ -339,11 +421,12 @@ def main(arguments: list[str]) -> int:
     found = load_tasks(config.tasks)
     run_dir = args.out or default_run_dir(found)
     device = pick_device(config.run.device)
-    model = _load(config, device)
-    if config.adapt.enabled:
+    model, start_adapter = _load(config, device)
+    if config.adapt.enabled and not start_adapter:
         fresh_adapter(model, config.adapt, named_rng(0))  # refuses targets that the model lacks before any work is done
     config = config.model_copy(update={"format": model.format})  # the checkpoint's, whatever the config says
-    workers = _worker_count(config, len(found.tasks))
+    groups = group_by_length(found.tasks, config.adapt, device)
+    workers = _worker_count(config, len(groups))
     _make_run_dir(run_dir)
     plain = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     plain(
@@ -357,9 +440,14 @@ def main(arguments: list[str]) -> int:
         print(f"interrupted; the answers so far are in {run_dir}/submission.json", file=sys.stderr)
         return 1
     minutes = (time.monotonic() - start) / 60
-    shown, final = _results(found, results, config, model)
+    shown, final, covered = _results(found, results, config, model)
     failed = [i for i, result in results.items() if result.error]
-    summary = {"minutes": round(minutes, 2), "failed": failed, "score": final.to_json() if final else None}
+    summary = {
+        "minutes": round(minutes, 2),
+        "failed": failed,
+        "score": final and final.to_json(),
+        "coverage": covered and covered.to_json(),
+    }
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     save_picture(shown, run_dir / "report.svg", "bin/solve")
     console.print(shown)

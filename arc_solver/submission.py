@@ -15,8 +15,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .candidates import Predictions
 from .config import Parser, UserError, add_task_arguments, load_config, run_main, task_overrides
-from .tasks import Attempts, Solutions, Task, load_tasks, make_grid, read_json, same_grid
+from .tasks import Attempts, Grid, Solutions, Task, load_tasks, make_grid, read_json, same_grid
 
 Submission = dict[str, list[Attempts]]  # task id -> the two attempts for each of its test inputs
 ATTEMPTS = ("attempt_1", "attempt_2")
@@ -107,15 +108,40 @@ def _read_outputs(raw: Any, task: Task, where: str) -> list[Attempts]:
 
 def score(submission: Mapping[str, Sequence[Attempts]], solutions: Solutions) -> Score:
     """Scores the tasks that have solutions. Every one of them must be in the submission."""
-    per_task, solved, outputs = {}, 0, 0
-    for task_id, grids in solutions.items():
-        right = [
-            any(same_grid(attempt, grid) for attempt in both)
-            for both, grid in zip(submission[task_id], grids, strict=True)
+    return _total(solved(submission, solutions))
+
+
+def coverage(predictions: Mapping[str, Predictions], solutions: Solutions) -> Score:
+    """The score of a selection that never errs: an output is solved if any candidate equals it.
+
+    Tasks without predictions are not solved.
+    """
+    return _total(solved(candidate_grids(predictions, solutions), solutions))
+
+
+def candidate_grids(predictions: Mapping[str, Predictions], solutions: Solutions) -> dict[str, list[list[Grid]]]:
+    """All candidates for each test output of the tasks that have solutions."""
+    nothing = Predictions((), ())
+    return {
+        i: [[candidate.grid for candidate in predictions.get(i, nothing).of(t)] for t in range(len(grids))]
+        for i, grids in solutions.items()
+    }
+
+
+def solved(answers: Mapping[str, Sequence[Sequence[Grid]]], solutions: Solutions) -> dict[str, list[bool]]:
+    """For each test output of the tasks that have solutions: whether one of the answers to it equals it."""
+    return {
+        task_id: [
+            any(same_grid(answer, grid) for answer in given)
+            for given, grid in zip(answers[task_id], grids, strict=True)
         ]
-        per_task[task_id] = sum(right) / len(right)
-        solved, outputs = solved + sum(right), outputs + len(right)
-    return Score(outputs, solved, per_task)
+        for task_id, grids in solutions.items()
+    }
+
+
+def _total(solved: Mapping[str, Sequence[bool]]) -> Score:
+    per_task = {task_id: sum(right) / len(right) for task_id, right in solved.items()}
+    return Score(sum(map(len, solved.values())), sum(map(sum, solved.values())), per_task)
 
 
 def merge(first: Submission, second: Submission) -> Submission:

@@ -71,7 +71,8 @@ def accuracy(model: Model, asked: Sequence[Question], batch_tokens: int) -> floa
     trains = model.lm.training
     model.lm.eval()
     try:
-        replies = TorchEngine(model, batch_tokens).generate([prompt for prompt, _ in asked])
+        with TorchEngine(model, batch_tokens).open([prompt for prompt, _ in asked], [None] * len(asked)) as session:
+            replies = session.generate(range(len(asked)))
     finally:
         model.lm.train(trains)
     right = 0

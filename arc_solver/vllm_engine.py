@@ -17,8 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count, takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,11 +28,13 @@ import torch
 from torch import nn
 
 from .adapters import Adapter, save_adapter
-from .config import AdaptConfig, EngineConfig, FormatConfig, MachineError, UserError, first_line
-from .encode import END, NEWLINE, NUMBER, VOCABULARY, Cursor, Prompt, longest_reply
+from .config import EngineConfig, FormatConfig, MachineError, UserError, first_line
+from .encode import END, NEWLINE, NUMBER, VOCABULARY, Prompt, longest_reply
 from .engine import Cost, Found, Reply, Scored
+from .kv_cache import bytes_per_token
 from .model import Model
 from .tasks import COLOURS, MAX_SIDE
+from .token_tree import Grammar, Guess, TokenTree
 
 SETTINGS = {  # read when vllm is imported
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process: no workers to start, and none left behind
@@ -49,9 +50,11 @@ PROBE = tuple(range(16))  # the ids by which an adapter is seen to change someth
 class VLLMEngine:
     """Decodes with vLLM on the model's device, which then holds the weights twice.
 
+    One of them for a process: when vLLM frees an engine, it takes down what others of the process have set up.
+
     Args:
         model: what is asked, as far as it says how its adapters must look; its weights are read from `model_dir`.
-        adapt: rank and layers of the adapters to come; None: there will be none.
+        like: an adapter with the rank and the layers of those to come; None: there will be none.
         context: the most ids that a prompt and its reply may have together; less if the model was made for less.
 
     Raises:
@@ -61,15 +64,21 @@ class VLLMEngine:
     deadline = math.inf  # of `time.monotonic()`; what is not answered by then comes back unfinished
 
     def __init__(
-        self, model: Model, model_dir: Path, config: EngineConfig, adapt: AdaptConfig | None = None, context: int = 8192
+        self, model: Model, model_dir: Path, config: EngineConfig, like: Adapter | None = None, context: int = 8192
     ):
         if model.format.positions == "grid":
             raise UserError("vLLM counts positions by itself and this model has grid positions: use engine.kind=torch")
         self.format = model.format
         self.context = min(context, model.lm.config.max_position_embeddings)
+        needed = self.context * bytes_per_token(model) / 2**30  # GiB
+        if needed > config.kv_cache_gib:
+            raise UserError(
+                f"a prompt and its reply may take {needed:.3g} GiB of keys and values, and engine.kv_cache_gib is"
+                f" {config.kv_cache_gib:.3g}: make that larger, or predict.max_tokens smaller"
+            )
         self.layers = {n: tuple(m.weight.shape) for n, m in model.lm.named_modules() if isinstance(m, nn.Linear)}
-        self.targets = adapt.targets if adapt else ()
-        self.rank = _rank_served(adapt.rank) if adapt else 0
+        self.targets = {name.rpartition(".")[2] for name in like.weights} if like else set()
+        self.rank = _rank_served(like.rank) if like else 0
         self.alphabet = _alphabet(model.format)
         self._vllm = _import_vllm()
         self._llm = self._start(model, model_dir, config)
@@ -122,6 +131,8 @@ class VLLMEngine:
             MachineError: vLLM loads an adapter and ignores it.
         """
         distinct = {id(adapter): adapter for adapter in adapters if adapter}
+        # vLLM's CPU kernels give a row without an adapter, index -1, that of the last slot.
+        assert not distinct or None not in adapters, "prompts with and without an adapter cannot share a session"
         for adapter in distinct.values():
             self._check(adapter)
         in_memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
@@ -146,9 +157,9 @@ class VLLMEngine:
             if self.layers.get(name) != shape:
                 raise UserError(f"the adapter is for another model: it has a {shape[0]} x {shape[1]} layer {name}")
             if name.rpartition(".")[2] not in self.targets:
-                raise UserError(f"the adapter changes {name}, which is not in adapt.targets")
+                raise UserError(f"the adapter changes {name}, and the engine was made for {sorted(self.targets)}")
         if adapter.rank > self.rank:
-            raise UserError(f"the adapter has rank {adapter.rank}, more than adapt.rank made room for")
+            raise UserError(f"the adapter has rank {adapter.rank}, and the engine was made for {self.rank} at most")
 
     def _export(self, adapter: Adapter, folder: Path) -> Any:
         from vllm.lora.request import LoRARequest
@@ -219,48 +230,24 @@ class VLLMEngine:
         )
 
 
-@dataclass(eq=False)
-class _Node:
-    """What is known of the place after some first ids of a reply."""
-
-    logprobs_V: np.ndarray | None = None  # of the alphabet; -inf for other ids
-    after: dict[int, "_Node"] = field(default_factory=dict)
-
-
-@dataclass(eq=False)
-class _Path:
-    """First ids of a reply to one of the prompts."""
+@dataclass(frozen=True)
+class _Tip:
+    """A place that is to become known: a node of a prompt's tree."""
 
     row: int
-    node: _Node  # where they lead
-    cursor: Cursor
-    ids: bytes = b""
-    log_probability: float = 0.0
-
-    def best(self) -> int:
-        """The legal id that greedy decoding takes next: the first of the most probable ones."""
-        assert self.node.logprobs_V is not None
-        return int(np.where(self.cursor.legal(), self.node.logprobs_V, -np.inf).argmax())
-
-    def then(self, token: int) -> "_Path":
-        """One id further."""
-        assert self.node.logprobs_V is not None
-        cursor = copy(self.cursor)
-        cursor.take(token)
-        node = self.node.after.setdefault(token, _Node())
-        log_probability = self.log_probability + float(self.node.logprobs_V[token])
-        return _Path(self.row, node, cursor, self.ids + bytes([token]), log_probability)
+    node: int
+    log_probability: float = 0.0  # of the ids up to there, where the search needs it
 
 
 class VLLMSession:
-    """An `engine.Session`. Where the engine's deadline came first, replies have no END and scores are not a number."""
+    """An `engine.Session`. Where the engine's deadline came first, replies have no END and scores are NaN."""
 
     def __init__(self, engine: VLLMEngine, prompts: Sequence[Prompt], adapters: Sequence[Any]):
         self.cost = Cost()
         self._engine, self._adapters = engine, adapters
-        self._prompts = [prompt.ids_T.tolist() for prompt in prompts]
-        self._starts = [_Path(row, _Node(), Cursor(prompt, engine.format)) for row, prompt in enumerate(prompts)]
-        self._answers: dict[int, Reply] = {}  # row -> its greedy reply
+        grammar = Grammar(engine.format)
+        self._trees = [TokenTree(prompt, grammar, engine.context) for prompt in prompts]
+        self._answered: set[int] = set()
         self._pending: set[str] = set()  # requests that vLLM has not reported on
         self._open: set[str] = set()  # requests that vLLM has not finished
 
@@ -270,168 +257,136 @@ class VLLMSession:
         Args:
             drafts: guesses of the replies, by row. They are scored first, and decoding goes on where they go wrong.
         """
-        asked = [row for row in dict.fromkeys(rows) if row not in self._answers]
-        guesses = {row: self._legal_part(row, drafts[row]) for row in asked if drafts and row in drafts}
-        self._learn(guesses.items())
-        ends: dict[int, _Path] = {}
+        asked = [row for row in dict.fromkeys(rows) if not self._trees[row].advance()]
+        guesses = {row: self._guess(row, drafts[row]) for row in asked if drafts and row in drafts}
+        self._learn((row, ids) for row, (_, ids) in guesses.items())
 
-        def follow(path: _Path) -> list[_Path]:
-            path = path.then(path.best())
-            if path.cursor.done:
-                ends[path.row] = path
-            return [] if path.cursor.done else [path]
+        def follow(tip: _Tip) -> list[_Tip]:
+            tree = self._trees[tip.row]
+            return [] if tree.advance() else [_Tip(tip.row, tree.path[-1])]
 
-        cut = {path.row: path for path in self._explore([self._starts[row] for row in asked], follow)}
-        replies = {row: Reply(tuple(path.ids), path.log_probability) for row, path in (ends | cut).items()}
-        self._answers |= {row: replies[row] for row in ends}
-        for row, reply in replies.items():
-            guess = tuple(guesses.get(row, b""))
-            self.cost.decoded += len(reply.ids)
-            self.cost.drafted += len(guess)
-            self.cost.accepted += sum(
-                1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(reply.ids, guess, strict=False))
-            )
-        return [(replies | self._answers)[row] for row in rows]
+        self._explore([_Tip(row, self._trees[row].path[-1]) for row in asked], follow)
+        replies = {row: _reply(self._trees[row]) for row in dict.fromkeys(rows)}
+        for row, (start, ids) in guesses.items():
+            self.cost.drafted += len(ids) - start
+            self.cost.accepted += max(0, _agreement(ids, replies[row].ids) - start)
+        for row in replies.keys() - self._answered:
+            tree = self._trees[row]
+            if tree.ended(tree.path[-1]) or not self._room(_Tip(row, tree.path[-1])):
+                self.cost.decoded += len(replies[row].ids)
+                self._answered.add(row)
+        return [replies[row] for row in rows]
 
     def search(self, threshold: float, max_nodes: int) -> list[Found]:
         """For every prompt, the legal replies of probability `threshold` or more; `max_nodes` ids at most are tried."""
-        assert 0 < threshold <= 1, threshold
+        assert threshold > 0, threshold
         least = math.log(threshold)
-        found: list[list[Reply]] = [[] for _ in self._starts]
-        tried = [0] * len(self._starts)
-        ended = set()  # rows whose search the cap ended, or the deadline, or the length of the context
+        found: list[list[Reply]] = [[] for _ in self._trees]
+        tried = [0] * len(self._trees)
+        ended: set[int] = set()  # rows whose search the cap ended, or the deadline
 
-        def follow(path: _Path) -> list[_Path]:
-            assert path.node.logprobs_V is not None
-            probable_V = path.cursor.legal() & (path.log_probability + path.node.logprobs_V >= least)
-            steps = []
-            for token in np.flatnonzero(probable_V).tolist():
-                if tried[path.row] == max_nodes:
-                    ended.add(path.row)
+        def follow(tip: _Tip) -> list[_Tip]:
+            tree = self._trees[tip.row]
+            totals_V = tip.log_probability + tree.log_probabilities_NV[tip.node].astype(np.float64)
+            tips = []
+            for token in np.flatnonzero(tree.grammar.legal_SV[tree.states[tip.node]] & (totals_V >= least)).tolist():
+                if tried[tip.row] == max_nodes:
+                    ended.add(tip.row)
                     break
-                tried[path.row] += 1
-                step = path.then(token)
-                if step.cursor.done:
-                    found[path.row].append(Reply(tuple(step.ids), step.log_probability))
-                else:
-                    steps.append(step)
-            return steps
+                tried[tip.row] += 1
+                node = tree.child(tip.node, token)
+                if node is not None and tree.ended(node):
+                    found[tip.row].append(Reply(tree.ids_to(node), float(totals_V[token])))
+                elif node is not None:
+                    tips.append(_Tip(tip.row, node, float(totals_V[token])))
+            return tips
 
-        ended |= {path.row for path in self._explore(self._starts, follow)}
-        return [
-            Found(tuple(sorted(replies, key=lambda reply: -reply.log_probability)), row not in ended)
-            for row, replies in enumerate(found)
-        ]
+        ended |= {tip.row for tip in self._explore([_Tip(row, 0) for row in range(len(self._trees))], follow)}
+        in_order = [sorted(replies, key=lambda reply: (-reply.log_probability, reply.ids)) for replies in found]
+        return [Found(tuple(replies), row not in ended) for row, replies in enumerate(in_order)]
 
     def score(self, replies: Sequence[Sequence[Sequence[int]]]) -> list[list[Scored]]:
         """For every prompt, its own list of replies (with END) scored; what is known already costs nothing."""
-        given = [[bytes(ids) for ids in mine] for mine in replies]
-        self._learn((row, ids) for row, mine in enumerate(given) for ids in mine)
-        return [[self._scored(row, ids) for ids in mine] for row, mine in enumerate(given)]
+        self._learn((row, tuple(ids)) for row, mine in enumerate(replies) for ids in mine)
+        return [[_score(tree, ids) for ids in mine] for tree, mine in zip(self._trees, replies, strict=True)]
 
     def close(self) -> None:
-        self._engine.abort(self._open)
+        """Nothing of it is left in vLLM, even if it was left in the middle."""
+        self._abort(self._open)
 
-    def _scored(self, row: int, ids: bytes) -> Scored:
-        path, agreed = self._starts[row], 0
-        for place, token in enumerate(ids):
-            if path.node.logprobs_V is None:
-                return Scored(math.nan, agreed)
-            agreed += agreed == place and token == path.best()
-            path = path.then(token)
-        return Scored(path.log_probability, agreed)
+    def _guess(self, row: int, draft: Sequence[int]) -> tuple[int, tuple[int, ...]]:
+        """How many ids of the reply are known, and the reply as the draft has it from there on."""
+        tree = self._trees[row]
+        tip = tree.path[-1]
+        return tree.depths[tip], tree.ids_to([tip, *tree.guessed(tip, Guess(draft), math.inf)][-1])
 
-    def _legal_part(self, row: int, ids: Sequence[int]) -> bytes:
-        cursor, taken = copy(self._starts[row].cursor), 0
-        while taken < len(ids) and not cursor.done and cursor.legal()[ids[taken]]:
-            cursor.take(ids[taken])
-            taken += 1
-        return bytes(ids[: min(taken, self._engine.context - len(self._prompts[row]))])
+    def _explore(self, start: list[_Tip], follow: Callable[[_Tip], list[_Tip]]) -> list[_Tip]:
+        """Makes places known. For each, `follow` then says which of the places after it are wanted too.
 
-    def _explore(self, starts: Iterable[_Path], follow: Callable[[_Path], list[_Path]]) -> list[_Path]:
-        """Goes along paths, deciding by `follow` at every place that has become known which ways to go on.
-
-        Returns the paths that could not be followed: the context is full, or the deadline came.
+        Returns those that did not become known before the deadline.
         """
-        cut: list[_Path] = []
-        asked: dict[str, _Path] = {}  # request -> the path that its reply has come along so far
-
-        def go_on(paths: list[_Path]) -> None:
-            while paths:
-                path = paths.pop()
-                room = self._engine.context - len(self._prompts[path.row]) - len(path.ids)
-                if path.node.logprobs_V is not None:
-                    paths += follow(path)
-                elif room < 1:
-                    cut.append(path)
-                else:
-                    most = min(room, longest_reply(self._engine.format) - len(path.ids))
-                    asked[self._ask(path.row, path.ids, self._engine.continuing(most))] = path
-
-        go_on(list(starts))
+        asked: dict[str, _Tip] = {}  # request -> what its next id follows
+        self._go_on(start, follow, asked)
         for output in self._outputs(asked):
-            path = asked.pop(output.request_id)
-            others: list[_Path] = []
-            for i, token in enumerate(output.outputs[0].token_ids):
-                if path.node.logprobs_V is None:
-                    path.node.logprobs_V = self._known_row(output.outputs[0].logprobs, i)
-                steps = follow(path)
-                others += [step for step in steps if step.ids[-1] != token]
-                ahead = [step for step in steps if step.ids[-1] == token]
+            tip = asked.pop(output.request_id)
+            tree, completion = self._trees[tip.row], output.outputs[0]
+            others: list[_Tip] = []
+            for i, token in enumerate(completion.token_ids):
+                tree.learn([tip.node], _row(completion.logprobs, i)[None])
+                wanted = follow(tip)
+                others += [after for after in wanted if tree.ids[after.node] != token]
+                ahead = [after for after in wanted if tree.ids[after.node] == token]
                 if not ahead:
                     self._abort([output.request_id])
                     break
-                path = ahead[0]
+                tip = ahead[0]
             else:
                 if output.finished:
-                    others.append(path)
+                    others.append(tip)
                 else:
-                    asked[output.request_id] = path
-            go_on(others)
-        return cut + list(asked.values())
+                    asked[output.request_id] = tip
+            self._go_on(others, follow, asked)
+        return list(asked.values())
 
-    def _learn(self, wanted: Iterable[tuple[int, bytes]]) -> None:
-        """Finds the log-probabilities along these replies, where they are not known."""
-        replies = list(dict.fromkeys(wanted))
+    def _go_on(self, tips: list[_Tip], follow: Callable[[_Tip], list[_Tip]], asked: dict[str, _Tip]) -> None:
+        """Follows what is known already, and asks vLLM to go on from there."""
+        while tips:
+            tip = tips.pop()
+            tree = self._trees[tip.row]
+            if tree.known[tip.node]:
+                tips += follow(tip)
+            elif room := self._room(tip):
+                asked[self._ask(tip.row, tree.ids_to(tip.node), self._engine.continuing(room))] = tip
+
+    def _room(self, tip: _Tip) -> int:
+        """How many ids may come after a place at most."""
+        tree = self._trees[tip.row]
+        longest = min(self._engine.context - len(tree.prompt), longest_reply(self._engine.format))
+        return longest - tree.depths[tip.node]
+
+    def _learn(self, wanted: Iterable[tuple[int, tuple[int, ...]]]) -> None:
+        """Makes the places along these replies known, except those of replies that the context has no room for."""
+        walks: dict[tuple[int, tuple[int, ...]], list[int]] = {}
+        for row, ids in wanted:
+            nodes = self._trees[row].walk(ids)
+            if ids and len(nodes) == len(ids) + 1:
+                walks[row, ids] = nodes[:-1]
         # What the prefix cache has, vLLM does not report. That is the prompt, which does not matter, and may be the
         # beginning of a reply, which is known then, or else asked for again without the cache.
         for read_cache in (True, False):
             params = self._engine.scoring(read_cache)
-            asked: dict[str, tuple[int, bytes]] = {}
-            for row, ids in replies:
-                if not self._is_known(row, ids) and len(self._prompts[row]) + len(ids) <= self._engine.context:
-                    asked[self._ask(row, ids[:-1], params)] = (row, ids)
+            asked = {
+                self._ask(row, ids[:-1], params): (row, nodes)
+                for (row, ids), nodes in walks.items()
+                if not all(self._trees[row].known[node] for node in nodes)
+            }
             for output in self._outputs(asked):
-                self._keep(output, *asked.pop(output.request_id))
+                row, nodes = asked.pop(output.request_id)
+                reported = _rows_at_the_end(output, len(nodes))
+                self._trees[row].learn(nodes[-len(reported) :], reported)
 
-    def _keep(self, output: Any, row: int, ids: bytes) -> None:
-        total = len(output.prompt_token_ids)
-        # One runner of vLLM leaves unreported places out, another has whatever was in memory there; so from the end.
-        reported = min(len(output.prompt_logprobs) - 1, total - 1 - output.num_cached_tokens)
-        node = self._starts[row].node
-        for place, token in enumerate(ids):
-            back = len(ids) - 1 - place
-            if node.logprobs_V is None and back == 0:
-                node.logprobs_V = self._known_row(output.outputs[0].logprobs, 0)
-            elif node.logprobs_V is None and back <= reported:
-                node.logprobs_V = self._known_row(output.prompt_logprobs, len(output.prompt_logprobs) - back)
-            node = node.after.setdefault(token, _Node())
-
-    def _known_row(self, logprobs: Any, place: int) -> np.ndarray:
-        row_V = np.full(VOCABULARY, -np.inf, dtype=np.float32)
-        row_V[self._engine.alphabet] = _row(logprobs, place)[self._engine.alphabet]
-        return row_V
-
-    def _is_known(self, row: int, ids: bytes) -> bool:
-        node: _Node | None = self._starts[row].node
-        for token in ids:
-            if node is None or node.logprobs_V is None:
-                return False
-            node = node.after.get(token)
-        return True
-
-    def _ask(self, row: int, ids: bytes, params: Any) -> str:
-        name = self._engine.add([*self._prompts[row], *ids], params, self._adapters[row])
+    def _ask(self, row: int, ids: Sequence[int], params: Any) -> str:
+        name = self._engine.add([*self._trees[row].prompt.ids_T.tolist(), *ids], params, self._adapters[row])
         self._pending.add(name)
         self._open.add(name)
         return name
@@ -461,6 +416,33 @@ class VLLMSession:
         self._engine.abort(names)
 
 
+def _reply(tree: TokenTree) -> Reply:
+    return Reply(tree.ids_to(tree.path[-1]), tree.log_probability(tree.path))
+
+
+def _score(tree: TokenTree, ids: Sequence[int]) -> Scored:
+    """A reply beyond the context has probability 0."""
+    nodes = tree.walk(ids)
+    agreed = _agreement([tree.greedy[node] for node in nodes], ids)
+    if len(nodes) <= len(ids):
+        return Scored(-math.inf, agreed)
+    return Scored(tree.log_probability(nodes) if all(tree.known[node] for node in nodes[:-1]) else math.nan, agreed)
+
+
+def _agreement(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many leading elements are equal."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
+
+
+def _rows_at_the_end(output: Any, most: int) -> np.ndarray:
+    """What may follow the last ids of a scoring request, `most` of them or as many as vLLM reports on. [T, V]"""
+    along, total = output.prompt_logprobs, len(output.prompt_token_ids)
+    # One runner of vLLM leaves cached places out, another has there whatever was in memory; so from the end.
+    count = min(most - 1, len(along) - 1, total - 1 - output.num_cached_tokens)
+    rows = [_row(along, len(along) - back) for back in range(count, 0, -1)]
+    return np.stack([*rows, _row(output.outputs[0].logprobs, 0)])
+
+
 def _alphabet(format: FormatConfig) -> list[int]:
     """The ids that are legal somewhere in a reply."""
     numbers = range(NUMBER + 1, NUMBER + MAX_SIDE + 1) if format.shape_header or format.row_numbers else ()
@@ -478,7 +460,7 @@ def _row(logprobs: Any, place: int) -> np.ndarray:
 def _rank_served(rank: int) -> int:
     """The least rank that vLLM makes room for that is no less than this one."""
     if rank > LORA_RANKS[-1]:
-        raise UserError(f"vLLM serves adapters of rank {LORA_RANKS[-1]} at most, and adapt.rank is {rank}")
+        raise UserError(f"vLLM serves adapters of rank {LORA_RANKS[-1]} at most, and the adapters' is {rank}")
     return next(served for served in LORA_RANKS if served >= rank)
 
 

@@ -6,11 +6,15 @@ import pytest
 import torch
 from conftest import TOY, flip_task
 from scipy.stats import chisquare
+from test_adapters import random_adapter
 
-from arc_solver.adapt import adapt, held_out_samples, planned_steps
+from arc_solver import adapt as adapt_module
+from arc_solver.adapt import Adaptation, adapt, group_by_length, held_out_samples, planned_steps
+from arc_solver.adapters import attached, fresh_adapter
 from arc_solver.config import AdaptConfig, FormatConfig, named_rng
 from arc_solver.encode import IGNORE, INPUT, encode_sample
-from arc_solver.model import new_model
+from arc_solver.model import Model, load_model, new_model
+from arc_solver.optimize import step_rate
 from arc_solver.tasks import Pair, Task
 
 
@@ -84,10 +88,163 @@ def test_adapting_lowers_the_loss_and_leaves_the_base(rng):
         model.lm.lm_head.weight *= 20  # as drawn, a random head could not say anything with certainty
     before = {name: p.clone() for name, p in model.lm.state_dict().items()}
     config = AdaptConfig(rank=4, alpha=8, lr=2e-2, steps=40)
-    first, second = (adapt(task, model, config, named_rng(0, "adapt")) for _ in range(2))
+    ((first,), (second,)) = (adapt([task], model, config, [named_rng(0, "adapt")]) for _ in range(2))
     assert first.last_loss < 0.8 * first.first_loss
     assert all(torch.equal(p, before[name]) for name, p in model.lm.state_dict().items())
     for name, (a, b) in first.adapter.weights.items():
         assert torch.equal(a, second.adapter.weights[name][0])
         assert torch.equal(b, second.adapter.weights[name][1])
         assert b.any()
+
+
+# ---- several tasks at once -----------------------------------------------------------------------------------------
+
+CONFIG = AdaptConfig(rank=4, alpha=8, lr=1e-3, steps=20, batch_size=2)
+
+
+@pytest.fixture
+def tasks(rng) -> list[Task]:
+    return [flip_task(rng, f"flip{n}", demonstrations=2 + n) for n in range(3)]
+
+
+def adapted(tasks: list[Task], model: Model, config: AdaptConfig = CONFIG) -> dict[str, Adaptation]:
+    done = adapt(tasks, model, config, [named_rng(0, task.id) for task in tasks])
+    return {task.id: result for task, result in zip(tasks, done, strict=True)}
+
+
+def assert_same(one: Adaptation, other: Adaptation) -> None:
+    assert (one.steps, one.tokens, one.ended) == (other.steps, other.tokens, other.ended)
+    for name, pair in one.adapter.weights.items():
+        for mine, theirs in zip(pair, other.adapter.weights[name], strict=True):
+            torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_one_task_equals_peft(tasks, toy_model):
+    """The same init and data, and 20 steps of AdamW by PEFT and PyTorch, in float32."""
+    from peft import LoraConfig, get_peft_model
+
+    config, task = CONFIG, tasks[1]
+    ours = adapted([task], toy_model)[task.id]
+
+    lm = new_model(TOY, FormatConfig(), seed=1).lm
+    lm.set_attn_implementation("sdpa")
+    settings = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=list(config.targets))
+    peft_model = get_peft_model(lm, settings)
+    rng = named_rng(0, task.id)
+    with torch.no_grad():
+        for name, (a, b) in fresh_adapter(toy_model, config, rng).weights.items():
+            layer = peft_model.get_submodule(f"base_model.model.{name}")
+            layer.lora_A["default"].weight.copy_(a)
+            layer.lora_B["default"].weight.copy_(b)
+    samples = held_out_samples(task, config, FormatConfig(), rng)
+    trained = [p for p in peft_model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
+    for step in range(20):
+        logits, labels = [], []
+        for _ in range(config.batch_size):
+            sample, _ = next(samples)
+            ids, positions = (torch.from_numpy(x.astype(np.int64))[None] for x in (sample.ids_T, sample.positions_T))
+            out = peft_model(input_ids=ids, position_ids=positions, attention_mask=torch.ones_like(ids))
+            logits.append(out.logits[0, :-1])
+            labels.append(torch.from_numpy(sample.labels_T[1:].astype(np.int64)))
+        torch.nn.functional.cross_entropy(torch.cat(logits), torch.cat(labels), ignore_index=IGNORE).backward()
+        torch.nn.utils.clip_grad_norm_(trained, config.clip)
+        optimizer.param_groups[0]["lr"] = config.lr * step_rate(step / 20, config)
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, pair in ours.adapter.weights.items():
+        layer = peft_model.get_submodule(f"base_model.model.{name}")
+        for mine, theirs in zip(pair, (layer.lora_A, layer.lora_B), strict=True):
+            torch.testing.assert_close(mine, theirs["default"].weight.detach(), atol=1e-5, rtol=0)
+    assert all(b.abs().max() > 1e-4 for _, b in ours.adapter.weights.values()), "nothing was learnt"
+
+
+def test_three_tasks_at_once_equal_each_alone_in_any_order(tasks, toy_model):
+    together, reversed_ = adapted(tasks, toy_model), adapted(tasks[::-1], toy_model)
+    for task in tasks:
+        alone = adapted([task], toy_model)[task.id]
+        assert_same(together[task.id], alone)
+        assert_same(reversed_[task.id], alone)
+
+
+def test_tasks_that_take_fewer_steps_leave_the_others_alone(tasks, toy_model):
+    config = CONFIG.model_copy(update={"budget_tokens": 15 * 2 * max(task.tokens for task in tasks)})
+    together = adapted(tasks, toy_model, config)
+    assert len({result.steps for result in together.values()}) > 1
+    for task in tasks:
+        assert_same(together[task.id], adapted([task], toy_model, config)[task.id])
+
+
+def test_a_neighbour_that_diverges_is_reset_and_reported(tasks, toy_model, monkeypatch):
+    expected = adapted(tasks, toy_model)
+    real, calls = adapt_module._ask, []
+
+    def poisoned(model, bank, learners, samples):
+        logits_NV, labels_N, owners_N = real(model, bank, learners, samples)
+        calls.append(len(learners))
+        if len(calls) == 6:
+            logits_NV = logits_NV + torch.where(owners_N == 1, torch.nan, 0.0)[:, None]
+        return logits_NV, labels_N, owners_N
+
+    monkeypatch.setattr(adapt_module, "_ask", poisoned)
+    found = adapted(tasks, toy_model)
+    assert calls == [3] * 6 + [2] * 14
+    assert [found[task.id].ended for task in tasks] == ["steps", "diverged", "steps"]
+    for task in (tasks[0], tasks[2]):
+        assert_same(found[task.id], expected[task.id])
+    start = fresh_adapter(toy_model, CONFIG, named_rng(0, tasks[1].id))
+    diverged = found[tasks[1].id]
+    assert (diverged.steps, np.isfinite(diverged.last_loss)) == (6, True)
+    for name, (a, b) in diverged.adapter.weights.items():
+        assert torch.equal(a, start.weights[name][0])
+        assert not b.any()
+
+
+def test_all_can_continue_one_adapter(tasks, toy_model):
+    start = random_adapter(toy_model, 5, CONFIG)
+    rngs = [named_rng(0, task.id) for task in tasks]
+    still = adapt(tasks, toy_model, CONFIG.model_copy(update={"lr": 1e-30}), rngs, start)
+    moved = adapt(tasks, toy_model, CONFIG, [named_rng(0, task.id) for task in tasks], start)
+    for name, (a, b) in start.weights.items():
+        for k in range(3):
+            assert torch.equal(still[k].adapter.weights[name][0], a)
+            assert torch.equal(still[k].adapter.weights[name][1], b)
+            assert 0 < (moved[k].adapter.weights[name][1] - b).abs().max() < 0.1
+
+
+def test_stop_once_all_held_out_demonstrations_are_answered(rng):
+    """The bundled model learns a small task well before the last step; a task without a rule it does not."""
+    model = load_model("")
+    easy = flip_task(rng, "easy", demonstrations=3)
+    easy = Task("easy", tuple(Pair(pair.input, pair.input) for pair in easy.train), easy.test)
+    noise = [Pair(pair.input, rng.integers(0, 10, (3, 3)).astype(np.uint8)) for pair in easy.train]
+    config = AdaptConfig(steps=60, batch_size=2, stop="leave-one-out")
+    found = adapted([easy, Task("noise", tuple(noise), easy.test)], model, config)
+    assert (found["easy"].ended, found["noise"].ended) == ("leave-one-out", "steps")
+    assert found["easy"].steps < found["noise"].steps == 60
+    with attached(model, [found["easy"].adapter]), torch.no_grad():
+        for i in range(3):
+            pairs = [pair for j, pair in enumerate(easy.train) if j != i] + [easy.train[i]]
+            sample = encode_sample(pairs, model.format, "last")
+            ids, positions = (torch.from_numpy(x.astype(np.int64))[None] for x in (sample.ids_T, sample.positions_T))
+            answered = model.logits(ids, positions)[0, :-1].argmax(-1).numpy()
+            learnt = sample.labels_T[1:] != IGNORE
+            assert (answered[learnt] == sample.labels_T[1:][learnt]).all()
+
+
+def test_groups_are_of_like_length(arc):
+    tasks, config = arc["training"].tasks, AdaptConfig()
+    groups = group_by_length(tasks, config, torch.device("cpu"))
+    assert sorted(task.id for group in groups for task in group) == sorted(task.id for task in tasks)
+    assert max(map(len, groups)) > 1
+    for group in groups:
+        lengths = [min(task.tokens, config.max_tokens) for task in group]
+        assert len(group) == 1 or max(lengths) * len(group) * config.batch_size <= 2048
+        assert min(lengths) >= 0.8 * max(lengths)
+    assert group_by_length(tasks[::-1], config, torch.device("cpu")) == groups
+    assert len(group_by_length(tasks[:9], config, torch.device("cpu"))) >= 8, (
+        "a few tasks are shared out over the cores"
+    )
+    pairs = group_by_length(tasks, config.model_copy(update={"together": 2}), torch.device("cpu"))
+    assert max(map(len, pairs)) == 2

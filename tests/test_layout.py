@@ -5,25 +5,12 @@ from pathlib import Path
 
 import arc_solver
 
-ROWS = (
-    *("config", "tasks", "report", "augment", "encode", "counting", "sources", "leaks", "corpus", "stream"),
-    *("attention", "model", "pretrained", "adapters", "lora", "engine", "vllm_engine", "engines", "validate"),
-    *("optimize", "devices", "memory"),
-    *(
-        "checkpoints",
-        "training_log",
-        "run",
-        "training_report",
-        "train",
-        "adapt",
-        "candidates",
-        "predict",
-        "vote",
-        "submission",
-        "solve",
-    ),
-    *("bench_field", "bench_train", "bench"),
-)
+SENTENCE = """
+    config tasks report augment encode counting sources leaks corpus stream attention decoder model pretrained adapters
+    lora kv_cache token_tree block engine vllm_engine engines validate optimize devices memory checkpoints training_log
+    run training_report train adapt candidates predict vote submission revote solve bench_field bench_train bench
+"""
+ROWS = tuple(SENTENCE.split())
 HOMES = {  # heavy imports and the only modules that may have them
     "transformers": {"model", "pretrained", "bench_field", "bench_train"},
     "vllm": {"vllm_engine"},

@@ -55,6 +55,27 @@ def test_varlen_on_a_gpu_equals_the_loop(monkeypatch):
     torch.testing.assert_close(kernel, looped, atol=2e-2, rtol=2e-2)
 
 
+def test_gradients_of_attention_in_bf16():
+    """Sequences of one block, of several, and long ones, against plain softmax attention in float32."""
+    ends, generator = torch.tensor([1, 33, 230, 560, 1100]), torch.Generator().manual_seed(0)
+    drawn = [torch.randn(1, 2, 1100, 32, generator=generator).bfloat16() for _ in range(4)]
+    q, k, v = (x.clone().requires_grad_() for x in drawn[:3])
+    out = arc_solver.attention.attention(q, k, v, 0.2, ends)
+    found = torch.autograd.grad(out, (q, k, v), drawn[3])
+    whole = [x.float().requires_grad_() for x in drawn[:3]]
+    start = 0
+    for end in ends.tolist():
+        seen = torch.ones(end - start, end - start, dtype=torch.bool).tril()
+        one, two, three = (x[:, :, start:end] for x in whole)
+        plain = (one @ two.transpose(2, 3) * 0.2).masked_fill(~seen, -torch.inf).softmax(-1) @ three
+        expected = torch.autograd.grad(plain, whole, drawn[3][:, :, start:end].float())
+        for mine, theirs in zip(found, expected, strict=True):
+            part = theirs[:, :, start:end]
+            error = (mine[:, :, start:end] - part).norm() / part.norm().clamp_min(1e-6)
+            assert error < 0.02 or part.norm() < 1e-6, (start, end, error)
+        start = end
+
+
 @pytest.mark.parametrize("kv_heads", [1, 2])
 def test_packed_samples_do_not_see_each_other(kv_heads, rng):
     """Logits of a packed sample equal those of the sample alone, and gradients those of the samples one by one."""

@@ -18,8 +18,8 @@ from arc_solver.encode import encode_sample
 from arc_solver.engine import TorchEngine
 from arc_solver.model import Model, load_model, new_model, packed_loss, save_model
 from arc_solver.optimize import fit, make_optimizers
-from arc_solver.predict import predict
-from arc_solver.solve import default_run_dir, main, solve_task
+from arc_solver.predict import predict, predict_tasks
+from arc_solver.solve import Worker, default_run_dir, main
 from arc_solver.stream import pack
 from arc_solver.submission import read_submission, score
 from arc_solver.tasks import Pair, TasksConfig, TaskSet, load_tasks, smallest
@@ -91,7 +91,10 @@ def test_the_whole_sentence_is_reproducible(checkpoint, challenges, tmp_path):
     summary = json.loads((tmp_path / "a" / "summary.json").read_text())
     assert summary["score"] == result.to_json()
     log = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
-    assert {record["task"]: record["candidates"] for record in log} == {f"task{i}": 3 * (i + 1) for i in range(4)}
+    assert {record["task"]: len(record["distinct"]) for record in log} == {f"task{i}": i + 1 for i in range(4)}
+    for record in log:
+        assert sum(map(sum, record["votes"])) <= 3 * len(record["votes"])
+        assert record["cost"]["accepted"] <= record["cost"]["decoded"]
     for text in ("test outputs solved", str(tmp_path / "a"), "leak audit passed", "seed 0", "4 tasks"):
         assert text in first.stdout.replace("\n", "")
     assert "seed 1" in other.stdout
@@ -131,12 +134,12 @@ def test_a_run_directory_is_not_overwritten(checkpoint, challenges, tmp_path):
 def test_a_failing_task_is_an_answer(checkpoint, challenges, tmp_path, monkeypatch, capsys):
     """One task raises: it is named with its traceback, the others are solved, and the submission is whole."""
 
-    def faulty(task, *rest):
-        if task.id == "task1":
+    def faulty(tasks, *rest):
+        if any(task.id == "task1" for task in tasks):
             raise RuntimeError("injected")
-        return predict(task, *rest)
+        return predict_tasks(tasks, *rest)
 
-    monkeypatch.setattr(arc_solver.solve, "predict", faulty)
+    monkeypatch.setattr(arc_solver.solve, "predict_tasks", faulty)
     words = ["--tasks", challenges, "--out", tmp_path / "run", f"model.path={checkpoint}", "run.workers=1", *QUICK]
     assert main([str(word) for word in words]) == 1
     said = capsys.readouterr().out
@@ -220,21 +223,23 @@ def test_a_tiny_model_learns_five_tasks_by_heart(arc):
     settings = Config(predict=PredictConfig(views=1))
     submission = {}
     for task in tasks:
-        candidates = predict(task, engine, None, settings.predict, named_rng(0))
-        submission[task.id] = vote(candidates, len(task.test), settings.vote)
+        predictions = predict(task, engine, None, settings.predict, named_rng(0))
+        submission[task.id] = vote(predictions, task, settings.vote)
     assert score(submission, solutions).share_of_outputs == 1.0
 
 
-def test_solve_task_does_not_depend_on_what_ran_before(toy_model, rng, tmp_path):
+@pytest.mark.parametrize("shares_batches", [False, True])
+def test_a_group_does_not_depend_on_what_ran_before(toy_model, rng, tmp_path, shares_batches):
     config = Config().model_copy(update={"predict": PredictConfig(views=2)})
     config = config.model_copy(update={"adapt": config.adapt.model_copy(update={"steps": 2, "rank": 2})})
-    engine = TorchEngine(toy_model, 10_000)
-    tasks = [flip_task(rng, f"task{i}") for i in range(2)]
+    groups = [[flip_task(rng, f"task{i}"), flip_task(rng, f"other{i}")] for i in range(2)]
     quiet = lambda task_id, share: None  # noqa: E731
-    forwards = [solve_task(t, engine, config, tmp_path / "f", quiet) for t in tasks]
-    backwards = [solve_task(t, engine, config, tmp_path / "b", quiet) for t in reversed(tasks)][::-1]
+    worker = Worker(TorchEngine(toy_model, 10_000), None, config, tmp_path, shares_batches)
+    forwards = [worker.solve(group, quiet) for group in groups]
+    backwards = [worker.solve(group, quiet) for group in reversed(groups)][::-1]
     for a, b in zip(forwards, backwards, strict=True):
-        assert [c.to_json() for c in a.candidates] == [c.to_json() for c in b.candidates]
+        for one, other in zip(a, b, strict=True):
+            assert one.predictions.to_json() == other.predictions.to_json()
 
 
 def test_run_directories_get_names_of_their_own(tmp_path, monkeypatch):

@@ -1,0 +1,293 @@
+"""`bin/solve --revote`: selects again among the saved candidates of runs, without a model.
+
+    bin/solve --revote RUN_DIR vote.rule=product        # writes RUN_DIR/submission-product.json
+    bin/solve --revote RUN_DIR [RUN_DIR ...] --all-rules
+
+The first answers a run's tasks by one rule. The second compares all rules on the tasks of one run or several, each
+with "votes": what it wins and loses, with an interval from a paired bootstrap over tasks, since the outputs of one task
+stand or fall together. A run may still be going on.
+"""
+
+import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .candidates import Predictions
+from .config import Config, Parser, UserError, VoteConfig, load_config, named_rng, run_main
+from .submission import Score, Submission, candidate_grids, coverage, score, solved, write_submission
+from .tasks import Solutions, Task, TaskSet, grid_key, load_tasks, read_json
+from .vote import RULES, vote
+
+RESAMPLES = 10_000
+BASELINE = "votes"  # what the other rules are compared with
+
+
+@dataclass(frozen=True, eq=False)
+class SavedRun:
+    """What a run's folder says about its tasks."""
+
+    run_dir: Path
+    config: Config  # its sections tasks and vote alone are the run's
+    found: TaskSet
+    predictions: dict[str, Predictions]  # of the tasks that are done; those that failed have no candidates
+    failed: int
+
+    @property
+    def missing(self) -> int:
+        """Tasks that the run has not come to."""
+        return len(self.found.tasks) - len(self.predictions)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What a rule solves beside another, in test outputs."""
+
+    won: int  # solved by this rule only
+    lost: int  # solved by the other only
+    interval: tuple[float, float]  # 95%, of won - lost
+    p: float  # of a sign test: how often chance alone splits the outputs so unevenly
+
+
+# ---- reading -------------------------------------------------------------------------------------------------------
+
+
+def read_run(run_dir: Path, overrides: Sequence[str] = ()) -> SavedRun:
+    """Reads a run's folder and the tasks that its config names.
+
+    Args:
+        overrides: `tasks.key=value` and `vote.key=value` words, on top of the run's config.
+
+    Raises:
+        UserError: it is no run's folder, a file in it is damaged, or its tasks are not found any more.
+    """
+    if not (run_dir / "config.json").is_file() or not (run_dir / "tasks").is_dir():
+        missing = "config.json" if run_dir.is_dir() else "the folder"
+        missing = "tasks/" if (run_dir / "config.json").is_file() else missing
+        raise UserError(f"{run_dir} is no run of bin/solve, {missing} is missing: give what its --out was")
+    config = load_config(None, [*_saved_words(run_dir / "config.json"), *overrides])
+    found = load_tasks(config.tasks)
+    predictions, failed = {}, 0
+    for task in found.tasks:
+        file = run_dir / "tasks" / f"{task.id}.json"
+        if file.exists():
+            predictions[task.id], error = _read_predictions(file, task)
+            failed += error
+    if not predictions:
+        raise UserError(f"{run_dir} has candidates of none of the {len(found.tasks)} tasks of {found.name}, yet")
+    return SavedRun(run_dir, config, found, predictions, failed)
+
+
+def _saved_words(file: Path) -> list[str]:
+    """The run's settings that matter here, as overrides for `load_config`."""
+    content = read_json(file)
+    try:
+        return [
+            f"{section}.{key}={json.dumps(value, ensure_ascii=False)}"
+            for section in ("tasks", "vote")
+            for key, value in content[section].items()
+        ]
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{file} is no config of a run: its sections tasks and vote are missing") from None
+
+
+def _read_predictions(file: Path, task: Task) -> tuple[Predictions, bool]:
+    """What a task's file holds, and whether solving the task failed."""
+    content = read_json(file)
+    try:
+        if content["error"] is not None:
+            return Predictions((), ()), True
+        predictions = Predictions.from_json(content)
+        if problem := _problem(predictions, task):
+            raise ValueError(problem)
+        return predictions, False
+    except (KeyError, TypeError, ValueError, AttributeError, UserError) as error:
+        said = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise UserError(
+            f"{file} holds no candidates as this version writes them ({said}): remove it, or solve the task again"
+        ) from None
+
+
+def _problem(predictions: Predictions, task: Task) -> str:
+    """What would make nonsense of a vote, or ""."""
+    views = range(len(predictions.geometries))
+    seen: set[tuple[int, bytes]] = set()
+    for candidate in predictions.candidates:
+        known = [p for p in candidate.log_probabilities if p is not None]
+        key = candidate.test, grid_key(candidate.grid)
+        if candidate.test not in range(len(task.test)):
+            return f"a candidate answers test input {candidate.test}, and the task has {len(task.test)}"
+        if key in seen:
+            return "a grid is there twice"
+        if len(candidate.log_probabilities) != len(views):
+            return f"{len(candidate.log_probabilities)} log-probabilities for {len(views)} views"
+        if not all(isinstance(p, int | float) and -math.inf < p < 1e-3 for p in known):
+            return "a log-probability is no number up to 0"
+        for listed in (candidate.views, candidate.searched):
+            if len({*listed}) < len(listed) or not all(v in views for v in listed):
+                return f"views {listed}, each at most once, of {len(views)}"
+        seen.add(key)
+    return ""
+
+
+# ---- selecting -----------------------------------------------------------------------------------------------------
+
+
+def select(run: SavedRun, rule: str) -> Submission:
+    """The answers to all tasks of a run by a rule, with the priors of its config; placeholders where none are found."""
+    nothing, config = Predictions((), ()), run.config.vote.model_copy(update={"rule": rule})
+    return {task.id: vote(run.predictions.get(task.id, nothing), task, config) for task in run.found.tasks}
+
+
+def revote(run: SavedRun, console: Console) -> Path:
+    """Writes the run's submission by its config's rule, and prints what it scores."""
+    file = run.run_dir / f"submission-{_name(run.config.vote)}.json"
+    submission = select(run, run.config.vote.rule)
+    write_submission(submission, file)
+    lines = [f"{_name(run.config.vote)}: {file}"]
+    if run.missing or run.failed:
+        lines.append(
+            f"placeholders for {run.missing + run.failed} of {len(run.found.tasks)} tasks:"
+            f" {run.missing} not solved yet, {run.failed} failed"
+        )
+    if solutions := run.found.solutions:
+        lines.append(f"score:    {_figures(score(submission, solutions))}")
+        lines.append(f"coverage: {_figures(coverage(run.predictions, solutions))} have the right answer as a candidate")
+        if unknown := len(run.found.tasks) - len(solutions):
+            lines.append(f"not scored: {unknown} tasks without a known solution")
+    else:
+        lines.append("no score: the solutions are not known")
+    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+    return file
+
+
+def _name(config: VoteConfig) -> str:
+    """The rule and the priors, as part of a file's name."""
+    priors = [key for key, value in config if key != "rule" and value]
+    return "+".join([config.rule, *(re.sub("_prior$", "", key) for key in priors)])
+
+
+def _figures(result: Score) -> str:
+    return (
+        f"{result.tasks_solved} of {len(result.per_task)} tasks, {result.outputs_solved} of {result.outputs} outputs"
+        f" ({result.share_of_outputs:.1%})"
+    )
+
+
+# ---- comparing -----------------------------------------------------------------------------------------------------
+
+Outputs = dict[tuple[str, int], list[bool]]  # task id and number of the run -> whether each test output is solved
+
+
+def compare(runs: Sequence[SavedRun]) -> Table:
+    """All rules on the tasks that the runs have solved, as far as their solutions are known.
+
+    Raises:
+        UserError: no solution to a run's tasks is known.
+    """
+    known = [(run, _known_solutions(run)) for run in runs]
+    by_rule = {rule: _pool(solved(select(run, rule), solutions) for run, solutions in known) for rule in RULES}
+    covered = _pool(solved(candidate_grids(run.predictions, solutions), solutions) for run, solutions in known)
+    table = Table(title=_title(runs, len(covered)), box=SIMPLE, padding=(0, 1, 0, 0))
+    for column in ("rule", "tasks", "outputs", "share", f"against {BASELINE}, 95%", "won", "lost", "p"):
+        table.add_column(column, no_wrap=True)
+    for rule, outputs in by_rule.items():
+        table.add_row(rule, *_totals(outputs), *_against(outputs, by_rule[BASELINE]) if rule != BASELINE else ())
+    table.add_section()
+    table.add_row("coverage", *_totals(covered))
+    return table
+
+
+def _pool(by_run: Iterable[Mapping[str, list[bool]]]) -> Outputs:
+    return {(task_id, r): outputs for r, run in enumerate(by_run) for task_id, outputs in run.items()}
+
+
+def _known_solutions(run: SavedRun) -> Solutions:
+    known = {i: run.found.solutions[i] for i in run.predictions if i in run.found.solutions}
+    if not known:
+        raise UserError(
+            f"rules are compared by what they solve, and no solution is known to the tasks of {run.run_dir}"
+            f" ({run.found.name}): give tasks.solutions=FILE"
+        )
+    return known
+
+
+def difference(ours: Outputs, other: Outputs) -> Difference:
+    """Compares what two rules solve of the same outputs. The interval is a paired bootstrap over task ids.
+
+    A resample draws as many tasks as there are. Their differences are few whole numbers, so it is drawn as how often
+    each of them comes up.
+    """
+    assert ours.keys() == other.keys()
+    changes: dict[str, list[int]] = defaultdict(list)
+    for key, outputs in ours.items():
+        changes[key[0]] += [int(a) - int(b) for a, b in zip(outputs, other[key], strict=True)]
+    steps = [step for task in changes.values() for step in task]
+    values, counts = np.unique([sum(task) for task in changes.values()], return_counts=True)
+    draws_RD = named_rng(0, "paired bootstrap").multinomial(len(changes), counts / len(changes), RESAMPLES)
+    low, high = np.percentile(draws_RD @ values, [2.5, 97.5])
+    won, lost = steps.count(1), steps.count(-1)
+    return Difference(won, lost, (float(low), float(high)), sign_test(won, lost))
+
+
+def sign_test(won: int, lost: int) -> float:
+    """The exact two-sided p of so uneven a split, or a more uneven one, of fair coins (McNemar's test, exactly)."""
+    as_uneven = sum(math.comb(won + lost, k) for k in range(min(won, lost) + 1))
+    return min(1.0, 2 * as_uneven / 2 ** (won + lost))
+
+
+def _totals(outputs: Outputs) -> tuple[str, str, str]:
+    right, count = sum(map(sum, outputs.values())), sum(map(len, outputs.values()))
+    return str(sum(map(all, outputs.values()))), str(right), f"{right / count:.1%}"
+
+
+def _against(ours: Outputs, other: Outputs) -> tuple[str, ...]:
+    found = difference(ours, other)
+    low, high = found.interval
+    change = f"{found.won - found.lost:+d} ({low:+.0f} to {high:+.0f})"
+    return change, str(found.won), str(found.lost), f"{found.p:.2g}"
+
+
+def _title(runs: Sequence[SavedRun], tasks: int) -> Text:
+    priors = sorted({_name(run.config.vote).partition("+")[2] for run in runs} - {""})
+    names = ", ".join(dict.fromkeys(run.found.name for run in runs))
+    left_out = sum(len(run.found.tasks) for run in runs) - tasks
+    rest = f"; {left_out} not solved yet or without a known solution" if left_out else ""
+    return Text(f"{tasks} tasks of {names}{rest}{'; priors: ' + ', '.join(priors) if priors else ''}")
+
+
+def main(arguments: list[str]) -> int:
+    parser = Parser(prog="bin/solve --revote", description="Select again among the saved candidates of runs.")
+    parser.add_argument("--revote", nargs="*", default=[], metavar="RUN_DIR", help="folders that bin/solve wrote")
+    parser.add_argument("--all-rules", action="store_true", help="compare all rules, as with several runs")
+    parser.add_argument("overrides", nargs="*", metavar="vote.key=value", help="or tasks.key=value")
+    args = parser.parse_intermixed_args(arguments)
+    words = [*args.revote, *args.overrides]
+    overrides = [word for word in words if "=" in word and not Path(word).exists()]
+    for word in overrides:
+        if not word.startswith(("vote.", "tasks.")):
+            raise UserError(f"'{word}': the candidates of a run are what they are; only vote.* and tasks.* can be set")
+    run_dirs = list(dict.fromkeys(Path(word).resolve() for word in words if word not in overrides))
+    if not run_dirs:
+        raise UserError("name the folder of a run: bin/solve --revote RUN_DIR")
+    runs = [read_run(run_dir, overrides) for run_dir in run_dirs]
+    console = Console()
+    if len(runs) > 1 or args.all_rules:
+        console.width = max(console.width, 100)  # a file's is 80, which would cut the figures
+        console.print(compare(runs))
+    else:
+        revote(runs[0], console)
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
