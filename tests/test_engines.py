@@ -333,6 +333,10 @@ def test_a_reply_is_cut_where_the_context_ends(llama, rng):
 @pytest.fixture
 def coarse(kind: str, tmp_path: Path) -> Iterator[Served]:
     model = opinionated_model("Qwen3")
+    with torch.no_grad():
+        for layer in model.lm.model.layers:  # else rounding in the first grows too much in the second
+            layer.self_attn.o_proj.weight *= 0.3
+            layer.mlp.down_proj.weight *= 0.3
     model.lm.to(torch.bfloat16)
     yield Served(model, MAKERS[kind](model, tmp_path))
 

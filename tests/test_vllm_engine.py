@@ -67,7 +67,7 @@ def test_a_vllm_for_another_pytorch_is_refused(tmp_path, monkeypatch):
 
 
 def test_too_little_room_for_keys_and_values_is_the_users_to_change(tmp_path):
-    with pytest.raises(UserError, match=r"may take 0\.00098 GiB .* engine\.kv_cache_gib is 0\.0001: make that larger"):
+    with pytest.raises(UserError, match=r"may take 0\.000488 GiB .* engine\.kv_cache_gib is 0\.0001: make that larger"):
         VLLMEngine(opinionated_model("Llama"), tmp_path, TINY.model_copy(update={"kv_cache_gib": 1e-4}))
 
 
