@@ -291,6 +291,17 @@ class AdaptConfig(OptimConfig):
     labels: Literal["all-but-first", "last", "all"] = "all-but-first"
 
 
+class EngineConfig(Section):
+    """What decodes. All but `kind` is for vLLM, which is the extra arc_solver[vllm]."""
+
+    # auto = vLLM where it is installed and pays: positions "token", a GPU from Ampere on, a model that is not tiny
+    kind: Literal["auto", "torch", "vllm"] = "auto"
+    kv_cache_gib: PositiveFloat = 4.0  # GiB for keys and values; vLLM has its copy of the weights besides
+    max_loras: PositiveInt = 4  # adapters in one batch, each with room of its own on the GPU
+    max_sequences: PositiveInt = 128  # replies that are decoded together
+    step_tokens: PositiveInt = 8192  # ids in one forward pass; longer prompts go in pieces
+
+
 class PredictConfig(Section):
     views: PositiveInt = 16  # augmented copies of the task that are asked
     batch_tokens: PositiveInt = 8192  # of prompts, or of what is asked after them: rows x the longest, in one pass
@@ -324,6 +335,7 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     stages: Annotated[tuple[StageConfig, ...], Field(min_length=1)] = ()  # none given: one, of [train] and [corpus]
     adapt: AdaptConfig = AdaptConfig()
+    engine: EngineConfig = EngineConfig()
     predict: PredictConfig = PredictConfig()
     vote: VoteConfig = VoteConfig()
 

