@@ -7,7 +7,7 @@ of the base, samples one at a time, then merged; then greedy decoding of all vie
 any id may come next until the last view has ended; then plain votes. The model is the stock one with PyTorch's
 attention. Beside RESULT.json it leaves RESULT.submission.json.
 
-The settings are those of `bin/solve`, and so are samples, their order, steps, learning rates, views and prompts.
+The settings of [run], [adapt] and [predict] are those of `bin/solve`, and so are samples, their order, steps, learning rates, views and prompts.
 """
 
 import copy
@@ -39,6 +39,7 @@ from .config import (
     Parser,
     PredictConfig,
     UserError,
+    VoteConfig,
     load_config,
     named_rng,
     run_main,
@@ -269,7 +270,7 @@ def solve_field(tasks: Sequence[Task], field: Field) -> tuple[Submission, FieldS
     per_task: dict[str, Spent] = {}
     for task in tasks:
         predictions, per_task[task.id] = field.solve_task(task)
-        submission[task.id] = vote(predictions, task, field.config.vote)
+        submission[task.id] = vote(predictions, task, VoteConfig(rule="votes"))
     return submission, FieldSolved(
         seconds=time.perf_counter() - start_s,
         total=sum(per_task.values(), Spent()),
@@ -293,7 +294,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--dtype", choices=DTYPES, help="of the base; bfloat16 where the hardware multiplies it")
     parser.add_argument("--threads", type=int, help="CPU threads of PyTorch, if not its own choice")
     parser.add_argument("--max-new-tokens", type=int, help="where a reply is cut off; the longest legal one")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of run, adapt, predict and vote")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of run, adapt and predict")
     args = parser.parse_intermixed_args(arguments)
     if any(find_spec(name) is None for name in LIBRARIES):
         raise UserError("bin/bench solve compares with PEFT: pip install 'arc_solver[train]'")

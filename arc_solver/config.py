@@ -318,7 +318,7 @@ class PredictConfig(Section):
 class VoteConfig(Section):
     """How the two attempts are chosen among the candidates; `bin/solve --revote` chooses again."""
 
-    rule: VoteRule = "votes"  # see the functions of these names in vote.py
+    rule: VoteRule = "product"  # see the functions of these names in vote.py
     monochrome_prior: bool = False  # grids of one colour go last, if no demonstration's output is one
     shape_prior: bool = False  # other shapes go last, if all demonstrations keep it, or multiply it by the same
 
@@ -356,6 +356,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "Config":
+        if not self.predict.score and self.vote.rule not in ("votes", "hierarchical"):
+            raise ValueError(f'vote.rule="{self.vote.rule}" needs predict.score: leave it on, or set vote.rule=votes')
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise ValueError(f"two stages have the same name: {', '.join(names)}")

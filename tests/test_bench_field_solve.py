@@ -20,7 +20,7 @@ from arc_solver.bench_field_solve import (
     solve_field,
     submission_file,
 )
-from arc_solver.config import AdaptConfig, Config, FormatConfig, PredictConfig, UserError, named_rng
+from arc_solver.config import AdaptConfig, Config, FormatConfig, PredictConfig, UserError, VoteConfig, named_rng
 from arc_solver.encode import END, encode_prompt, encode_reply, encode_sample, longest_reply
 from arc_solver.engine import TorchEngine
 from arc_solver.model import BUNDLED_DIR, load_model
@@ -139,7 +139,7 @@ def test_answers_are_ours(stock, ours, rng):
         for test in range(2):
             mine = {c.grid.tobytes(): c.views for c in expected.of(test) if c.views}
             assert {c.grid.tobytes(): c.views for c in found.of(test)} == mine
-        for a, b in zip(submission[task.id], vote(expected, task, config.vote), strict=True):
+        for a, b in zip(submission[task.id], vote(expected, task, VoteConfig(rule="votes")), strict=True):
             assert all(same_grid(x, y) for x, y in zip(a, b, strict=True))
 
 
