@@ -122,8 +122,9 @@ def test_a_fresh_adapter_changes_nothing(served):
 
 
 @real
-def test_folders_of_adapters_are_never_the_same_and_never_stay(served, folders):
-    adapters = adapters_for(served.model, 2)
+def test_adapters_are_never_called_the_same_and_never_stay(served, folders, monkeypatch):
+    adapters, export, requests = adapters_for(served.model, 2), served.engine._export, []
+    monkeypatch.setattr(served.engine, "_export", lambda *given: requests.append(export(*given)) or requests[-1])
     for _ in range(2):
         with served.engine.open(prompts_of(3), [*adapters, adapters[0]]) as session:
             session.generate([0])
@@ -132,7 +133,9 @@ def test_folders_of_adapters_are_never_the_same_and_never_stay(served, folders):
         assert not served.engine._llm.llm_engine.list_loras()
     with pytest.raises(KeyError), served.engine.open(prompts_of(1), adapters[:1]):
         raise KeyError
-    assert len({folder.name for folder in folders}) == len(folders) == 5
+    assert len(folders) == 5
+    for called in ("lora_name", "lora_int_id", "lora_path"):
+        assert len({getattr(request, called) for request in requests}) == 5
     assert not any(folder.parent.exists() for folder in folders)
 
 
