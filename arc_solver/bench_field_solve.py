@@ -7,7 +7,8 @@ of the base, samples one at a time, then merged; then greedy decoding of all vie
 any id may come next until the last view has ended; then plain votes. The model is the stock one with PyTorch's
 attention. Beside RESULT.json it leaves RESULT.submission.json.
 
-The settings of [run], [adapt] and [predict] are those of `bin/solve`, and so are samples, their order, steps, learning rates, views and prompts.
+The settings of [run], [adapt] and [predict] are those of `bin/solve`, and so are samples, their order, steps, learning
+rates, views and prompts.
 """
 
 import copy
