@@ -26,6 +26,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from .adapters import Adapter, load_adapter, merge
@@ -34,12 +35,12 @@ from .bench_field import now_s
 from .bench_field_solve import load_field, submission_file
 from .candidates import Predictions
 from .config import FormatConfig, ModelConfig, PredictConfig, load_config, named_rng
-from .encode import PAD, encode_prompt, encode_reply
+from .encode import PAD, encode_prompt, encode_sample
 from .engine import TorchEngine, TorchSession
 from .model import BUNDLED_DIR, Model, fast_dtype, load_model, new_model, pick_device, save_model
 from .predict import predict
 from .submission import read_submission, score
-from .tasks import Task, TasksConfig, TaskSet, load_tasks
+from .tasks import Pair, Task, TasksConfig, TaskSet, load_tasks
 
 SETTINGS = ("adapt.batch_size=1", "adapt.together=8", "adapt.group_tokens=4096", "predict.views=32")
 LARGE_CELLS, LARGE_TASKS, LARGE_STEPS = 200, 3, 60  # of each test output; training tasks with the fewest tokens
@@ -198,10 +199,10 @@ def _rows_to_score(
         for candidate in sorted(predictions.of(t), key=lambda c: -len(c.views))[:SCORED]:
             for view in views:
                 seen = view.apply_task(task)
-                prompt = encode_prompt(seen.train, seen.test[t], format)
-                reply = encode_reply(view.apply(candidate.grid), format)
-                positions = torch.arange(len(prompt) + len(reply))  # their values do not matter for the time
-                rows.append((torch.tensor([*prompt.ids_T, *reply]), positions, len(prompt)))
+                answered = [*seen.train, Pair(seen.test[t], view.apply(candidate.grid))]
+                whole, prompt = encode_sample(answered, format), encode_prompt(seen.train, seen.test[t], format)
+                ids, positions = (torch.from_numpy(x.astype(np.int64)) for x in (whole.ids_T, whole.positions_T))
+                rows.append((ids, positions, len(prompt)))
     return sorted(rows, key=lambda row: -len(row[0]))
 
 
