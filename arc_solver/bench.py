@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from .bench_solve import LARGE_STEPS, RANDOM_TASKS, RANDOM_VIEWS, SETTINGS, large_tasks, random_model
+from .bench_solve import RANDOM_TASKS, RANDOM_VIEWS, SETTINGS, large_tasks, random_model
 from .bench_solve import compare as compare_solving
 from .bench_train import BF16, QWEN_05B, compare, flop_utilisation
 from .config import PACKAGE_DIR, CorpusConfig, FormatConfig, Parser, UserError, run_main
@@ -90,7 +90,7 @@ def bench_solve() -> list[Row]:
         Row("solved", ours.solved, field.solved, None, f"test outputs of {len(demo.tasks)} tasks"),
         _less("peak_memory", ours.peak_memory_bytes / 2**20, field.peak_memory_bytes / 2**20, "MiB, all processes"),
     ]
-    ours, field = compare_solving(large_tasks(), settings=(*SETTINGS, f"adapt.steps={LARGE_STEPS}"))
+    ours, field = compare_solving(large_tasks())
     rows.append(_less("decode_time_200_cells", ours.decode_s, field.decode_s, "s"))
     rows.append(_less("decode_steps_200_cells", ours.view_steps, field.view_steps, "forward steps x views"))
     few = TaskSet(

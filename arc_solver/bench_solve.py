@@ -42,8 +42,14 @@ from .predict import predict
 from .submission import read_submission, score
 from .tasks import Pair, Task, TasksConfig, TaskSet, load_tasks
 
-SETTINGS = ("adapt.batch_size=1", "adapt.together=8", "adapt.group_tokens=4096", "predict.views=32")
-LARGE_CELLS, LARGE_TASKS, LARGE_STEPS = 200, 3, 60  # of each test output; training tasks with the fewest tokens
+SETTINGS = (  # of both sides
+    "adapt.batch_size=1",
+    "adapt.steps=60",
+    "adapt.together=8",
+    "adapt.group_tokens=4096",
+    "predict.views=32",
+)
+LARGE_CELLS, LARGE_TASKS = 200, 3  # of each test output; training tasks with the fewest tokens
 RANDOM_TASKS, RANDOM_VIEWS = 2, 8
 SCORED = 4  # candidates of a test input that the field scores: those of most votes
 SCORE_TOKENS = 8192  # in a batch of the field's
