@@ -8,6 +8,7 @@ group's results depend on the seed and its tasks alone, so the number of workers
 """
 
 import json
+import logging
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -41,6 +42,7 @@ from .config import (
     Parser,
     UserError,
     add_task_arguments,
+    first_line,
     load_config,
     named_rng,
     require_new_dir,
@@ -59,6 +61,8 @@ from .report import save_picture, task_picture
 from .submission import Score, Submission, coverage, score, write_submission
 from .tasks import Attempts, Task, TaskSet, load_tasks
 from .vote import NO_ANSWER, rank, vote
+
+log = logging.getLogger(__name__)
 
 ADAPT_SHARE = 0.8  # of a task's time, about; only the progress bar uses it
 
@@ -153,7 +157,7 @@ def solve(found: TaskSet, config: Config, run_dir: Path, console: Console) -> di
     tasks = {task.id: task for task in found.tasks}
     costs = {task.id: _cost(task, config) for task in found.tasks}
     done_share = dict.fromkeys(costs, 0.0)
-    with _progress_bar(console) as bar, (run_dir / "log.jsonl").open("w", buffering=1) as log:
+    with _progress_bar(console) as bar, (run_dir / "log.jsonl").open("w", buffering=1) as records:
         line = bar.add_task("solving", total=sum(costs.values()), tasks_done=0, tasks=len(costs))
 
         def on_progress(task_id: str, share: float) -> None:
@@ -168,7 +172,7 @@ def solve(found: TaskSet, config: Config, run_dir: Path, console: Console) -> di
             write_submission(submission, run_dir / "submission.json")
             (run_dir / "tasks" / f"{result.task_id}.json").write_text(json.dumps(result.to_json()) + "\n")
             record = _log_record(result, tasks[result.task_id], config)
-            log.write(json.dumps(record) + "\n")
+            records.write(json.dumps(record) + "\n")
             on_progress(result.task_id, 1.0)
             bar.update(line, tasks_done=len(results))
             console.print(_task_line(result, record))
@@ -221,20 +225,23 @@ def _solve_in_process(group: Sequence[Task]) -> list[Result]:
 
 
 def _solve_safely(worker: Worker, group: Sequence[Task], on_progress: OnProgress) -> list[Result]:
-    """Failure is an answer: the traceback comes back as a value, with placeholders. Then the others go on alone."""
+    """Failure is an answer: the traceback comes back as a value, with placeholders.
+
+    A group that fails is halved, and each half tried again: memory may then suffice, and one bad task spoils no other.
+    """
     start = time.monotonic()
     try:
         return worker.solve(group, on_progress)
-    except Exception:
+    except Exception as error:
         if len(group) > 1:
-            return [result for task in group for result in _solve_safely(worker, [task], on_progress)]
+            ids = ", ".join(task.id for task in group)
+            log.warning("solving %s at once failed, trying each half: %s", ids, first_line(error))
+            halves = group[: len(group) // 2], group[len(group) // 2 :]
+            return [result for half in halves for result in _solve_safely(worker, half, on_progress)]
         (task,) = group
         blank: list[Attempts] = [(NO_ANSWER, NO_ANSWER)] * len(task.test)
-        return [
-            Result(
-                task.id, blank, Predictions((), ()), time.monotonic() - start, 0.0, None, error=traceback.format_exc()
-            )
-        ]
+        seconds = time.monotonic() - start
+        return [Result(task.id, blank, Predictions((), ()), seconds, 0.0, None, error=traceback.format_exc())]
 
 
 def _make_worker(config: Config, run_dir: Path) -> Worker:

@@ -9,17 +9,19 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from conftest import TOY, flip_task, hasty
 from small_runs import small
 
 import arc_solver.solve
-from arc_solver.config import Config, FormatConfig, OptimConfig, PredictConfig, named_rng
+from arc_solver.adapt import adapt
+from arc_solver.config import AdaptConfig, Config, FormatConfig, OptimConfig, PredictConfig, named_rng
 from arc_solver.encode import encode_sample
 from arc_solver.engine import TorchEngine
 from arc_solver.model import Model, load_model, new_model, packed_loss, save_model
 from arc_solver.optimize import fit, make_optimizers
 from arc_solver.predict import predict, predict_tasks
-from arc_solver.solve import Worker, default_run_dir, main
+from arc_solver.solve import Worker, _solve_safely, default_run_dir, main
 from arc_solver.stream import pack
 from arc_solver.submission import read_submission, score
 from arc_solver.tasks import Pair, TasksConfig, TaskSet, load_tasks, smallest
@@ -149,6 +151,32 @@ def test_a_failing_task_is_an_answer(checkpoint, challenges, tmp_path, monkeypat
     answers = read_submission(tmp_path / "run" / "submission.json", load_tasks(TasksConfig(spec=str(challenges))).tasks)
     assert [both[0].tolist() for both in answers["task1"]] == [[[0]], [[0]]]
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["failed"] == ["task1"]
+
+
+def test_a_group_that_fails_is_halved(toy_model, rng, tmp_path, monkeypatch, caplog):
+    """Memory suffices for two tasks at once, and one of five is broken: the others are solved as ever."""
+    config = Config(adapt=AdaptConfig(steps=2, rank=2), predict=PredictConfig(views=2))
+    tasks = [flip_task(rng, f"task{i}") for i in range(5)]
+    worker = Worker(toy_model, TorchEngine(toy_model, 10_000), None, config, tmp_path)
+    quiet = lambda task_id, share: None  # noqa: E731
+    expected = {task.id: worker.solve([task], quiet)[0] for task in tasks}
+
+    def tight(tasks, *rest):
+        if len(tasks) > 2:
+            raise torch.OutOfMemoryError("injected")
+        if any(task.id == "task3" for task in tasks):
+            raise RuntimeError("broken")
+        return adapt(tasks, *rest)
+
+    monkeypatch.setattr(arc_solver.solve, "adapt", tight)
+    found = _solve_safely(worker, tasks, quiet)
+    assert [result.task_id for result in found] == [task.id for task in tasks]
+    assert [bool(result.error) for result in found] == [False, False, False, True, False]
+    assert "injected" in caplog.text
+    for result in found:
+        if not result.error:
+            ours, alone = (r.predictions.candidates for r in (result, expected[result.task_id]))
+            assert [c.grid.tolist() for c in ours] == [c.grid.tolist() for c in alone]
 
 
 def test_ctrl_c_leaves_a_valid_submission(checkpoint, challenges, tmp_path):
