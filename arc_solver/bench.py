@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from .bench_solve import RANDOM_TASKS, RANDOM_VIEWS, SETTINGS, large_tasks, random_model
+from .bench_solve import RANDOM_TASKS, RANDOM_VIEWS, SCORE_TASKS, SETTINGS, large_tasks, random_model
 from .bench_solve import compare as compare_solving
 from .bench_train import BF16, QWEN_05B, compare, flop_utilisation
 from .config import PACKAGE_DIR, CorpusConfig, FormatConfig, Parser, UserError, run_main
@@ -79,7 +79,7 @@ def bench_solve() -> list[Row]:
     if find_spec("peft") is None:
         raise UserError("bin/bench solve compares with PEFT: run bin/bench, or pip install 'arc_solver[train]'")
     demo = load_tasks(TasksConfig(spec="demo"))
-    ours, field = compare_solving(demo)
+    ours, field = compare_solving(demo, scored=SCORE_TASKS)
     rows = [
         _more("adapt", ours.adapt_tokens_per_s, field.adapt_tokens_per_s, "tokens/s"),
         _less("decode_steps", ours.view_steps, field.view_steps, "forward steps x views"),

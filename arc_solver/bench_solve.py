@@ -7,7 +7,7 @@ cores and bf16 where the hardware multiplies it, and train on the very same samp
     adapt           tokens of adaptation a second
     decode_steps    forward passes that a view took part in, summed over all views, until all are answered
     decode_batches  the same, a pass of many views counted once
-    decode_time     seconds until all views are answered, prompts included; ours in one process with all cores
+    decode_time     seconds until all views are answered, prompts included
     score           candidates scored under a view, a second; the field runs prompt and reply anew, ours goes on from
                     what decoding left
     whole           tasks an hour, from a command's start to its end, all that it writes included
@@ -48,9 +48,12 @@ SETTINGS = (  # of both sides
     "adapt.together=8",
     "adapt.group_tokens=4096",
     "predict.views=32",
+    "predict.score=false",  # the field does not score
+    "vote.rule=votes",
 )
 LARGE_CELLS, LARGE_TASKS = 200, 3  # of each test output; training tasks with the fewest tokens
 RANDOM_TASKS, RANDOM_VIEWS = 2, 8
+SCORE_TASKS = 6  # on which scoring is measured, in one process with all cores
 SCORED = 4  # candidates of a test input that the field scores: those of most votes
 SCORE_TOKENS = 8192  # in a batch of the field's
 
@@ -69,15 +72,17 @@ class Side:
     peak_memory_bytes: int
 
 
-def compare(found: TaskSet, model_dir: Path = BUNDLED_DIR, settings: Sequence[str] = SETTINGS) -> tuple[Side, Side]:
-    """Both sides on the same tasks: ours, the field's."""
+def compare(
+    found: TaskSet, model_dir: Path = BUNDLED_DIR, settings: Sequence[str] = SETTINGS, scored: int = 0
+) -> tuple[Side, Side]:
+    """Both sides on the same tasks: ours, the field's. Scoring is measured on the first `scored` tasks."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "tasks").mkdir()
         for task in found.tasks:
             (folder / "tasks" / f"{task.id}.json").write_text(json.dumps(_question(task)))
-        ours = _ours(found, folder, model_dir, settings)
-        return ours, _field(found, folder, model_dir, settings)
+        ours = _ours(found, folder, model_dir, settings, scored)
+        return ours, _field(found, folder, model_dir, settings, scored)
 
 
 def large_tasks() -> TaskSet:
@@ -99,8 +104,8 @@ def _question(task: Task) -> dict[str, list[dict[str, list[list[int]]]]]:
     return {"train": train, "test": [{"input": grid.tolist()} for grid in task.test]}
 
 
-def _ours(found: TaskSet, folder: Path, model_dir: Path, settings: Sequence[str]) -> Side:
-    """`bin/solve`; then its engine alone, with the adapters that it left."""
+def _ours(found: TaskSet, folder: Path, model_dir: Path, settings: Sequence[str], scored: int) -> Side:
+    """`bin/solve` in a process of its own."""
     run_dir, start = folder / "run", now_s()
     words = ["--tasks", folder / "tasks", "--out", run_dir, f"model.path={model_dir}", "run.show=0", *settings]
     _run("arc_solver.solve", *words)
@@ -109,29 +114,31 @@ def _ours(found: TaskSet, folder: Path, model_dir: Path, settings: Sequence[str]
     learnt = [record["adaptation"] for record in log if record["adaptation"]]
     workers = {record["worker"]: record["peak_memory_bytes"] for record in log}
     adapt_s = sum(adaptation["seconds"] for adaptation in learnt) / len(workers)
-    config, device = load_config(None, settings), pick_device("auto")
-    engine = _Timed(load_model(model_dir, device, fast_dtype(device)), config.predict.batch_tokens)
-    decode_s, view_steps, batches, scored = 0.0, 0, 0, 0
-    for task in found.tasks:
-        adapter = load_adapter(run_dir / "adapters" / task.id) if learnt else None
-        start = now_s()
-        predictions = predict(task, engine, adapter, config.predict, named_rng(config.run.seed, task.id, "predict"))
-        decode_s += now_s() - start
-        scored += len(predictions.candidates) * len(predictions.geometries)
-        view_steps, batches = view_steps + engine.decoded[0], batches + engine.decoded[1]
     return Side(
         sum(adaptation["tokens"] for adaptation in learnt) / adapt_s if learnt else 0.0,
-        decode_s - engine.score_s,
-        view_steps,
-        batches,
-        scored / engine.score_s if engine.score_s else 0.0,
+        sum(record["predicting"] for record in log) / len(workers),
+        sum(record["cost"]["view_steps"] for record in log),
+        sum(record["cost"]["forward_steps"] for record in log),
+        _scores_per_s(found.tasks[:scored], run_dir, model_dir, settings),
         3600 * len(found.tasks) / seconds,
         score(read_submission(run_dir / "submission.json", found.tasks), found.solutions).outputs_solved,
         sum(workers.values()),
     )
 
 
-def _field(found: TaskSet, folder: Path, model_dir: Path, settings: Sequence[str]) -> Side:
+def _scores_per_s(tasks: Sequence[Task], run_dir: Path, model_dir: Path, settings: Sequence[str]) -> float:
+    """Our engine alone, with the adapters that the run left."""
+    config, device = load_config(None, [*settings, "predict.score=true"]), pick_device("auto")
+    engine = _Timed(load_model(model_dir, device, fast_dtype(device)), config.predict.batch_tokens)
+    scored = 0
+    for task in tasks:
+        adapter = load_adapter(run_dir / "adapters" / task.id) if config.adapt.enabled else None
+        predictions = predict(task, engine, adapter, config.predict, named_rng(config.run.seed, task.id, "predict"))
+        scored += len(predictions.candidates) * len(predictions.geometries)
+    return scored / engine.score_s if tasks else 0.0
+
+
+def _field(found: TaskSet, folder: Path, model_dir: Path, settings: Sequence[str], scored: int) -> Side:
     result, start = folder / "field.json", now_s()
     _run("arc_solver.bench_field_solve", model_dir, folder / "tasks", result, *settings)
     seconds = now_s() - start
@@ -142,7 +149,7 @@ def _field(found: TaskSet, folder: Path, model_dir: Path, settings: Sequence[str
         total["decode_s"],
         total["reply_tokens"],  # each id of a view takes a pass
         total["forward_steps"],
-        _field_scores_per_s(found, folder / "run", model_dir, settings),
+        _field_scores_per_s(found.tasks[:scored], folder / "run", model_dir, settings),
         3600 * len(found.tasks) / seconds,
         score(read_submission(submission_file(result), found.tasks), found.solutions).outputs_solved,
         measured["peak_memory_bytes"],
@@ -150,10 +157,9 @@ def _field(found: TaskSet, folder: Path, model_dir: Path, settings: Sequence[str
 
 
 class _Timed(TorchEngine):
-    """Our engine, which also says how long scoring took, and what decoding cost before it."""
+    """Our engine, which also says how long scoring took."""
 
     score_s = 0.0
-    decoded = (0, 0)  # view steps and forward steps of the last session's decoding
 
     @contextmanager
     def open(self, prompts: Sequence, adapters: Sequence[Adapter | None]) -> Iterator[TorchSession]:
@@ -161,7 +167,6 @@ class _Timed(TorchEngine):
             real = session.score
 
             def timed(replies: Sequence) -> list:
-                self.decoded = session.cost.view_steps, session.cost.forward_steps
                 start = now_s()
                 try:
                     return real(replies)
@@ -173,11 +178,11 @@ class _Timed(TorchEngine):
 
 
 @torch.inference_mode()
-def _field_scores_per_s(found: TaskSet, run_dir: Path, model_dir: Path, settings: Sequence[str]) -> float:
+def _field_scores_per_s(tasks: Sequence[Task], run_dir: Path, model_dir: Path, settings: Sequence[str]) -> float:
     """Scores the leading candidates of our run under all views by whole forward passes of the stock model."""
     config, device = load_config(None, settings), pick_device("auto")
     scored, spent_s = 0, 0.0
-    for task in found.tasks:
+    for task in tasks:
         lm, format = load_field(model_dir, device, fast_dtype(device))
         if (run_dir / "adapters" / task.id).is_dir():
             merge(Model(lm, format, None), load_adapter(run_dir / "adapters" / task.id))
@@ -188,7 +193,7 @@ def _field_scores_per_s(found: TaskSet, run_dir: Path, model_dir: Path, settings
             _score_rows(lm, rows[i : i + count])
         spent_s += now_s() - start
         scored += len(rows)
-    return scored / spent_s
+    return scored / spent_s if tasks else 0.0
 
 
 Row = tuple[torch.Tensor, torch.Tensor, int]  # ids, positions, where the reply begins
