@@ -190,7 +190,15 @@ def load_adapter(folder: Path) -> Adapter:
     # Embeddings, DoRA and whole layers have tensors of other names.
     if settings.get("peft_type") != "LORA" or settings.get("use_dora") or len(tensors) != 2 * len(weights):
         raise UserError(f"{folder} is not a plain LoRA adapter")
-    rank = settings["r"]
+    rank = settings.get("r")
+    if settings.get("rank_pattern") or settings.get("alpha_pattern"):
+        raise UserError(f"{folder} gives layers ranks or scales of their own, which is not plain LoRA")
+    if any(len(a) != rank or b.shape[1] != rank for a, b in weights.values()):
+        raise UserError(
+            f"the adapter in {folder} is damaged, copy or make it again: its weights are not of rank {rank}"
+        )
+    if not all(bool(x.isfinite().all()) for pair in weights.values() for x in pair):
+        raise UserError(f"the adapter in {folder} is damaged, copy or make it again: some weights are not finite")
     # rsLoRA scales by alpha / sqrt(rank), we by alpha / rank (Kalajdzievski 2023, arXiv 2312.03732).
     alpha = settings["lora_alpha"] * (math.sqrt(rank) if settings.get("use_rslora") else 1)
     return Adapter(rank, alpha, weights)

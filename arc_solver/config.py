@@ -292,7 +292,7 @@ class AdaptConfig(OptimConfig):
 
 
 class EngineConfig(Section):
-    """What decodes. All but `kind` is for vLLM, which is the extra arc_solver[vllm]."""
+    """What decodes. All but `kind` is for vLLM, which is the extra `vllm`."""
 
     # auto = vLLM where it is installed and pays: positions "token", a GPU from Ampere on, a model that is not tiny
     kind: Literal["auto", "torch", "vllm"] = "auto"
@@ -305,7 +305,8 @@ class EngineConfig(Section):
 class PredictConfig(Section):
     views: PositiveInt = 16  # augmented copies of the task that are asked
     batch_tokens: PositiveInt = 8192  # of prompts, or of what is asked after them: rows x the longest, in one pass
-    max_tokens: PositiveInt = 16_384  # longest prompt; demonstrations are dropped until it fits
+    # Longest prompt: demonstrations are dropped until it fits, but the last one stays, however long it is.
+    max_tokens: PositiveInt = 16_384
     keep_background: Share = 0.8
     output_only: OutputOnly = "permute"  # colours that only outputs have: left as they are, or permuted too
     drafts: bool = True  # verified drafts: the same greedy answers, in fewer forward steps

@@ -11,7 +11,7 @@ from .config import Config, named_rng
 from .encode import longest_reply
 from .engine import Engine, TorchEngine
 from .model import BUNDLED_DIR, Model, save_model
-from .vllm_engine import VLLMEngine
+from .vllm_engine import VLLMEngine, check_positions, import_vllm
 
 # Below this many parameters a step of vLLM is mostly scheduling on the CPU, and lockstep decoding is no slower.
 PAYS_FROM = 300_000_000
@@ -32,6 +32,17 @@ def engine_kind(model: Model, config: Config) -> tuple[str, str]:
     if not find_spec("vllm"):
         return "torch", "vLLM is not installed"
     return "vllm", f"{model.parameters_count:,} parameters on a GPU"
+
+
+def check_engine(model: Model, config: Config) -> None:
+    """Refuses at once what `make_engine` would refuse once a run has begun.
+
+    Raises:
+        UserError: it is to be vLLM, and that is not installed or cannot serve this model.
+    """
+    if engine_kind(model, config)[0] == "vllm":
+        check_positions(model.format)
+        import_vllm()
 
 
 def make_engine(model: Model, start: Adapter | None, config: Config) -> Engine:

@@ -71,7 +71,7 @@ def read_run(run_dir: Path, overrides: Sequence[str] = ()) -> SavedRun:
         UserError: it is no run's folder, a file in it is damaged, or its tasks are not found any more.
     """
     if not (run_dir / "config.json").is_file() or not (run_dir / "tasks").is_dir():
-        missing = "config.json" if run_dir.is_dir() else "the folder"
+        missing = "config.json" if run_dir.is_dir() else "a folder"  # a file is none
         missing = "tasks/" if (run_dir / "config.json").is_file() else missing
         raise UserError(f"{run_dir} is no run of bin/solve, {missing} is missing: give what its --out was")
     config = load_config(None, [*_saved_words(run_dir / "config.json"), *overrides])
@@ -83,7 +83,9 @@ def read_run(run_dir: Path, overrides: Sequence[str] = ()) -> SavedRun:
             predictions[task.id], error = _read_predictions(file, task)
             failed += error
     if not predictions:
-        raise UserError(f"{run_dir} has candidates of none of the {len(found.tasks)} tasks of {found.name}, yet")
+        raise UserError(
+            f"{run_dir} has no candidates yet: none of its {len(found.tasks)} tasks of {found.name} is done"
+        )
     return SavedRun(run_dir, config, found, predictions, failed)
 
 

@@ -51,7 +51,7 @@ from .config import (
 )
 from .devices import keep_freed_memory
 from .engine import Engine
-from .engines import engine_kind, make_engine
+from .engines import check_engine, engine_kind, make_engine
 from .leaks import leak_audit
 from .lora import with_adapter, with_start
 from .memory import peak_memory
@@ -175,7 +175,7 @@ def solve(found: TaskSet, config: Config, run_dir: Path, console: Console) -> di
             records.write(json.dumps(record) + "\n")
             on_progress(result.task_id, 1.0)
             bar.update(line, tasks_done=len(results))
-            console.print(_task_line(result, record))
+            console.print(_task_line(result, record), soft_wrap=True)
     return results
 
 
@@ -276,7 +276,7 @@ def _end_with_parent() -> None:
 
 
 def _worker_count(config: Config, tasks: int) -> int:
-    if pick_device(config.run.device).type == "cuda":
+    if pick_device(config.run.device).type == "cuda" or config.engine.kind == "vllm":
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(config.run.workers or cores, tasks))
@@ -340,7 +340,7 @@ def _task_line(result: Result, record: dict[str, Any]) -> str:
         parts.append(f"loss {learnt['first_loss']:.3f} to {learnt['last_loss']:.3f}{_ENDS[learnt['ended']]}")
     parts.append(
         "; ".join(
-            f"votes {' and '.join(map(str, votes))} of {distinct} distinct"
+            f"attempts with {' and '.join(map(str, votes))} votes, of {_count(distinct, 'distinct answer')}"
             for votes, distinct in zip(record["votes"], record["distinct"], strict=True)
         )
     )
@@ -377,7 +377,7 @@ def _results(
         if ids and config.run.show:
             shown.append(Rule(f"{title}: {min(len(ids), config.run.show)} of {len(ids)}"))
             shown += [task_picture(tasks[i], attempts[i], found.solutions[i]) for i in ids[: config.run.show]]
-    title = escape(f"{found.name}, {len(result.per_task)} tasks, seed {config.run.seed}")
+    title = escape(f"{found.name}, {_count(len(result.per_task), 'task')}, seed {config.run.seed}")
     table = Table(title=title, show_header=False)
     table.add_row("tasks solved", f"{result.tasks_solved} of {len(result.per_task)}")
     table.add_row("test outputs solved, two attempts", f"{result.outputs_solved} of {result.outputs}")
@@ -443,8 +443,9 @@ def main(arguments: list[str]) -> int:
     config = config.model_copy(update={"format": model.format})  # the checkpoint's, whatever the config says
     groups = group_by_length(found.tasks, config.adapt, device)
     workers = _worker_count(config, len(groups))
-    _make_run_dir(run_dir)
     kind, why = engine_kind(model, config)
+    check_engine(model, config)
+    _make_run_dir(run_dir)
     plain = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     plain(
         f"{_count(len(found.tasks), 'task')} from {found.name}; model of {model.parameters_count:,} parameters on"
@@ -469,7 +470,8 @@ def main(arguments: list[str]) -> int:
     save_picture(shown, run_dir / "report.svg", "bin/solve")
     console.print(shown)
     plain(
-        f"{minutes:.1f} minutes. Submission: {run_dir}/submission.json; beside it report.svg, candidates, adapters, log"
+        f"{minutes:.1f} minutes. Submission: {run_dir}/submission.json; beside it report.svg, log.jsonl, tasks/ and"
+        " adapters/"
     )
     if failed:
         plain(f"{len(failed)} of {len(results)} tasks failed: {', '.join(failed)}; see {run_dir}/tasks")

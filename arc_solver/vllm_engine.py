@@ -66,8 +66,7 @@ class VLLMEngine:
     def __init__(
         self, model: Model, model_dir: Path, config: EngineConfig, like: Adapter | None = None, context: int = 8192
     ):
-        if model.format.positions == "grid":
-            raise UserError("vLLM counts positions by itself and this model has grid positions: use engine.kind=torch")
+        check_positions(model.format)
         self.format = model.format
         self.context = min(context, model.lm.config.max_position_embeddings)
         needed = self.context * bytes_per_token(model) / 2**30  # GiB
@@ -80,7 +79,7 @@ class VLLMEngine:
         self.targets = {name.rpartition(".")[2] for name in like.weights} if like else set()
         self.rank = _rank_served(like.rank) if like else 0
         self.alphabet = _alphabet(model.format)
-        self._vllm = _import_vllm()
+        self._vllm = import_vllm()
         self._llm = self._start(model, model_dir, config)
         self._names = count(1)  # of adapters and requests
         self._probed_bare: np.ndarray | None = None
@@ -457,6 +456,12 @@ def _row(logprobs: Any, place: int) -> np.ndarray:
     return row_V
 
 
+def check_positions(format: FormatConfig) -> None:
+    """Refuses a format that vLLM cannot be given."""
+    if format.positions == "grid":
+        raise UserError("vLLM counts positions by itself and this model has grid positions: use engine.kind=torch")
+
+
 def _rank_served(rank: int) -> int:
     """The least rank that vLLM makes room for that is no less than this one."""
     if rank > LORA_RANKS[-1]:
@@ -464,7 +469,7 @@ def _rank_served(rank: int) -> int:
     return next(served for served in LORA_RANKS if served >= rank)
 
 
-def _import_vllm() -> Any:
+def import_vllm() -> Any:
     """vLLM, set up to run in this process.
 
     Raises:
@@ -484,7 +489,7 @@ def _import_vllm() -> Any:
     except Exception as error:  # what a library of another PyTorch raises when it is loaded is anyone's guess
         raise UserError(
             f"engine.kind=vllm needs vLLM for PyTorch {torch.__version__} ({first_line(error)}):"
-            " pip install 'arc_solver[vllm]', or use engine.kind=torch"
+            " install the extra vllm (in a checkout: .venv/bin/pip install -e '.[vllm]'), or use engine.kind=torch"
         ) from error
 
 

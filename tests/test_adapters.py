@@ -108,3 +108,19 @@ def test_tasks_with_different_numbers_of_rows_share_a_batch(toy_model, ids_BT):
         bank.use_rows(None)
         assert torch.equal(ask(toy_model, ids_BT), expected)
     torch.testing.assert_close(mixed, expected[[0, 0, 2]], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("damage", ["rank", "pattern", "nan"])
+def test_an_adapter_that_contradicts_itself_is_refused(tmp_path, toy_model, damage):
+    import json
+
+    adapter = random_adapter(toy_model, 1)
+    if damage == "nan":
+        next(iter(adapter.weights.values()))[1][0, 0] = torch.nan
+    save_adapter(adapter, tmp_path)
+    file = tmp_path / "adapter_config.json"
+    changes = {"rank": {"r": 2}, "pattern": {"rank_pattern": {"q_proj": 1}}, "nan": {}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes[damage]))
+    sentence = {"rank": "not of rank 2", "pattern": "ranks or scales of their own", "nan": "not finite"}
+    with pytest.raises(UserError, match=sentence[damage]):
+        load_adapter(tmp_path)

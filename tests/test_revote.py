@@ -99,7 +99,7 @@ def test_score_and_coverage_are_said_beside_each_other(run_dir, capsys):
 
 def test_priors_are_in_the_name_and_in_the_answer(run_dir, capsys):
     """All outputs have the shape of their inputs, so RIGHT is the only candidate that is not odd."""
-    assert main([f"--revote={run_dir}", "vote.shape_prior=true"]) == 0
+    assert main([f"--revote={run_dir}", "vote.rule=votes", "vote.shape_prior=true"]) == 0
     assert "votes+shape: " in capsys.readouterr().out
     found = load_tasks(TasksConfig(spec=str(run_dir.parent / "toy_challenges.json")))
     answers = read_submission(run_dir / "submission-votes+shape.json", found.tasks)
@@ -236,12 +236,12 @@ def truncate(file):
 @pytest.mark.parametrize(
     ("spoil", "words", "said"),
     [
-        (lambda d: d.rename(d.with_name("moved")), [], "is no run of bin/solve, the folder is missing"),
+        (lambda d: d.rename(d.with_name("moved")), [], "is no run of bin/solve, a folder is missing"),
         (lambda d: (d / "config.json").unlink(), [], "is no run of bin/solve, config.json is missing"),
         (lambda d: (d / "config.json").write_text("[]"), [], "sections tasks and vote are missing"),
         (lambda d: (d / "config.json").write_text("{"), [], "config.json is not JSON"),
         (lambda d: (d / "tasks").rename(d / "gone"), [], "is no run of bin/solve, tasks/ is missing"),
-        (lambda d: [f.unlink() for f in (d / "tasks").iterdir()], [], "candidates of none of the 4 tasks"),
+        (lambda d: [f.unlink() for f in (d / "tasks").iterdir()], [], "has no candidates yet: none of its 4 tasks"),
         (lambda d: truncate(d / "tasks" / "aa.json"), [], "aa.json is not JSON"),
         (damage(lambda c: c.pop("geometries")), [], "aa.json holds no candidates as .*'geometries' is missing.*remove"),
         (damage(lambda c: c["candidates"][0].pop("views")), [], "'views' is missing"),

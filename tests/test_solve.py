@@ -153,6 +153,15 @@ def test_a_failing_task_is_an_answer(checkpoint, challenges, tmp_path, monkeypat
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["failed"] == ["task1"]
 
 
+def test_an_engine_that_cannot_serve_the_model_is_refused_before_any_work(checkpoint, challenges, tmp_path):
+    done = run(
+        *("--tasks", challenges, "--out", tmp_path / "run", f"model.path={checkpoint}", "engine.kind=vllm"), expect=2
+    )
+    assert "use engine.kind=torch" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_group_that_fails_is_halved(toy_model, rng, tmp_path, monkeypatch, caplog):
     """Memory suffices for two tasks at once, and one of five is broken: the others are solved as ever."""
     config = Config(adapt=AdaptConfig(steps=2, rank=2), predict=PredictConfig(views=2))
