@@ -55,14 +55,14 @@ def test_grid_positions_are_refused(toy_model, tmp_path):
 def test_without_vllm_the_error_names_the_extra(tmp_path):
     if find_spec("vllm"):
         pytest.skip("vLLM is here")
-    with pytest.raises(UserError, match=r"No module named 'vllm'.*pip install 'arc_solver\[vllm\]'"):
+    with pytest.raises(UserError, match=r"No module named 'vllm'.*install the extra vllm"):
         VLLMEngine(opinionated_model("Llama"), tmp_path, TINY)
 
 
 @real
 def test_a_vllm_for_another_pytorch_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.12.1+cpu")
-    with pytest.raises(UserError, match=r"for PyTorch 2\.12\.1.*is for PyTorch 2\.13\.\d.*arc_solver\[vllm\]"):
+    with pytest.raises(UserError, match=r"for PyTorch 2\.12\.1.*is for PyTorch 2\.13\.\d.*extra vllm"):
         VLLMEngine(opinionated_model("Llama"), tmp_path, TINY)
 
 
