@@ -42,6 +42,10 @@ class LoraBank:
     alpha: float
     layers: Mapping[str, LoraLinear]  # name of the linear layer -> its wrapper
 
+    @property
+    def count(self) -> int:
+        return len(next(iter(self.layers.values())).A_KRI)
+
     def parameters(self) -> list[nn.Parameter]:
         return [p for layer in self.layers.values() for p in (layer.A_KRI, layer.B_KOR)]
 
@@ -60,9 +64,9 @@ class LoraBank:
 
     def use(self, live: Sequence[int]) -> None:
         """The next batches are for these adapters, in this order, in equal blocks of rows."""
-        count = len(next(iter(self.layers.values())).A_KRI)
+        everyone = list(live) == list(range(self.count))
         for layer in self.layers.values():
-            layer.live_L = None if list(live) == list(range(count)) else torch.tensor(live, device=layer.A_KRI.device)
+            layer.live_L = None if everyone else torch.tensor(live, device=layer.A_KRI.device)
 
     @torch.no_grad()
     def set(self, k: int, adapter: Adapter) -> None:

@@ -30,7 +30,6 @@ from torch import Tensor
 
 from .adapt import held_out_samples, planned_steps
 from .adapters import fresh_adapter, peft_tensors
-from .augment import ColourPolicy, spread_augmentations
 from .bench_field import now_s
 from .candidates import Candidate, Predictions
 from .config import (
@@ -49,6 +48,7 @@ from .encode import END, PAD, Cursor, Malformed, Prompt, Sample, decode_reply, e
 from .memory import peak_memory
 from .model import Model, fast_dtype, is_ours, pick_device
 from .optimize import step_rate
+from .predict import views_of
 from .submission import Submission, write_submission
 from .tasks import Grid, Task, TasksConfig, grid_key, load_tasks
 from .vote import vote
@@ -111,8 +111,7 @@ class Field:
     def _predict(
         self, task: Task, lm: Any, config: PredictConfig, rng: np.random.Generator, spent: Spent
     ) -> Predictions:
-        policy = ColourPolicy(config.keep_background, config.output_only)
-        views = spread_augmentations(config.views, rng, policy, task.train)
+        views = views_of(task, config, rng)
         seen = [view.apply_task(task) for view in views]
         asked = [(t, v) for v in range(len(views)) for t in range(len(task.test))]
         prompts = [encode_prompt(seen[v].train, seen[v].test[t], self.format) for t, v in asked]

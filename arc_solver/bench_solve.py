@@ -30,7 +30,6 @@ import numpy as np
 import torch
 
 from .adapters import Adapter, load_adapter, merge
-from .augment import ColourPolicy, spread_augmentations
 from .bench_field import now_s
 from .bench_field_solve import load_field, submission_file
 from .candidates import Predictions
@@ -38,9 +37,10 @@ from .config import FormatConfig, ModelConfig, PredictConfig, load_config, named
 from .encode import PAD, encode_prompt, encode_sample
 from .engine import TorchEngine, TorchSession
 from .model import BUNDLED_DIR, Model, fast_dtype, load_model, new_model, pick_device, save_model
-from .predict import predict
+from .predict import predict, views_of
 from .submission import read_submission, score
 from .tasks import Pair, Task, TasksConfig, TaskSet, load_tasks
+from .validate import challenge
 
 SETTINGS = (  # of both sides
     "adapt.batch_size=1",
@@ -80,7 +80,7 @@ def compare(
         folder = Path(name)
         (folder / "tasks").mkdir()
         for task in found.tasks:
-            (folder / "tasks" / f"{task.id}.json").write_text(json.dumps(_question(task)))
+            (folder / "tasks" / f"{task.id}.json").write_text(json.dumps(challenge(task)))
         ours = _ours(found, folder, model_dir, settings, scored)
         return ours, _field(found, folder, model_dir, settings, scored)
 
@@ -97,11 +97,6 @@ def random_model(folder: Path) -> Path:
     """A checkpoint of the bundled model's shape with random weights."""
     save_model(new_model(ModelConfig(), FormatConfig(), seed=0), folder)
     return folder
-
-
-def _question(task: Task) -> dict[str, list[dict[str, list[list[int]]]]]:
-    train = [{"input": pair.input.tolist(), "output": pair.output.tolist()} for pair in task.train]
-    return {"train": train, "test": [{"input": grid.tolist()} for grid in task.test]}
 
 
 def _ours(found: TaskSet, folder: Path, model_dir: Path, settings: Sequence[str], scored: int) -> Side:
@@ -203,8 +198,7 @@ def _rows_to_score(
     task: Task, predictions: Predictions, config: PredictConfig, format: FormatConfig, seed: int
 ) -> list[Row]:
     """Prompt and reply of each view and leading candidate, longest first."""
-    policy = ColourPolicy(config.keep_background, config.output_only)
-    views = spread_augmentations(config.views, named_rng(seed, task.id, "predict"), policy, task.train)
+    views = views_of(task, config, named_rng(seed, task.id, "predict"))
     rows = []
     for t in range(len(task.test)):
         for candidate in sorted(predictions.of(t), key=lambda c: -len(c.views))[:SCORED]:

@@ -174,17 +174,11 @@ class Block:
         """One pass. Log-probabilities of the next id at these places, a row and its columns each, [T, V] each."""
         device = self.model.device
         if self.bank:
-            self.bank.use_rows(np.bincount(self.adapters[rows], minlength=self.bank_size).tolist())
+            self.bank.use_rows(np.bincount(self.adapters[rows], minlength=self.bank.count).tolist())
         rows_N = torch.tensor([b * ids_BT.shape[1] + t for b, columns in places for t in columns], device=device)
         ids, positions = (torch.from_numpy(x).to(device) for x in (ids_BT, positions_BT))
         found = torch.log_softmax(self.model.logits(ids, positions, rows_N=rows_N, **attention), -1).cpu().numpy()
         return np.split(found, np.cumsum([len(columns) for _, columns in places])[:-1])
-
-    @property
-    def bank_size(self) -> int:
-        """How many adapters the model carries."""
-        assert self.bank
-        return len(self.bank.parameters()[0])
 
 
 def _rounded(size: int) -> int:

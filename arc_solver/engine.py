@@ -168,7 +168,7 @@ class TorchSession:
         for i in set(rows) - self.answered:
             self.cost.decoded += len(self.trees[i].path) - 1
             self.answered.add(i)
-        return [_reply(self.trees[i]) for i in rows]
+        return [greedy_reply(self.trees[i]) for i in rows]
 
     def search(self, threshold: float, max_nodes: int) -> list[Found]:
         assert threshold > 0, threshold
@@ -187,7 +187,7 @@ class TorchSession:
                 walks = [tree.walk(ids[:-1]) for ids in replies[i]]
                 unknown[row] = [walk for walk in walks if not all(tree.known[node] for node in walk)]
             self._learn_walks(block, unknown)
-        return [[_score(tree, ids) for ids in of_row] for tree, of_row in zip(self.trees, replies, strict=True)]
+        return [[scored(tree, ids) for ids in of_row] for tree, of_row in zip(self.trees, replies, strict=True)]
 
     def _decode(self, block: Block, guesses: Mapping[int, Guess]) -> None:
         """Greedy decoding of these rows: what is guessed is verified, the more at a time the better the guesses."""
@@ -201,7 +201,7 @@ class TorchSession:
             block.learn({row: [tree.path[-1], *_fed(tree, guessed[row])] for row, tree in block.rows(live)})
             for row, tree in block.rows(live):
                 tree.advance()
-                right = _agreement(guessed[row], tree.path[tips[row] :])
+                right = agreement(guessed[row], tree.path[tips[row] :])
                 last = [tree.path[tips[row] - 1], *_fed(tree, guessed[row][:right])][-1]
                 tree.free_from(tree.columns[last] + 1)  # what was guessed wrong
                 if guesses[row].rows:
@@ -328,20 +328,23 @@ def _fed(tree: TokenTree, nodes: Iterable[int]) -> list[int]:
     return [node for node in nodes if not tree.ended(node)]
 
 
-def _agreement(first: Sequence[int], second: Sequence[int]) -> int:
+def agreement(first: Sequence[int], second: Sequence[int]) -> int:
     """How many leading elements are equal."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
-def _reply(tree: TokenTree) -> Reply:
+def greedy_reply(tree: TokenTree) -> Reply:
+    """The greedy path, as far as it is known."""
     return Reply(tuple(tree.ids[node] for node in tree.path[1:]), tree.log_probability(tree.path))
 
 
-def _score(tree: TokenTree, ids: Sequence[int]) -> Scored:
-    """A reply beyond the context has probability 0."""
+def scored(tree: TokenTree, ids: Sequence[int]) -> Scored:
+    """A reply beyond the context has probability 0; one that nobody has looked at, NaN."""
     nodes = tree.walk(ids)
-    agreed = _agreement([tree.greedy[node] for node in nodes], ids)
-    return Scored(tree.log_probability(nodes) if len(nodes) == len(ids) + 1 else -math.inf, agreed)
+    agreed = agreement([tree.greedy[node] for node in nodes], ids)
+    if len(nodes) <= len(ids):
+        return Scored(-math.inf, agreed)
+    return Scored(tree.log_probability(nodes) if all(tree.known[node] for node in nodes[:-1]) else math.nan, agreed)
 
 
 def _share_caches(prompts: Sequence[Prompt], adapters: Sequence[int], engine: TorchEngine) -> list[list[int]]:

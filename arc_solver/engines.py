@@ -10,7 +10,7 @@ from .adapters import Adapter, fresh_adapter
 from .config import Config, named_rng
 from .encode import longest_reply
 from .engine import Engine, TorchEngine
-from .model import BUNDLED_DIR, Model, save_model
+from .model import Model, checkpoint_dir, save_model
 from .vllm_engine import VLLMEngine, check_positions, import_vllm
 
 # Below this many parameters a step of vLLM is mostly scheduling on the CPU, and lockstep decoding is no slower.
@@ -60,8 +60,7 @@ def make_engine(model: Model, start: Adapter | None, config: Config) -> Engine:
     like = start or (fresh_adapter(model, config.adapt, named_rng(0)) if config.adapt.enabled else None)
     context = config.predict.max_tokens + longest_reply(model.format)
     if start or not config.model.adapter:
-        folder = Path(config.model.path) if config.model.path else BUNDLED_DIR
-        return VLLMEngine(model, folder, config.engine, like, context)
+        return VLLMEngine(model, checkpoint_dir(config.model.path), config.engine, like, context)
     with TemporaryDirectory(prefix="arc_solver-") as folder_name:  # vLLM reads a folder, and merged weights have none
         save_model(model, Path(folder_name))
         return VLLMEngine(model, Path(folder_name), config.engine, like, context)

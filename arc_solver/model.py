@@ -163,7 +163,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torc
     Raises:
         UserError: no checkpoint is there, or it was not written by `save_model`.
     """
-    folder = Path(path) if path else BUNDLED_DIR
+    folder = checkpoint_dir(path)
     if not (folder / "config.json").is_file() or not has_weights(folder):
         missing = "weights in safetensors" if (folder / "config.json").is_file() else "config.json"
         raise UserError(f"{folder} holds no checkpoint ({missing} missing); make one with bin/train CONFIG --out DIR")
@@ -180,6 +180,11 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torc
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder} is damaged, copy or make it again: {error}") from None
     return Model(lm.to(device).eval(), format, trained_on)
+
+
+def checkpoint_dir(path: str | Path) -> Path:
+    """The folder that `model.path` means: "" is the bundled model's."""
+    return Path(path) if path else BUNDLED_DIR
 
 
 def has_weights(folder: Path) -> bool:

@@ -75,7 +75,7 @@ def predict_tasks(
     rngs: Sequence[np.random.Generator],
 ) -> list[Predictions]:
     """All candidates of several tasks, which share batches. Replies that are no grid are left out."""
-    views = [_views(task, config, rng) for task, rng in zip(tasks, rngs, strict=True)]
+    views = [views_of(task, config, rng) for task, rng in zip(tasks, rngs, strict=True)]
     questions = [q for k, task in enumerate(tasks) for q in _questions(k, task, views[k], engine, config)]
     answers: ByInput = defaultdict(dict)
     capped = np.zeros(len(tasks), dtype=int)
@@ -108,7 +108,8 @@ def predict_tasks(
     ]
 
 
-def _views(task: Task, config: PredictConfig, rng: np.random.Generator) -> list[Augmentation]:
+def views_of(task: Task, config: PredictConfig, rng: np.random.Generator) -> list[Augmentation]:
+    """The augmentations under which a task is asked, the task as it is first."""
     policy = ColourPolicy(config.keep_background, config.output_only)
     return spread_augmentations(config.views, rng, policy, task.train)
 

@@ -55,7 +55,7 @@ from .engines import check_engine, engine_kind, make_engine
 from .leaks import leak_audit
 from .lora import with_adapter, with_start
 from .memory import peak_memory
-from .model import BUNDLED_DIR, Model, fast_dtype, load_model, pick_device
+from .model import Model, checkpoint_dir, fast_dtype, load_model, pick_device
 from .predict import predict_tasks
 from .report import save_picture, task_picture
 from .submission import Score, Submission, coverage, score, write_submission
@@ -259,7 +259,7 @@ def _load(config: Config, device: torch.device) -> tuple[Model, Adapter | None]:
     The adapter of the config is that one, or is merged into the weights.
     """
     model = load_model(config.model.path, device, fast_dtype(device))
-    base_dir = Path(config.model.path) if config.model.path else BUNDLED_DIR
+    base_dir = checkpoint_dir(config.model.path)
     if not (config.adapt.enabled and config.adapt.start == "pretrained"):
         return with_adapter(model, config.model.adapter, base_dir), None
     if not config.model.adapter:

@@ -92,7 +92,7 @@ def write_partition(partition: Partition, folder: Path) -> None:
         "validation": {task.id: task_hash(task, found) for task in found.tasks},
         "rest": list(partition.rest),
     }
-    challenges = {task.id: _challenge(task) for task in found.tasks}
+    challenges = {task.id: challenge(task) for task in found.tasks}
     solutions = {i: [grid.tolist() for grid in grids] for i, grids in found.solutions.items()}
     for name, content in (
         ("manifest", manifest),
@@ -102,7 +102,8 @@ def write_partition(partition: Partition, folder: Path) -> None:
         (folder / f"{name}.json").write_text(json.dumps(content, indent=1 if name == "manifest" else None) + "\n")
 
 
-def _challenge(task: Task) -> dict[str, list[dict[str, list[list[int]]]]]:
+def challenge(task: Task) -> dict[str, list[dict[str, list[list[int]]]]]:
+    """A task without its test outputs, in the form of task files."""
     train = [{"input": pair.input.tolist(), "output": pair.output.tolist()} for pair in task.train]
     return {"train": train, "test": [{"input": grid.tolist()} for grid in task.test]}
 

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import count, takewhile
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,7 +30,7 @@ from torch import nn
 from .adapters import Adapter, save_adapter
 from .config import EngineConfig, FormatConfig, MachineError, UserError, first_line
 from .encode import END, NEWLINE, NUMBER, VOCABULARY, Prompt, longest_reply
-from .engine import Cost, Found, Reply, Scored
+from .engine import Cost, Found, Reply, Scored, agreement, greedy_reply, scored
 from .kv_cache import bytes_per_token
 from .model import Model
 from .tasks import COLOURS, MAX_SIDE
@@ -265,10 +265,10 @@ class VLLMSession:
             return [] if tree.advance() else [_Tip(tip.row, tree.path[-1])]
 
         self._explore([_Tip(row, self._trees[row].path[-1]) for row in asked], follow)
-        replies = {row: _reply(self._trees[row]) for row in dict.fromkeys(rows)}
+        replies = {row: greedy_reply(self._trees[row]) for row in dict.fromkeys(rows)}
         for row, (start, ids) in guesses.items():
             self.cost.drafted += len(ids) - start
-            self.cost.accepted += max(0, _agreement(ids, replies[row].ids) - start)
+            self.cost.accepted += max(0, agreement(ids, replies[row].ids) - start)
         for row in replies.keys() - self._answered:
             tree = self._trees[row]
             if tree.ended(tree.path[-1]) or not self._room(_Tip(row, tree.path[-1])):
@@ -307,7 +307,7 @@ class VLLMSession:
     def score(self, replies: Sequence[Sequence[Sequence[int]]]) -> list[list[Scored]]:
         """For every prompt, its own list of replies (with END) scored; what is known already costs nothing."""
         self._learn((row, tuple(ids)) for row, mine in enumerate(replies) for ids in mine)
-        return [[_score(tree, ids) for ids in mine] for tree, mine in zip(self._trees, replies, strict=True)]
+        return [[scored(tree, ids) for ids in mine] for tree, mine in zip(self._trees, replies, strict=True)]
 
     def close(self) -> None:
         """Nothing of it is left in vLLM, even if it was left in the middle."""
@@ -413,24 +413,6 @@ class VLLMSession:
         names = self._open.intersection(names)
         self._open -= names
         self._engine.abort(names)
-
-
-def _reply(tree: TokenTree) -> Reply:
-    return Reply(tree.ids_to(tree.path[-1]), tree.log_probability(tree.path))
-
-
-def _score(tree: TokenTree, ids: Sequence[int]) -> Scored:
-    """A reply beyond the context has probability 0."""
-    nodes = tree.walk(ids)
-    agreed = _agreement([tree.greedy[node] for node in nodes], ids)
-    if len(nodes) <= len(ids):
-        return Scored(-math.inf, agreed)
-    return Scored(tree.log_probability(nodes) if all(tree.known[node] for node in nodes[:-1]) else math.nan, agreed)
-
-
-def _agreement(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many leading elements are equal."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
 def _rows_at_the_end(output: Any, most: int) -> np.ndarray:
