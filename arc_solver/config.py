@@ -310,7 +310,7 @@ class PredictConfig(Section):
     keep_background: Share = 0.8
     output_only: OutputOnly = "permute"  # colours that only outputs have: left as they are, or permuted too
     drafts: bool = True  # verified drafts: the same greedy answers, in fewer forward steps
-    leaders: PositiveInt = 4  # views that are decoded without a draft; the best of their answers is the others' draft
+    leaders: PositiveInt = 4  # views that are decoded first; their answers are the others' drafts
     threshold: Share = 0.0  # all answers of this probability or more are searched for, in every view; 0 = no search
     max_nodes: PositiveInt = 2048  # ids that a search may try in a view
     score: bool = True  # every candidate's log-probability under every view

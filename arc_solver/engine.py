@@ -18,12 +18,12 @@ import numpy as np
 from .adapters import Adapter, LoraBank, attached
 from .block import Asked, Block
 from .config import FormatConfig
+from .drafter import LONGEST, Drafter
 from .encode import END, GRID_STRIDE, Prompt, longest_reply
 from .kv_cache import bytes_per_token
 from .model import Model
-from .token_tree import Grammar, Guess, TokenTree
+from .token_tree import Grammar, TokenTree
 
-FIRST_WINDOW = 16  # ids of a draft that are verified together after its first disagreement
 MOST_PADDING = 0.5, 256  # of a prompt in a cache: as a share of its length, and ids besides
 MASK_CELLS = 1 << 25  # queries x keys of a scoring pass
 
@@ -65,16 +65,20 @@ class Cost:
     cache_bytes: int = 0  # of keys and values, at most at a time
 
 
+Drafts = Sequence[Sequence[int]]
+
+
 class Session(Protocol):
     """Prompts that are being answered. What was computed for them is kept for the next question."""
 
     cost: Cost
 
-    def generate(self, rows: Sequence[int], drafts: Mapping[int, Sequence[int]] | None = None) -> list[Reply]:
+    def generate(self, rows: Sequence[int], drafts: Mapping[int, Drafts] | None = None) -> list[Reply]:
         """The greedy replies to these of the prompts, in the order of `rows`, among the ids that are legal.
 
         Args:
-            drafts: guesses of the replies, by row. They change how long it takes, and nothing else.
+            drafts: by row, guesses of the reply, or none; with a row here, what else is likely is guessed too. It
+                changes how long it takes, and nothing else.
         """
 
     def search(self, threshold: float, max_nodes: int) -> list[Found]:
@@ -162,9 +166,9 @@ class TorchSession:
             self.blocks.append(block)
             self.homes |= {i: (block, row) for row, i in enumerate(members)}
 
-    def generate(self, rows: Sequence[int], drafts: Mapping[int, Sequence[int]] | None = None) -> list[Reply]:
+    def generate(self, rows: Sequence[int], drafts: Mapping[int, Drafts] | None = None) -> list[Reply]:
         for block, members in self._by_block(rows):
-            self._decode(block, {row: Guess((drafts or {}).get(i)) for row, i in members.items()})
+            self._decode(block, {row: Drafter(self.trees[i], (drafts or {}).get(i)) for row, i in members.items()})
         for i in set(rows) - self.answered:
             self.cost.decoded += len(self.trees[i].path) - 1
             self.answered.add(i)
@@ -189,25 +193,21 @@ class TorchSession:
             self._learn_walks(block, unknown)
         return [[scored(tree, ids) for ids in of_row] for tree, of_row in zip(self.trees, replies, strict=True)]
 
-    def _decode(self, block: Block, guesses: Mapping[int, Guess]) -> None:
-        """Greedy decoding of these rows: what is guessed is verified, the more at a time the better the guesses."""
-        windows: dict[int, float] = dict.fromkeys(guesses, math.inf)  # at first, all of a draft
-        while live := [row for row in guesses if not block.trees[row].advance()]:
-            guessed, tips = {}, {}
-            for row in live:
-                tree = block.trees[row]
-                tips[row] = len(tree.path)
-                guessed[row] = list(tree.guessed(tree.path[-1], guesses[row], windows[row]))
+    def _decode(self, block: Block, drafters: Mapping[int, Drafter]) -> None:
+        """Greedy decoding of these rows, in which what is guessed is verified."""
+        while live := [row for row in drafters if not block.trees[row].advance()]:
+            tips = {row: len(tree.path) for row, tree in block.rows(live)}
+            # With the prompt, rows are long and of different lengths anyway.
+            guessed = {row: drafters[row].chain(LONGEST if tree.placed else math.inf) for row, tree in block.rows(live)}
             block.learn({row: [tree.path[-1], *_fed(tree, guessed[row])] for row, tree in block.rows(live)})
             for row, tree in block.rows(live):
                 tree.advance()
                 right = agreement(guessed[row], tree.path[tips[row] :])
                 last = [tree.path[tips[row] - 1], *_fed(tree, guessed[row][:right])][-1]
                 tree.free_from(tree.columns[last] + 1)  # what was guessed wrong
-                if guesses[row].rows:
+                if drafters[row].rules:
                     self.cost.drafted += len(guessed[row])
                     self.cost.accepted += right
-                    windows[row] = _next_window(windows[row], len(guessed[row]), right)
 
     def _learn_walks(self, block: Block, unknown: dict[int, list[list[int]]]) -> None:
         """As many whole walks of each row at a time as fit in a batch; their columns are free again afterwards."""
@@ -265,7 +265,7 @@ class Search:
         self.tree, self.least, self.left = tree, math.log(threshold), max_nodes
         self.open: list[tuple[float, int]] = [(0.0, 0)]  # a heap of (minus log-probability, node)
         self.replies: list[Reply] = []
-        self.guess = Guess(tree.ids_to(tree.path[-1]))
+        self.drafter = Drafter(tree, [tree.ids_to(tree.path[-1])])
         self.window: float = 8
         self.asked: list[tuple[float, list[int]]] = []  # log-probability of each chain's first node, and the chain
         self.kept = max(tree.used, len(tree.prompt))  # columns
@@ -285,9 +285,7 @@ class Search:
             heapq.heappush(self.open, head)
         if not heads or self.tree.used - len(self.tree.prompt) > self.COLUMNS:
             self.tree.free_from(self.kept)
-        self.asked = [
-            (-cost, [node, *_fed(self.tree, self.tree.guessed(node, self.guess, self.window))]) for cost, node in heads
-        ]
+        self.asked = [(-cost, [node, *_fed(self.tree, self.drafter.chain(self.window, node))]) for cost, node in heads]
         return [node for _, chain in self.asked for node in chain]
 
     def found(self) -> Found:
@@ -316,10 +314,10 @@ class Search:
         return int((totals >= self.least).sum())
 
 
-def _next_window(window: float, guessed: int, accepted: int) -> float:
-    """How many ids to guess next, when of so many in the last window so many were right."""
-    if accepted < guessed:
-        return FIRST_WINDOW if window == math.inf else max(1, min(window, 2 * accepted))
+def _next_window(window: float, guessed: int, useful: int) -> float:
+    """How many ids to guess next, when of so many in the last window so many were of use."""
+    if useful < guessed:
+        return max(1, min(window, 2 * useful))
     return 2 * window if guessed >= window else window
 
 

@@ -1,8 +1,8 @@
 """Ask tasks under many views, undo each answer, and ask every view about every answer: views -> prompts -> candidates.
 
-A few views are decoded without help. The best of their answers, carried into the other views, is the draft that those
-verify; it changes no answer, only the time. All questions of a call share one session, so what was computed for one of
-them is there for the next: that of scoring above all.
+A few views are decoded first. Their answers, carried into the other views, are the drafts that those verify; they
+change no answer, only the time. All questions of a call share one session, so what was computed for one of them is
+there for the next: that of scoring above all.
 """
 
 import math
@@ -142,36 +142,16 @@ def _decode(
     """The greedy reply to each question; with drafts, the leaders' first."""
     if not config.drafts:
         return session.generate(range(len(questions)))
-    leaders = [i for i, q in enumerate(questions) if q.view < config.leaders]
-    followers = [i for i, q in enumerate(questions) if q.view >= config.leaders]
-    replies = dict(zip(leaders, session.generate(leaders), strict=True))
-    best = _best_answers([questions[i] for i in leaders], list(replies.values()), format)
-    drafts = {}
-    for i in followers:
-        q = questions[i]
-        if (q.task, q.test) in best:
-            drafts[i] = q.reply_of(best[q.task, q.test], format)
-    replies |= zip(followers, session.generate(followers, drafts), strict=True)
+    leaders = {i: q for i, q in enumerate(questions) if q.view < config.leaders}
+    followers = {i: q for i, q in enumerate(questions) if q.view >= config.leaders}
+    replies = dict(zip(leaders, session.generate([*leaders], dict.fromkeys(leaders, ())), strict=True))
+    led: dict[tuple[int, int], list[Grid]] = defaultdict(list)
+    for i, q in leaders.items():
+        if (grid := q.grid_of(replies[i].ids, format)) is not None:
+            led[q.task, q.test].append(grid)
+    drafts = {i: [q.reply_of(grid, format) for grid in led[q.task, q.test]] for i, q in followers.items()}
+    replies |= zip(followers, session.generate([*followers], drafts), strict=True)
     return [replies[i] for i in range(len(questions))]
-
-
-def _best_answers(
-    questions: Sequence[Question], replies: Sequence[Reply], format: FormatConfig
-) -> dict[tuple[int, int], Grid]:
-    """For each task and test, the answer of most views; of equals, that of the highest mean log-probability.
-
-    None where no two of several views agree: verifying what is wrong costs more than it saves.
-    """
-    answers: ByInput = defaultdict(dict)
-    for q, reply in zip(questions, replies, strict=True):
-        _answer(answers, q, reply, format)
-    votes = {key: max(of_input.values(), key=_support) for key, of_input in answers.items() if of_input}
-    several = len({q.view for q in questions}) > 1
-    return {key: answer.grid for key, answer in votes.items() if _support(answer)[0] > several}
-
-
-def _support(answer: Answer) -> tuple[int, float]:
-    return len(answer.log_probabilities), float(np.mean(list(answer.log_probabilities.values())))
 
 
 def _answer(answers: ByInput, q: Question, reply: Reply, format: FormatConfig) -> Answer | None:

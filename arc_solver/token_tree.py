@@ -5,14 +5,13 @@ is the prompt. A node is *known* once the model has said what may follow it, and
 in the cache; either may be so without the other.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from copy import copy
 
 import numpy as np
 
 from .config import FormatConfig
-from .encode import END, GRID_STRIDE, INPUT, NEWLINE, NUMBER, OUTPUT, VOCABULARY, Cursor, Prompt
-from .tasks import MAX_SIDE
+from .encode import END, GRID_STRIDE, INPUT, OUTPUT, VOCABULARY, Cursor, Prompt
 
 
 class Grammar:
@@ -55,39 +54,6 @@ class Grammar:
             self.cursors.append(cursor)
             self.forced.append(int(legal[0]) if len(legal) == 1 else None)
         return self._numbers[key]
-
-
-class Guess:
-    """How a reply may go on: with the same cell of a draft, whatever the two sizes, and where only one id is legal."""
-
-    def __init__(self, draft: Sequence[int] | None = None):
-        """`draft` is any sequence of ids. What can be made out of its rows of cells is used, and nothing else."""
-        self.rows: list[list[int]] = [[]]
-        for token in draft or ():
-            if token == NEWLINE:
-                self.rows.append([])
-            elif token < NEWLINE:
-                self.rows[-1].append(token)
-        self.rows = [row[:MAX_SIDE] for row in self.rows if row][:MAX_SIDE]
-
-    def after(self, grammar: Grammar, state: int) -> int | None:
-        """The legal id that is likely next; None: no idea."""
-        if (forced := grammar.forced[state]) is not None:
-            return forced
-        token = self._in_draft(grammar.cursors[state]) if self.rows else None
-        return token if token is not None and grammar.legal_SV[state, token] else None
-
-    def _in_draft(self, cursor: Cursor) -> int | None:
-        if cursor.config.shape_header and cursor.taken < 2:
-            return NUMBER + (len(self.rows[0]) if cursor.taken else len(self.rows))
-        if cursor.row >= len(self.rows):
-            return END if cursor.row == len(self.rows) else None
-        if cursor.needs_number:
-            return NUMBER + cursor.row + 1
-        row = self.rows[cursor.row]
-        if cursor.column < len(row):
-            return row[cursor.column]
-        return NEWLINE if cursor.column == len(row) else None
 
 
 class TokenTree:
@@ -148,17 +114,6 @@ class TokenTree:
                 break
             nodes.append(following)
         return nodes
-
-    def guessed(self, node: int, guess: Guess, most: float) -> Iterator[int]:
-        """Nodes that are likely to come after `node`, one after another; END may be the last."""
-        count = 0
-        while count < most and not self.ended(node):
-            token = guess.after(self.grammar, self.states[node])
-            following = None if token is None else self.child(node, token)
-            if following is None:
-                return
-            yield (node := following)
-            count += 1
 
     def ended(self, node: int) -> bool:
         return self.ids[node] == END

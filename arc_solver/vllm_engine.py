@@ -29,12 +29,13 @@ from torch import nn
 
 from .adapters import Adapter, save_adapter
 from .config import EngineConfig, FormatConfig, MachineError, UserError, first_line
+from .drafter import Drafter
 from .encode import END, NEWLINE, NUMBER, VOCABULARY, Prompt, longest_reply
-from .engine import Cost, Found, Reply, Scored, agreement, greedy_reply, scored
+from .engine import Cost, Drafts, Found, Reply, Scored, agreement, greedy_reply, scored
 from .kv_cache import bytes_per_token
 from .model import Model
 from .tasks import COLOURS, MAX_SIDE
-from .token_tree import Grammar, Guess, TokenTree
+from .token_tree import Grammar, TokenTree
 
 SETTINGS = {  # read when vllm is imported
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process: no workers to start, and none left behind
@@ -250,14 +251,15 @@ class VLLMSession:
         self._pending: set[str] = set()  # requests that vLLM has not reported on
         self._open: set[str] = set()  # requests that vLLM has not finished
 
-    def generate(self, rows: Sequence[int], drafts: Mapping[int, Sequence[int]] | None = None) -> list[Reply]:
+    def generate(self, rows: Sequence[int], drafts: Mapping[int, Drafts] | None = None) -> list[Reply]:
         """The greedy replies to these of the prompts, in the order of `rows`, among the ids that are legal.
 
         Args:
-            drafts: guesses of the replies, by row. They are scored first, and decoding goes on where they go wrong.
+            drafts: by row, guesses of the reply. What is likely by them is scored first, and decoding goes on where
+                that goes wrong.
         """
         asked = [row for row in dict.fromkeys(rows) if not self._trees[row].advance()]
-        guesses = {row: self._guess(row, drafts[row]) for row in asked if drafts and row in drafts}
+        guesses = {row: self._guess(row, of_row) for row in asked if drafts and (of_row := drafts.get(row))}
         self._learn((row, ids) for row, (_, ids) in guesses.items())
 
         def follow(tip: _Tip) -> list[_Tip]:
@@ -313,11 +315,11 @@ class VLLMSession:
         """Nothing of it is left in vLLM, even if it was left in the middle."""
         self._abort(self._open)
 
-    def _guess(self, row: int, draft: Sequence[int]) -> tuple[int, tuple[int, ...]]:
-        """How many ids of the reply are known, and the reply as the draft has it from there on."""
+    def _guess(self, row: int, drafts: Drafts) -> tuple[int, tuple[int, ...]]:
+        """How many ids of the reply are known, and how it is likely to go on from there, those ids included."""
         tree = self._trees[row]
         tip = tree.path[-1]
-        return tree.depths[tip], tree.ids_to([tip, *tree.guessed(tip, Guess(draft), math.inf)][-1])
+        return tree.depths[tip], tree.ids_to([tip, *Drafter(tree, drafts).chain(math.inf)][-1])
 
     def _explore(self, start: list[_Tip], follow: Callable[[_Tip], list[_Tip]]) -> list[_Tip]:
         """Makes places known. For each, `follow` then says which of the places after it are wanted too.

@@ -73,7 +73,8 @@ def one_case():
 
 
 def answers(engine, prompts, drafts=None, adapters=None, rows=None):
-    """The replies, and what they cost."""
+    """The replies, and what they cost. `drafts`: one, by row."""
+    drafts = {i: [draft] for i, draft in (drafts or {}).items()}
     with engine.open(prompts, adapters or [None] * len(prompts)) as session:
         return session.generate(range(len(prompts)) if rows is None else rows, drafts), session.cost
 
@@ -219,7 +220,7 @@ def test_rows_are_asked_in_any_order_and_again(one_case):
         for rows in ([4], [5, 0, 4], [3, 2, 1, 0], [2, 2]):
             assert_same(session.generate(rows), [expected[i] for i in rows])
         cost = Cost(**vars(session.cost))
-        session.generate(range(6), {0: [1, 2, 3]})
+        session.generate(range(6), {0: [[1, 2, 3]]})
         assert session.cost == cost  # nothing is asked twice
 
 
@@ -231,7 +232,7 @@ def test_the_cache_limit_changes_no_answer(one_case):
     for cache_bytes in (1, 3 * 1100 * bytes_per_token(short), 1 << 30):
         with TorchEngine(short, 10_000, cache_bytes).open(prompts, [None] * 6) as session:
             assert_same(session.generate(range(3)), expected[:3])
-            assert_same(session.generate(range(6), {5: expected[0][0]}), expected)
+            assert_same(session.generate(range(6), {5: [expected[0][0], expected[1][0]]}), expected)
             scores = session.score(replies)
             found.append([s.log_probability for of_row in scores for s in of_row])
             if cache_bytes == 1:

@@ -279,11 +279,12 @@ def test_drafts_change_no_answer(llama):
         assert session.cost.drafted == session.cost.accepted == 0
     replies = [reply.ids for reply in plain]
     drafts = {
-        0: replies[0],
-        1: replies[1][: len(replies[1]) // 2],
-        2: (*replies[2][:-1], *encode_reply(np.zeros((2, 3), dtype=np.uint8), FORMAT).tolist()),
-        3: (END, 5),  # illegal
-        4: replies[0],
+        0: [replies[0]],
+        1: [replies[1][: len(replies[1]) // 2], replies[1]],
+        2: [(*replies[2][:-1], *encode_reply(np.zeros((2, 3), dtype=np.uint8), FORMAT).tolist())],
+        3: [(END, 5)],  # illegal
+        4: [replies[0], replies[0], replies[3]],
+        5: [],
     }
     with llama.engine.open(prompts, under) as session:
         drafted = session.generate(range(6), drafts)

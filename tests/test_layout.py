@@ -7,9 +7,9 @@ import arc_solver
 
 SENTENCE = """
     config tasks report augment encode counting sources leaks corpus stream attention decoder model pretrained adapters
-    lora kv_cache token_tree block engine vllm_engine engines validate optimize devices memory checkpoints training_log
-    run training_report train adapt candidates predict vote submission revote solve bench_field bench_field_solve
-    bench_solve bench_train bench
+    lora kv_cache token_tree drafter block engine vllm_engine engines validate optimize devices memory checkpoints
+    training_log run training_report train adapt candidates predict vote submission revote solve bench_field
+    bench_field_solve bench_solve bench_train bench
 """
 ROWS = tuple(SENTENCE.split())
 HOMES = {  # heavy imports and the only modules that may have them
