@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from .adapters import Adapter, LoraBank, attached, fresh_adapter
 from .augment import Augmentation, ColourPolicy, random_augmentation
 from .config import AdaptConfig, FormatConfig, named_rng
-from .encode import IGNORE, Sample, encode_sample, sample_tokens
+from .encode import IGNORE, OUTPUT, Sample, encode_sample, sample_tokens
 from .model import Model
 from .optimize import make_optimizers, take_step
 from .stream import pack
@@ -43,6 +43,7 @@ class Adaptation:
     first_loss: float  # mean over the first tenth of the steps, nats
     last_loss: float  # and over the last tenth
     seconds: float  # of the whole group, shared out by tokens
+    dropped: int  # demonstrations that had no room in a sample, at most
     ended: str  # "steps", "leave-one-out", or "diverged": not finite, so the adapter is what it was at the start
 
     def to_json(self) -> dict[str, Any]:
@@ -52,6 +53,7 @@ class Adaptation:
             "first_loss": round(self.first_loss, 4),
             "last_loss": round(self.last_loss, 4),
             "seconds": round(self.seconds, 2),
+            "dropped": self.dropped,
             "ended": self.ended,
         }
 
@@ -153,6 +155,7 @@ class _Learner:
     format: FormatConfig
     losses: list[float] = field(default_factory=list)
     tokens: int = 0
+    dropped: int = 0
     ended: str = ""
     parameters: list[nn.Parameter] = field(init=False)
     optimizers: list[Optimizer] = field(init=False)
@@ -171,6 +174,8 @@ class _Learner:
     def draw(self) -> list[Sample]:
         chosen = [next(self.samples)[0] for _ in range(self.config.batch_size)]
         self.tokens += sum(map(len, chosen))
+        shown = min(int((sample.ids_T == OUTPUT).sum()) for sample in chosen)
+        self.dropped = max(self.dropped, len(self.task.train) - shown)
         return chosen
 
     def step(self, start: Adapter) -> None:
@@ -201,7 +206,7 @@ class _Learner:
         losses = [loss for loss in self.losses if math.isfinite(loss)] or [0.0]
         tenth = max(1, len(losses) // 10)
         first, last = float(np.mean(losses[:tenth])), float(np.mean(losses[-tenth:]))
-        return Adaptation(adapter, self.steps, self.tokens, first, last, seconds, self.ended)
+        return Adaptation(adapter, self.steps, self.tokens, first, last, seconds, self.dropped, self.ended)
 
 
 def _step(model: Model, bank: LoraBank, live: Sequence[_Learner]) -> None:

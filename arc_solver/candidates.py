@@ -47,6 +47,7 @@ class Predictions:
     geometries: tuple[int, ...]  # of each view, 0 to 7
     candidates: tuple[Candidate, ...]
     dropped: int = 0  # demonstrations that had no room in a view's prompt, at most
+    too_long: int = 0  # prompts after which the model's context has no room for the largest reply
     capped: int = 0  # searches that ended at the cap on nodes
     cost: Mapping[str, int] = field(default_factory=dict)  # `engine.Cost` of the session, which tasks may have shared
 
@@ -58,6 +59,7 @@ class Predictions:
             "geometries": list(self.geometries),
             "candidates": [candidate.to_json() for candidate in self.candidates],
             "dropped": self.dropped,
+            "too_long": self.too_long,
             "capped": self.capped,
             "cost": dict(self.cost),
         }
@@ -66,5 +68,10 @@ class Predictions:
     def from_json(content: Mapping[str, Any]) -> "Predictions":
         candidates = tuple(Candidate.from_json(candidate) for candidate in content["candidates"])
         return Predictions(
-            tuple(content["geometries"]), candidates, content["dropped"], content["capped"], content["cost"]
+            tuple(content["geometries"]),
+            candidates,
+            content["dropped"],
+            content.get("too_long", 0),  # which runs before it was counted do not say
+            content["capped"],
+            content["cost"],
         )

@@ -31,6 +31,7 @@ class Question:
     augmentation: Augmentation
     prompt: Prompt
     dropped: int  # demonstrations that had no room
+    fits: bool  # whether the context has room for any reply to what is left
 
     def grid_of(self, ids: Sequence[int], format: FormatConfig) -> Grid | None:
         """The answer that a reply spells, with the augmentation undone; None: it is no grid."""
@@ -101,6 +102,7 @@ def predict_tasks(
                 for answer in answers[k, test].values()
             ),
             dropped=max(q.dropped for q in questions if q.task == k),
+            too_long=sum(not q.fits for q in questions if q.task == k),
             capped=int(capped[k]),
             cost=cost,
         )
@@ -123,7 +125,8 @@ def _questions(
         seen = view.apply_task(task)
         for t, test_input in enumerate(seen.test):
             prompt, dropped = _prompt(seen, test_input, engine, config.max_tokens)
-            questions.append(Question(k, t, v, view, prompt, dropped))
+            fits = needed_context(prompt, engine.format) <= engine.context
+            questions.append(Question(k, t, v, view, prompt, dropped, fits))
     return questions
 
 

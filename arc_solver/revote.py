@@ -281,9 +281,12 @@ def main(arguments: list[str]) -> int:
     run_dirs = list(dict.fromkeys(Path(word).resolve() for word in words if word not in overrides))
     if not run_dirs:
         raise UserError("name the folder of a run: bin/solve --revote RUN_DIR")
+    compared = len(run_dirs) > 1 or args.all_rules
+    if compared and any(word.startswith("vote.rule=") for word in overrides):
+        raise UserError("all rules are compared here: leave vote.rule out, or name one run and leave out --all-rules")
     runs = [read_run(run_dir, overrides) for run_dir in run_dirs]
     console = Console()
-    if len(runs) > 1 or args.all_rules:
+    if compared:
         console.width = max(console.width, 100)  # a file's is 80, which would cut the figures
         console.print(compare(runs))
     else:

@@ -322,6 +322,7 @@ def _log_record(result: Result, task: Task, config: Config) -> dict[str, Any]:
         "distinct": [len(r) for r in ranked],
         "votes": [[entry.votes for entry in r[:2]] for r in ranked],
         "dropped": result.predictions.dropped,
+        "too_long": result.predictions.too_long,
         "capped": result.predictions.capped,
         "predicting": round(result.predicting, 2),
         "cost": dict(result.predictions.cost),
@@ -338,6 +339,8 @@ def _task_line(result: Result, record: dict[str, Any]) -> str:
     parts = [f"{result.task_id}  {result.seconds:4.0f} s"]
     if learnt := result.adaptation:
         parts.append(f"loss {learnt['first_loss']:.3f} to {learnt['last_loss']:.3f}{_ENDS[learnt['ended']]}")
+        if learnt["dropped"]:
+            parts.append(f"samples lost up to {_count(learnt['dropped'], 'demonstration')}")
     parts.append(
         "; ".join(
             f"attempts with {' and '.join(map(str, votes))} votes, of {_count(distinct, 'distinct answer')}"
@@ -350,6 +353,8 @@ def _task_line(result: Result, record: dict[str, Any]) -> str:
         parts.append(f"{cost['accepted']} of {cost['decoded']} ids from drafts")
     if record["dropped"]:
         parts.append(f"prompts lost up to {_count(record['dropped'], 'demonstration')}")
+    if record["too_long"]:
+        parts.append(f"{_count(record['too_long'], 'prompt')} too long for the model, whose replies may be cut")
     if record["capped"]:
         parts.append(f"search cut in {_count(record['capped'], 'view')}")
     return ", ".join(parts)

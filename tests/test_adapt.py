@@ -73,6 +73,13 @@ def test_long_tasks_lose_demonstrations_but_not_the_held_out_one(rng):
     assert (sample.ids_T == INPUT).sum() == 1
 
 
+def test_what_a_sample_lost_is_reported(toy_model, rng):
+    task = flip_task(rng, demonstrations=4)
+    for max_tokens, dropped in ((10_000, 0), (1, 3)):
+        config = AdaptConfig(steps=2, batch_size=1, rank=2, max_tokens=max_tokens)
+        assert adapt([task], toy_model, config, [named_rng(0)])[0].to_json()["dropped"] == dropped
+
+
 def test_the_budget_cuts_steps(rng):
     task = flip_task(rng)
     config = AdaptConfig(steps=50, batch_size=2, budget_tokens=20 * task.tokens)

@@ -172,6 +172,9 @@ def test_prompts_and_replies_fit_the_context(rng):
     needed = needed_context(encode_prompt(task.train, task.test[0], FORMAT), FORMAT)
     assert predict(task, Mirror(needed), None, plain(2), named_rng(0)).dropped == 0
     assert predict(task, Mirror(needed - 1), None, plain(2), named_rng(0)).dropped == 1
+    assert predict(task, Mirror(needed - 1), None, plain(2), named_rng(0)).too_long == 0
+    nowhere = predict(task, Mirror(10), None, plain(2), named_rng(0))
+    assert (nowhere.dropped, nowhere.too_long) == (3, 2)
 
 
 def test_the_first_view_is_the_task_itself(rng):
@@ -185,10 +188,11 @@ def test_the_first_view_is_the_task_itself(rng):
 
 def test_predictions_survive_json(rng):
     candidate = Candidate(1, random_grid(rng), (0, 2), (1,), (-0.123456, None, -3.0))
-    predictions = Predictions((0, 5, 3), (candidate,), dropped=2, capped=1, cost={"tokens": 5})
+    predictions = Predictions((0, 5, 3), (candidate,), dropped=2, too_long=3, capped=1, cost={"tokens": 5})
     again = Predictions.from_json(json.loads(json.dumps(predictions.to_json())))
     assert again.to_json() == predictions.to_json()
-    assert (again.geometries, again.dropped, again.capped, again.cost) == ((0, 5, 3), 2, 1, {"tokens": 5})
+    assert (again.geometries, again.dropped, again.too_long) == ((0, 5, 3), 2, 3)
+    assert (again.capped, again.cost) == (1, {"tokens": 5})
     assert grid_key(again.candidates[0].grid) == grid_key(candidate.grid)
     assert again.candidates[0].log_probabilities == (-0.123456, None, -3.0)
 

@@ -256,6 +256,7 @@ def truncate(file):
         (lambda d: (d.parent / "toy_challenges.json").unlink(), [], "toy_challenges.json' not found"),
         (lambda d: (d.parent / "toy_solutions.json").unlink(), ["--all-rules"], "give tasks.solutions=FILE"),
         (lambda d: None, ["vote.rule=best"], "setting vote.rule: .*'votes', 'product'.*got 'best'"),
+        (lambda d: None, ["--all-rules", "vote.rule=votes"], "leave vote.rule out"),
         (lambda d: None, ["predict.views=3"], "only vote.* and tasks.* can be set"),
         (lambda d: None, ["nowhere"], "nowhere is no run of bin/solve"),
     ],
