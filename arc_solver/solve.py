@@ -197,7 +197,9 @@ def map_unordered(
     queue = context.Queue()
     pool = ProcessPoolExecutor(workers, context, _start_process, (config, run_dir, queue))
     try:
+        on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which processes that are started now inherit
         pending = {pool.submit(_solve_in_process, group) for group in groups}
+        signal.signal(signal.SIGINT, on_interrupt)
         while pending:
             finished, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
             while not queue.empty():
