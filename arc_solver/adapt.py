@@ -44,7 +44,8 @@ class Adaptation:
     last_loss: float  # and over the last tenth
     seconds: float  # of the whole group, shared out by tokens
     dropped: int  # demonstrations that had no room in a sample, at most
-    ended: str  # "steps", "leave-one-out", or "diverged": not finite, so the adapter is what it was at the start
+    # "steps", "leave-one-out", "deadline", or "diverged": not finite, so the adapter is what it was at the start
+    ended: str
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -115,14 +116,16 @@ def adapt(
     config: AdaptConfig,
     rngs: Sequence[np.random.Generator],
     start: Adapter | None = None,
-    on_step: Callable[[Task, float], None] = lambda task, share: None,
+    on_step: Callable[[], None] = lambda: None,
+    deadline: float = math.inf,
 ) -> list[Adaptation]:
     """Fine-tunes an adapter for each task on its demonstrations. The base model is left as it was.
 
     Args:
         rngs: one for each task: its result does not depend on which tasks it is adapted with.
         start: the adapter that all continue; None: a fresh one for each.
-        on_step: told, after each step, the task and the share of its steps that is done.
+        on_step: called after each step.
+        deadline: of `time.monotonic()`. No step begins after it, and the learning rate falls in time for it.
     """
     began = time.monotonic()
     starts = [start or fresh_adapter(model, config, rng) for rng in rngs]
@@ -131,15 +134,20 @@ def adapt(
             _Learner(k, *each, bank, config, model.format) for k, each in enumerate(zip(tasks, rngs, strict=True))
         ]
         while live := [learner for learner in learners if not learner.ended]:
+            spent = (time.monotonic() - began) / max(1e-9, deadline - began)
+            if spent >= 1:
+                for learner in live:
+                    learner.ended = "deadline"
+                break
             _step(model, bank, live)
             for learner in live:
-                learner.step(starts[learner.k])
-                on_step(learner.task, 1.0 if learner.ended else learner.steps / learner.config.steps)
+                learner.step(starts[learner.k], spent)
+            on_step()
             if config.stop == "leave-one-out":
                 _stop_where_all_is_right(model, bank, [x for x in live if not x.ended and x.is_due()])
         adapters = [bank.export(learner.k) for learner in learners]
     seconds = time.monotonic() - began
-    tokens = sum(learner.tokens for learner in learners)
+    tokens = max(1, sum(learner.tokens for learner in learners))
     return [x.result(adapter, seconds * x.tokens / tokens) for x, adapter in zip(learners, adapters, strict=True)]
 
 
@@ -178,9 +186,9 @@ class _Learner:
         self.dropped = max(self.dropped, len(self.task.train) - shown)
         return chosen
 
-    def step(self, start: Adapter) -> None:
-        """One step of its own optimizer; the loss is the last one noted."""
-        progress = (self.steps - 1) / self.config.steps
+    def step(self, start: Adapter, spent: float) -> None:
+        """One step of its own optimizer; the loss is the last one noted. `spent`: share of the time that is over."""
+        progress = max((self.steps - 1) / self.config.steps, spent)
         self.bank.take_gradients(self.k, self.parameters)
         norm, _ = take_step(self.parameters, self.optimizers, self.config, progress)
         if not math.isfinite(norm + self.losses[-1]):

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +33,17 @@ class Adapter:
     rank: int
     alpha: float
     weights: Mapping[str, tuple[Tensor, Tensor]]  # name of the linear layer -> A [r, in], B [out, r], float32
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As arrays: between processes PyTorch sends tensors as handles of shared memory, and those run out."""
+        arrays = {name: (a.numpy(), b.numpy()) for name, (a, b) in self.weights.items()}
+        return _adapter_of, (self.rank, self.alpha, arrays)
+
+
+def _adapter_of(rank: int, alpha: float, arrays: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Adapter:
+    # Copies, as what was unpickled may be read-only.
+    weights = {name: (torch.from_numpy(a.copy()), torch.from_numpy(b.copy())) for name, (a, b) in arrays.items()}
+    return Adapter(rank, alpha, weights)
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from .bench_schedule import TASKS, overhead_s
 from .bench_solve import RANDOM_TASKS, RANDOM_VIEWS, SCORE_TASKS, SETTINGS, large_tasks, random_model
 from .bench_solve import compare as compare_solving
 from .bench_train import BF16, QWEN_05B, compare, flop_utilisation
@@ -112,7 +113,17 @@ def _less(name: str, ours: float, field: float, unit: str) -> Row:
     return Row(name, ours, field, field / ours, unit)
 
 
-BENCHES: dict[str, Callable[[], list[Row]]] = {"stream": bench_stream, "train": bench_train, "solve": bench_solve}
+def bench_schedule() -> list[Row]:
+    """What a run costs besides solving, a task, with very many of them."""
+    return [Row("overhead_per_task", 1000 * overhead_s(), None, None, f"ms, {TASKS:,} tasks")]
+
+
+BENCHES: dict[str, Callable[[], list[Row]]] = {
+    "stream": bench_stream,
+    "train": bench_train,
+    "solve": bench_solve,
+    "schedule": bench_schedule,
+}
 
 
 def main(arguments: list[str]) -> int:
@@ -126,9 +137,8 @@ def main(arguments: list[str]) -> int:
         return 0
     table = Table("what", "ours", "field", "ratio", "unit", title=f"{args.name} on {cpu_name()}")
     for row in rows:
-        table.add_row(
-            row.name, f"{row.ours:,.0f}", *("-" if v is None else f"{v:,.2f}" for v in (row.field, row.ratio)), row.unit
-        )
+        ours = f"{row.ours:,.{0 if row.ours > 100 else 2}f}"
+        table.add_row(row.name, ours, *("-" if v is None else f"{v:,.2f}" for v in (row.field, row.ratio)), row.unit)
     Console().print(table)
     return 0
 

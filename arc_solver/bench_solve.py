@@ -105,7 +105,8 @@ def _ours(found: TaskSet, folder: Path, model_dir: Path, settings: Sequence[str]
     words = ["--tasks", folder / "tasks", "--out", run_dir, f"model.path={model_dir}", "run.show=0", *settings]
     _run("arc_solver.solve", *words)
     seconds = now_s() - start
-    log = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+    records = map(json.loads, (run_dir / "log.jsonl").read_text().splitlines())
+    log = [record for record in records if record["event"] == "task"]
     learnt = [record["adaptation"] for record in log if record["adaptation"]]
     workers = {record["worker"]: record["peak_memory_bytes"] for record in log}
     adapt_s = sum(adaptation["seconds"] for adaptation in learnt) / len(workers)

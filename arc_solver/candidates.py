@@ -9,6 +9,8 @@ from typing import Any
 
 from .tasks import Grid, make_grid
 
+STAGES = ("unadapted", "tasks", "again")  # folders of a run with a file for each task; a later one counts more
+
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
@@ -19,6 +21,18 @@ class Candidate:
     views: tuple[int, ...]  # those that answered it, by greedy decoding
     searched: tuple[int, ...]  # those in which the threshold search found it
     log_probabilities: tuple[float | None, ...]  # of the whole reply under every view, nats; None: not scored there
+
+    def among(self, before: int, after: int) -> "Candidate":
+        """The same with so many more views before and after its own, in which it was not asked about."""
+        views, searched = (tuple(v + before for v in listed) for listed in (self.views, self.searched))
+        scores = (None,) * before + self.log_probabilities + (None,) * after
+        return Candidate(self.test, self.grid, views, searched, scores)
+
+    def __or__(self, other: "Candidate") -> "Candidate":
+        """What both say of the same answer, under the same views."""
+        pairs = zip(self.log_probabilities, other.log_probabilities, strict=True)
+        scores = tuple(mine if mine is not None else theirs for mine, theirs in pairs)
+        return Candidate(self.test, self.grid, self.views + other.views, self.searched + other.searched, scores)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -50,6 +64,22 @@ class Predictions:
     too_long: int = 0  # prompts after which the model's context has no room for the largest reply
     capped: int = 0  # searches that ended at the cap on nodes
     cost: Mapping[str, int] = field(default_factory=dict)  # `engine.Cost` of the session, which tasks may have shared
+
+    def joined(self, other: "Predictions") -> "Predictions":
+        """What both have found of the same task, under the views of both. No candidate is scored under the other's."""
+        views, more = len(self.geometries), len(other.geometries)
+        merged = {(c.test, c.grid.shape, c.grid.tobytes()): c.among(0, more) for c in self.candidates}
+        for c in other.candidates:
+            key, late = (c.test, c.grid.shape, c.grid.tobytes()), c.among(views, 0)
+            merged[key] = merged[key] | late if key in merged else late
+        return Predictions(
+            self.geometries + other.geometries,
+            tuple(merged.values()),
+            max(self.dropped, other.dropped),
+            self.too_long + other.too_long,
+            self.capped + other.capped,
+            {key: value + other.cost.get(key, 0) for key, value in self.cost.items()},
+        )
 
     def of(self, test: int) -> list[Candidate]:
         return [candidate for candidate in self.candidates if candidate.test == test]

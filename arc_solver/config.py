@@ -10,7 +10,9 @@ Also here, because every module above needs them: `UserError`, and `named_rng`, 
 import argparse
 import hashlib
 import json
+import math
 import os
+import re
 import sys
 import tomllib
 from collections.abc import Callable, Sequence
@@ -41,6 +43,20 @@ class MachineError(Exception):
     """What the machine could not do, such as writing to a full disk, as one sentence. Commands exit with code 1."""
 
 
+def duration_s(text: str) -> float:
+    """Seconds of a duration such as 11h30m, 40m, 1.5h or 90s.
+
+    Raises:
+        ValueError: it is none.
+    """
+    number = r"(\d+(?:\.\d+)?)"
+    found = re.fullmatch(f"(?:{number}h)?(?:{number}m)?(?:{number}s)?", text)
+    if not found or not text:
+        raise ValueError(f"'{text}' is no duration: write it as 11h30m, 40m or 90s")
+    hours, minutes, seconds = (float(part or 0) for part in found.groups())
+    return 3600 * hours + 60 * minutes + seconds
+
+
 def first_line(error: Exception) -> str:
     """What a library's error says, short enough for one sentence."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -59,6 +75,8 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+MIN_BUDGET_S = 20  # below that, a run is mostly its own start
+
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of Llama and its kin
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -71,8 +89,27 @@ VoteRule = Literal["votes", "product", "mean-probability", "hierarchical", "prob
 class RunConfig(Section):
     seed: int = 0
     device: str = "auto"  # auto | cpu | cuda | cuda:1 ...
-    workers: NonNegativeInt = 0  # processes that solve tasks; 0 = one per CPU core, or one on a GPU
+    # processes: one for each worker, on this machine. ray: actors of a cluster, one for each GPU. inprocess: this one.
+    executor: Literal["processes", "ray", "inprocess"] = "processes"
+    address: str = ""  # of the Ray cluster, e.g. auto or ray://head:10001; "" = a Ray of this machine alone
+    workers: NonNegativeInt = 0  # that solve tasks; 0 = one per CPU core, or one per GPU
+    # From the command's start to its end, such as 11h30m, 40m or 90s; "" = as long as it takes.
+    time_budget: str = ""
+    watchdog_minutes: NonNegativeFloat = 10.0  # a worker that makes no step for so long is ended; 0 = never
     show: NonNegativeInt = 4  # solved and unsolved tasks drawn in the terminal, each
+
+    @property
+    def budget_s(self) -> float:
+        """The time budget in seconds."""
+        return duration_s(self.time_budget) if self.time_budget else math.inf
+
+    @model_validator(mode="after")
+    def _check(self) -> "RunConfig":
+        if self.address and self.executor != "ray":
+            raise ValueError('run.address is for run.executor="ray"')
+        if self.budget_s < MIN_BUDGET_S:
+            raise ValueError(f"run.time_budget is at least {MIN_BUDGET_S} s")
+        return self
 
 
 class TasksConfig(Section):
@@ -384,7 +421,7 @@ def _settings(tree: dict[str, Any], key: str) -> Any:
 
 
 def load_config(file: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """The config of a TOML file (defaults where None) with `section.key=value` overrides, checked.
+    """The config of a TOML file (defaults where None) with `section.key=value` overrides, checked. A run's is JSON.
 
     Raises:
         UserError: the file is missing or no TOML, or a key or value is not one that exists.
@@ -392,11 +429,13 @@ def load_config(file: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     tree: dict[str, Any] = {}
     if file is not None:
         try:
-            tree = tomllib.loads(Path(file).read_text())
+            text = Path(file).read_text()
+            tree = json.loads(text) if Path(file).suffix == ".json" else tomllib.loads(text)
         except FileNotFoundError:
             raise UserError(f"config {file} does not exist; see configs/ for the ones that do") from None
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise UserError(f"config {file} cannot be read as TOML: {error}") from None
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+            kind = "JSON" if Path(file).suffix == ".json" else "TOML"
+            raise UserError(f"config {file} cannot be read as {kind}: {error}") from None
     for word in overrides:
         _override(tree, word)
     try:

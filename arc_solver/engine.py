@@ -7,8 +7,9 @@ legal are ever taken, so a reply that ends is a grid by construction.
 
 import heapq
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Protocol
@@ -91,6 +92,9 @@ class Session(Protocol):
 class Engine(Protocol):
     """What answers prompts: `TorchEngine`, or `vllm_engine.VLLMEngine`."""
 
+    deadline: float  # of `time.monotonic()`; what is not answered by then comes back unfinished
+    on_step: Callable[[], None]  # called after every forward pass
+
     @property
     def format(self) -> FormatConfig: ...
 
@@ -122,6 +126,8 @@ class TorchEngine:
 
     def __init__(self, model: Model, batch_tokens: int, cache_bytes: int = 4 << 30):
         self.model, self.batch_tokens, self.cache_bytes = model, batch_tokens, cache_bytes
+        self.deadline = math.inf
+        self.on_step: Callable[[], None] = lambda: None
 
     @property
     def format(self) -> FormatConfig:
@@ -148,6 +154,8 @@ class TorchEngine:
 class TorchSession:
     """Prompts that are being answered by a `TorchEngine`.
 
+    Where the engine's deadline came first, replies have no END, searches are not complete and scores are NaN.
+
     The greedy choice is the most probable id among the legal ones, the lowest of equal ones. A draft is verified by
     several ids a pass, which round otherwise than one by one: ties closer than that may be broken otherwise.
     """
@@ -167,9 +175,11 @@ class TorchSession:
             self.homes |= {i: (block, row) for row, i in enumerate(members)}
 
     def generate(self, rows: Sequence[int], drafts: Mapping[int, Drafts] | None = None) -> list[Reply]:
-        for block, members in self._by_block(rows):
-            self._decode(block, {row: Drafter(self.trees[i], (drafts or {}).get(i)) for row, i in members.items()})
+        with suppress(_OutOfTime):
+            for block, members in self._by_block(rows):
+                self._decode(block, {row: Drafter(self.trees[i], (drafts or {}).get(i)) for row, i in members.items()})
         for i in set(rows) - self.answered:
+            self.trees[i].advance()
             self.cost.decoded += len(self.trees[i].path) - 1
             self.answered.add(i)
         return [greedy_reply(self.trees[i]) for i in rows]
@@ -177,20 +187,22 @@ class TorchSession:
     def search(self, threshold: float, max_nodes: int) -> list[Found]:
         assert threshold > 0, threshold
         searches = {i: Search(tree, threshold, max_nodes) for i, tree in enumerate(self.trees)}
-        for block, members in self._by_block(range(len(self.trees))):
-            while asked := {row: nodes for row, i in members.items() if (nodes := searches[i].ask())}:
-                block.learn(asked)
+        with suppress(_OutOfTime):
+            for block, members in self._by_block(range(len(self.trees))):
+                while asked := {row: nodes for row, i in members.items() if (nodes := searches[i].ask())}:
+                    block.learn(asked)
         return [search.found() for search in searches.values()]
 
     def score(self, replies: Sequence[Sequence[Sequence[int]]]) -> list[list[Scored]]:
         wanted = [i for i, of_row in enumerate(replies) if of_row]
-        for block, members in self._by_block(wanted):
-            unknown = {}
-            for row, i in members.items():
-                tree = block.trees[row]
-                walks = [tree.walk(ids[:-1]) for ids in replies[i]]
-                unknown[row] = [walk for walk in walks if not all(tree.known[node] for node in walk)]
-            self._learn_walks(block, unknown)
+        with suppress(_OutOfTime):
+            for block, members in self._by_block(wanted):
+                unknown = {}
+                for row, i in members.items():
+                    tree = block.trees[row]
+                    walks = [tree.walk(ids[:-1]) for ids in replies[i]]
+                    unknown[row] = [walk for walk in walks if not all(tree.known[node] for node in walk)]
+                self._learn_walks(block, unknown)
         return [[scored(tree, ids) for ids in of_row] for tree, of_row in zip(self.trees, replies, strict=True)]
 
     def _decode(self, block: Block, drafters: Mapping[int, Drafter]) -> None:
@@ -234,6 +246,7 @@ class TorchSession:
             while self.recent and self._held() + block.expected_bytes > self.engine.cache_bytes:
                 self.recent.pop(0).drop()
             self.recent.append(block)
+            self._look_at_the_clock()
             yield block, members
 
     def close(self) -> None:
@@ -249,6 +262,16 @@ class TorchSession:
         self.cost.view_steps += rows
         self.cost.tokens += tokens
         self.cost.cache_bytes = max(self.cost.cache_bytes, self._held())
+        self.engine.on_step()
+        self._look_at_the_clock()
+
+    def _look_at_the_clock(self) -> None:
+        if time.monotonic() >= self.engine.deadline:
+            raise _OutOfTime
+
+
+class _OutOfTime(Exception):
+    """The engine's deadline has come. Raised between forward passes, when all that is known is consistent."""
 
 
 class Search:

@@ -17,15 +17,15 @@ from .vllm_engine import VLLMEngine, check_positions, import_vllm
 PAYS_FROM = 300_000_000
 
 
-def engine_kind(model: Model, config: Config) -> tuple[str, str]:
-    """The engine that a run uses, "torch" or "vllm", and why."""
+def engine_kind(model: Model, config: Config, device: torch.device) -> tuple[str, str]:
+    """The engine that a run on a device uses, "torch" or "vllm", and why."""
     if config.engine.kind != "auto":
         return config.engine.kind, "as engine.kind says"
     if model.format.positions == "grid":
         return "torch", "the model has grid positions"
-    if model.device.type != "cuda" or model.device.index:
-        return "torch", f"on {model.device}"
-    if torch.cuda.get_device_capability(model.device) < (8, 0):
+    if device.type != "cuda" or device.index:
+        return "torch", f"on {device}"
+    if torch.cuda.get_device_capability(device) < (8, 0):
         return "torch", "the GPU is older than Ampere"
     if model.parameters_count < PAYS_FROM:
         return "torch", "the model is small"
@@ -34,13 +34,13 @@ def engine_kind(model: Model, config: Config) -> tuple[str, str]:
     return "vllm", f"{model.parameters_count:,} parameters on a GPU"
 
 
-def check_engine(model: Model, config: Config) -> None:
+def check_engine(model: Model, config: Config, device: torch.device) -> None:
     """Refuses at once what `make_engine` would refuse once a run has begun.
 
     Raises:
         UserError: it is to be vLLM, and that is not installed or cannot serve this model.
     """
-    if engine_kind(model, config)[0] == "vllm":
+    if engine_kind(model, config, device)[0] == "vllm":
         check_positions(model.format)
         import_vllm()
 
@@ -55,7 +55,7 @@ def make_engine(model: Model, start: Adapter | None, config: Config) -> Engine:
     Raises:
         UserError: it is to be vLLM, and that is not installed or cannot serve this model.
     """
-    if engine_kind(model, config)[0] == "torch":
+    if engine_kind(model, config, model.device)[0] == "torch":
         return TorchEngine(model, config.predict.batch_tokens)
     like = start or (fresh_adapter(model, config.adapt, named_rng(0)) if config.adapt.enabled else None)
     context = config.predict.max_tokens + longest_reply(model.format)

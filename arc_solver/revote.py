@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.box import SIMPLE
@@ -22,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .candidates import Predictions
+from .candidates import STAGES, Predictions
 from .config import Config, Parser, UserError, VoteConfig, load_config, named_rng, run_main
 from .submission import Score, Submission, candidate_grids, coverage, score, solved, write_submission
 from .tasks import Solutions, Task, TaskSet, grid_key, load_tasks, read_json
@@ -39,7 +40,7 @@ class SavedRun:
     run_dir: Path
     config: Config  # its sections tasks and vote alone are the run's
     found: TaskSet
-    predictions: dict[str, Predictions]  # of the tasks that are done; those that failed have no candidates
+    predictions: dict[str, Predictions]  # of the tasks that are done; placeholders have no candidates
     failed: int
 
     @property
@@ -78,10 +79,11 @@ def read_run(run_dir: Path, overrides: Sequence[str] = ()) -> SavedRun:
     found = load_tasks(config.tasks)
     predictions, failed = {}, 0
     for task in found.tasks:
-        file = run_dir / "tasks" / f"{task.id}.json"
-        if file.exists():
-            predictions[task.id], error = _read_predictions(file, task)
-            failed += error
+        files = [run_dir / stage / f"{task.id}.json" for stage in STAGES]
+        if present := [file for file in files if file.exists()]:
+            content = read_json(present[-1])
+            predictions[task.id] = parse_predictions(content, task, present[-1])
+            failed += content.get("fallback") == "placeholder"
     if not predictions:
         raise UserError(
             f"{run_dir} has no candidates yet: none of its {len(found.tasks)} tasks of {found.name} is done"
@@ -102,16 +104,19 @@ def _saved_words(file: Path) -> list[str]:
         raise UserError(f"{file} is no config of a run: its sections tasks and vote are missing") from None
 
 
-def _read_predictions(file: Path, task: Task) -> tuple[Predictions, bool]:
-    """What a task's file holds, and whether solving the task failed."""
-    content = read_json(file)
+def parse_predictions(content: Any, task: Task, file: Path) -> Predictions:
+    """What a task's file holds.
+
+    Raises:
+        UserError: it is not what this version writes.
+    """
     try:
-        if content["error"] is not None:
-            return Predictions((), ()), True
+        if content.get("fallback") not in (None, "unadapted", "placeholder"):
+            raise ValueError("fallback is unknown")
         predictions = Predictions.from_json(content)
         if problem := _problem(predictions, task):
             raise ValueError(problem)
-        return predictions, False
+        return predictions
     except (KeyError, TypeError, ValueError, AttributeError, UserError) as error:
         said = f"{error} is missing" if isinstance(error, KeyError) else error
         raise UserError(

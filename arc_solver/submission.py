@@ -108,7 +108,7 @@ def _read_outputs(raw: Any, task: Task, where: str) -> list[Attempts]:
 
 def score(submission: Mapping[str, Sequence[Attempts]], solutions: Solutions) -> Score:
     """Scores the tasks that have solutions. Every one of them must be in the submission."""
-    return _total(solved(submission, solutions))
+    return total(solved(submission, solutions))
 
 
 def coverage(predictions: Mapping[str, Predictions], solutions: Solutions) -> Score:
@@ -116,7 +116,7 @@ def coverage(predictions: Mapping[str, Predictions], solutions: Solutions) -> Sc
 
     Tasks without predictions are not solved.
     """
-    return _total(solved(candidate_grids(predictions, solutions), solutions))
+    return total(solved(candidate_grids(predictions, solutions), solutions))
 
 
 def candidate_grids(predictions: Mapping[str, Predictions], solutions: Solutions) -> dict[str, list[list[Grid]]]:
@@ -139,7 +139,8 @@ def solved(answers: Mapping[str, Sequence[Sequence[Grid]]], solutions: Solutions
     }
 
 
-def _total(solved: Mapping[str, Sequence[bool]]) -> Score:
+def total(solved: Mapping[str, Sequence[bool]]) -> Score:
+    """The score of what `solved` gives."""
     per_task = {task_id: sum(right) / len(right) for task_id, right in solved.items()}
     return Score(sum(map(len, solved.values())), sum(map(sum, solved.values())), per_task)
 

@@ -62,8 +62,6 @@ class VLLMEngine:
         UserError: vLLM is not installed, or cannot serve this model.
     """
 
-    deadline = math.inf  # of `time.monotonic()`; what is not answered by then comes back unfinished
-
     def __init__(
         self, model: Model, model_dir: Path, config: EngineConfig, like: Adapter | None = None, context: int = 8192
     ):
@@ -82,6 +80,8 @@ class VLLMEngine:
         self.alphabet = _alphabet(model.format)
         self._vllm = import_vllm()
         self._llm = self._start(model, model_dir, config)
+        self.deadline = math.inf
+        self.on_step: Callable[[], None] = lambda: None
         self._names = count(1)  # of adapters and requests
         self._probed_bare: np.ndarray | None = None
 
@@ -198,7 +198,10 @@ class VLLMEngine:
 
     def step(self) -> list[Any]:
         """One forward pass. vLLM's outputs of requests that have something to report."""
-        return self._llm.llm_engine.step()
+        try:
+            return self._llm.llm_engine.step()
+        finally:
+            self.on_step()
 
     def abort(self, names: Iterable[str]) -> None:
         self._llm.llm_engine.abort_request(list(names))

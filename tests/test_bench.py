@@ -5,6 +5,7 @@ from conftest import TOY
 
 from arc_solver import bench
 from arc_solver.bench_field import read_samples
+from arc_solver.bench_schedule import overhead_s
 from arc_solver.bench_train import BF16, KEPT, MAX_TOKENS, SAMPLES, _packed, flop_utilisation, make_samples
 from arc_solver.encode import PAD
 
@@ -29,6 +30,10 @@ def test_both_sides_of_the_training_bench_see_the_same_samples(tmp_path):
     kept = np.array(KEPT)[:, 0]
     seen = np.concatenate([kept[batch.ids_T[batch.ids_T != PAD].numpy()] for batch in ours])
     assert sorted(seen) == sorted(np.concatenate(field["input_ids"]))
+
+
+def test_the_overhead_of_a_task_is_measured():
+    assert overhead_s(tasks=50) > 0
 
 
 def test_flop_utilisation_is_a_share():

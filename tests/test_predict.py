@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from conftest import TOY, flip_task, random_grid
+from conftest import TOY, flip_task, grid, random_grid
 from test_engine import with_short_replies
 
 from arc_solver.augment import ColourPolicy, spread_augmentations
@@ -195,6 +195,16 @@ def test_predictions_survive_json(rng):
     assert (again.capped, again.cost) == (1, {"tokens": 5})
     assert grid_key(again.candidates[0].grid) == grid_key(candidate.grid)
     assert again.candidates[0].log_probabilities == (-0.123456, None, -3.0)
+
+
+def test_two_rounds_are_joined_under_the_views_of_both():
+    same, other = grid("12"), grid("3")
+    first = Predictions((0, 4), (Candidate(0, same, (0,), (1,), (-1.0, -2.0)),), cost={"tokens": 5})
+    second = Predictions((1,), (Candidate(0, other, (0,), (), (-4.0,)), Candidate(0, same, (), (0,), (-3.0,))), 2, 1, 1)
+    both = first.joined(second)
+    assert (both.geometries, both.dropped, both.too_long, both.capped) == ((0, 4, 1), 2, 1, 1)
+    found = [(c.grid.tolist(), c.views, c.searched, c.log_probabilities) for c in both.candidates]
+    assert found == [([[1, 2]], (0,), (1, 2), (-1.0, -2.0, -3.0)), ([[3]], (2,), (), (None, None, -4.0))]
 
 
 def test_predictions_do_not_see_test_outputs(tmp_path, rng):

@@ -55,7 +55,8 @@ def make_run(run_dir, challenges, per_task, vote=None):
 
 
 def write_task(run_dir, task_id, error=None, **content):
-    content = {"task": task_id, "seconds": 1.5, "adaptation": None, "error": error, **content}
+    fallback = "placeholder" if error else None
+    content = {"task": task_id, "seconds": 1.5, "adaptation": None, "fallback": fallback, "error": error, **content}
     (run_dir / "tasks" / f"{task_id}.json").write_text(json.dumps(content))
 
 
@@ -66,7 +67,7 @@ def run_dir(tmp_path):
     folder = make_run(
         tmp_path / "run", challenges, {"aa": [(True, True), (False, True)], "bb": [(True, False), (False, False)]}
     )
-    write_task(folder, "cc", error="RuntimeError", geometries=[], candidates=[])
+    write_task(folder, "cc", error="RuntimeError", **Predictions((), ()).to_json())
     return folder
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -12,21 +13,21 @@ import pytest
 import torch
 from conftest import TOY, flip_task, hasty
 from small_runs import small
+from test_adapters import random_adapter
 
-import arc_solver.solve
-from arc_solver.adapt import adapt
 from arc_solver.config import AdaptConfig, Config, FormatConfig, OptimConfig, PredictConfig, named_rng
 from arc_solver.encode import encode_sample
 from arc_solver.engine import TorchEngine
 from arc_solver.model import Model, load_model, new_model, packed_loss, save_model
 from arc_solver.optimize import fit, make_optimizers
-from arc_solver.predict import predict, predict_tasks
-from arc_solver.solve import Worker, _solve_safely, default_run_dir, main
+from arc_solver.predict import predict
+from arc_solver.solve import default_run_dir
 from arc_solver.stream import pack
 from arc_solver.submission import read_submission, score
 from arc_solver.tasks import Pair, TasksConfig, TaskSet, load_tasks, smallest
 from arc_solver.train import train
 from arc_solver.vote import vote
+from arc_solver.worker import AdaptJob, AskJob, Worker
 
 QUICK = ["adapt.steps=3", "adapt.rank=4", "predict.views=3"]
 
@@ -126,33 +127,6 @@ def test_what_a_user_gets_wrong_is_one_sentence(words, said, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_directory_is_not_overwritten(checkpoint, challenges, tmp_path):
-    (tmp_path / "submission.json").write_text("precious")
-    done = run("--tasks", challenges, "--out", tmp_path, f"model.path={checkpoint}", expect=2)
-    assert "not empty" in done.stderr
-    assert (tmp_path / "submission.json").read_text() == "precious"
-
-
-def test_a_failing_task_is_an_answer(checkpoint, challenges, tmp_path, monkeypatch, capsys):
-    """One task raises: it is named with its traceback, the others are solved, and the submission is whole."""
-
-    def faulty(tasks, *rest):
-        if any(task.id == "task1" for task in tasks):
-            raise RuntimeError("injected")
-        return predict_tasks(tasks, *rest)
-
-    monkeypatch.setattr(arc_solver.solve, "predict_tasks", faulty)
-    words = ["--tasks", challenges, "--out", tmp_path / "run", f"model.path={checkpoint}", "run.workers=1", *QUICK]
-    assert main([str(word) for word in words]) == 1
-    said = capsys.readouterr().out
-    assert "1 of 4 tasks failed: task1" in said
-    assert "injected" in said
-    assert "RuntimeError: injected" in json.loads((tmp_path / "run" / "tasks" / "task1.json").read_text())["error"]
-    answers = read_submission(tmp_path / "run" / "submission.json", load_tasks(TasksConfig(spec=str(challenges))).tasks)
-    assert [both[0].tolist() for both in answers["task1"]] == [[[0]], [[0]]]
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["failed"] == ["task1"]
-
-
 def test_an_engine_that_cannot_serve_the_model_is_refused_before_any_work(checkpoint, challenges, tmp_path):
     done = run(
         *("--tasks", challenges, "--out", tmp_path / "run", f"model.path={checkpoint}", "engine.kind=vllm"), expect=2
@@ -160,51 +134,6 @@ def test_an_engine_that_cannot_serve_the_model_is_refused_before_any_work(checkp
     assert "use engine.kind=torch" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
-
-
-def test_a_group_that_fails_is_halved(toy_model, rng, tmp_path, monkeypatch, caplog):
-    """Memory suffices for two tasks at once, and one of five is broken: the others are solved as ever."""
-    config = Config(adapt=AdaptConfig(steps=2, rank=2), predict=PredictConfig(views=2))
-    tasks = [flip_task(rng, f"task{i}") for i in range(5)]
-    worker = Worker(toy_model, TorchEngine(toy_model, 10_000), None, config, tmp_path)
-    quiet = lambda task_id, share: None  # noqa: E731
-    expected = {task.id: worker.solve([task], quiet)[0] for task in tasks}
-
-    def tight(tasks, *rest):
-        if len(tasks) > 2:
-            raise torch.OutOfMemoryError("injected")
-        if any(task.id == "task3" for task in tasks):
-            raise RuntimeError("broken")
-        return adapt(tasks, *rest)
-
-    monkeypatch.setattr(arc_solver.solve, "adapt", tight)
-    found = _solve_safely(worker, tasks, quiet)
-    assert [result.task_id for result in found] == [task.id for task in tasks]
-    assert [bool(result.error) for result in found] == [False, False, False, True, False]
-    assert "injected" in caplog.text
-    for result in found:
-        if not result.error:
-            ours, alone = (r.predictions.candidates for r in (result, expected[result.task_id]))
-            assert [c.grid.tolist() for c in ours] == [c.grid.tolist() for c in alone]
-
-
-def test_ctrl_c_leaves_a_valid_submission(checkpoint, challenges, tmp_path):
-    words = command("--tasks", challenges, "--out", tmp_path / "run", f"model.path={checkpoint}", "adapt.steps=1000000")
-    words.append("adapt.budget_tokens=1000000000000")
-    process = subprocess.Popen(
-        words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    submission = tmp_path / "run" / "submission.json"
-    while not submission.exists():
-        assert process.poll() is None
-        time.sleep(0.05)
-    time.sleep(5)  # the workers are up, or on their way
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert str(submission) in errors
-    assert "Traceback" not in errors
-    read_submission(submission, load_tasks(TasksConfig(spec=str(challenges))).tasks)
 
 
 def test_a_killed_main_process_leaves_no_workers(checkpoint, challenges, tmp_path):
@@ -265,17 +194,42 @@ def test_a_tiny_model_learns_five_tasks_by_heart(arc):
     assert score(submission, solutions).share_of_outputs == 1.0
 
 
-def test_a_group_does_not_depend_on_what_ran_before(toy_model, rng, tmp_path):
-    config = Config().model_copy(update={"predict": PredictConfig(views=2)})
-    config = config.model_copy(update={"adapt": config.adapt.model_copy(update={"steps": 2, "rank": 2})})
-    groups = [[flip_task(rng, f"task{i}"), flip_task(rng, f"other{i}")] for i in range(2)]
-    quiet = lambda task_id, share: None  # noqa: E731
-    worker = Worker(toy_model, TorchEngine(toy_model, 10_000), None, config, tmp_path)
-    forwards = [worker.solve(group, quiet) for group in groups]
-    backwards = [worker.solve(group, quiet) for group in reversed(groups)][::-1]
-    for a, b in zip(forwards, backwards, strict=True):
-        for one, other in zip(a, b, strict=True):
-            assert one.predictions.to_json() == other.predictions.to_json()
+def test_a_job_does_not_depend_on_what_ran_before(toy_model, rng):
+    config = Config(adapt=AdaptConfig(steps=2, rank=2), predict=PredictConfig(views=2))
+    groups = [(flip_task(rng, f"task{i}"), flip_task(rng, f"other{i}")) for i in range(2)]
+    worker = Worker(toy_model, None, config, TorchEngine(toy_model, 10_000))
+
+    def solved(group):
+        adapters = tuple(adaptation.adapter for adaptation in worker.run(AdaptJob(group)).values)
+        return [found.to_json() for found in worker.run(AskJob(group, adapters, config.predict)).values]
+
+    forwards = [solved(group) for group in groups]
+    assert [solved(group) for group in reversed(groups)][::-1] == forwards
+    rounds = [worker.run(AdaptJob(groups[0], round=n)).values[0] for n in (0, 1)]
+    assert rounds[0].last_loss != rounds[1].last_loss  # each has samples of its own
+
+
+def test_jobs_end_with_their_time(toy_model, rng):
+    """Adapting stops after the step in which time is up; asking gives what is there, which may be nothing."""
+    config = Config(adapt=AdaptConfig(steps=10**6, budget_tokens=10**12, rank=2), predict=PredictConfig(views=4))
+    task = flip_task(rng)
+    worker = Worker(toy_model, None, config, TorchEngine(toy_model, 10_000))
+    (adaptation,) = worker.run(AdaptJob((task,), seconds=0.5)).values
+    assert adaptation.ended == "deadline"
+    assert 0 < adaptation.steps < 10**6
+    (nothing,) = worker.run(AskJob((task,), (adaptation.adapter,), config.predict, seconds=0.0)).values
+    assert nothing.candidates == ()
+    (found,) = worker.run(AskJob((task,), (adaptation.adapter,), config.predict)).values
+    assert found.candidates
+
+
+def test_adapters_survive_the_way_to_another_process(toy_model):
+    adapter = random_adapter(toy_model, 0)
+    again = pickle.loads(pickle.dumps(adapter))
+    assert (again.rank, again.alpha) == (adapter.rank, adapter.alpha)
+    for name, (a, b) in adapter.weights.items():
+        assert torch.equal(again.weights[name][0], a)
+        assert torch.equal(again.weights[name][1], b)
 
 
 def test_run_directories_get_names_of_their_own(tmp_path, monkeypatch):

@@ -261,9 +261,10 @@ def test_the_engine_of_a_run_has_the_merged_adapter(tmp_path):
 
 
 def test_auto_is_torch_where_vllm_does_not_serve_or_pay(toy_model, tmp_path):
-    assert engine_kind(toy_model, Config())[0] == "torch"
-    assert "grid positions" in engine_kind(toy_model, Config())[1]
+    cpu = torch.device("cpu")
+    assert engine_kind(toy_model, Config(), cpu)[0] == "torch"
+    assert "grid positions" in engine_kind(toy_model, Config(), cpu)[1]
     tokens = opinionated_model("Llama")
-    assert engine_kind(tokens, Config()) == ("torch", "on cpu")
-    assert engine_kind(tokens, Config(engine=TINY))[0] == "vllm"
+    assert engine_kind(tokens, Config(), cpu) == ("torch", "on cpu")
+    assert engine_kind(tokens, Config(engine=TINY), cpu)[0] == "vllm"
     assert isinstance(make_engine(tokens, None, Config()), TorchEngine)

@@ -1,0 +1,104 @@
+"""How long a job may take, when a run has only so much time.
+
+Adaptation has its share of the time that is left: all it wants where there is enough for all, else a part in proportion
+to what it costs, and never so little that it is of no use. Asking has what it wants: it is cheap beside that, and what
+was learnt is lost without it. What a token costs is measured on the machine in hand; and as shares are worked out anew
+for every job, what one leaves over or a new estimate brings goes to those after it.
+"""
+
+import math
+import time
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+TRAINING = 3.0  # what a token of training costs beside one that is asked, until it was measured
+LEAST_SHARE = 1 / 3  # of the time that a job wants; with less it is of little use
+FIRST_SHARE = 1 / 8  # of the time that is left, at least, for a job whose cost is not known yet
+GENEROUS = 1.5  # times the estimate is what adapting may take where there is enough for all
+ASKING = 3.0  # and asking, whose cost is not that of its prompts alone: replies differ in length and in agreement
+
+
+class Work(NamedTuple):
+    """Tokens that are to go through the model."""
+
+    adapting: float = 0.0
+    asking: float = 0.0
+
+    def __add__(self, other: "Work") -> "Work":  # type: ignore[override]
+        return Work(self.adapting + other.adapting, self.asking + other.asking)
+
+    def __sub__(self, other: "Work") -> "Work":
+        return Work(self.adapting - other.adapting, self.asking - other.asking)
+
+
+@dataclass(eq=False)
+class Budget:
+    """The time that is left.
+
+    Args:
+        deadline: of `time.monotonic()`, by which the last job must have ended; infinite: there is no hurry.
+    """
+
+    workers: int
+    deadline: float = math.inf
+    done: Work = field(default_factory=Work)  # that was measured, and the seconds of one worker that it took
+    done_s: Work = field(default_factory=Work)
+
+    @property
+    def limited(self) -> bool:
+        return self.deadline < math.inf
+
+    @property
+    def left_s(self) -> float:
+        return self.deadline - time.monotonic()
+
+    @property
+    def asking_s(self) -> float:
+        """What a token costs that is asked, seconds of one worker; 0: not measured yet."""
+        return self.done_s.asking / max(1.0, self.done.asking)
+
+    @property
+    def adapting_s(self) -> float:
+        """What a token of training costs."""
+        return self.done_s.adapting / max(1.0, self.done.adapting)
+
+    def weight(self, work: Work) -> float:
+        """In tokens that are asked: those of training count as many times as they cost."""
+        ratio = self.adapting_s / self.asking_s if self.adapting_s and self.asking_s else TRAINING
+        return work.asking + ratio * work.adapting
+
+    def wants_s(self, work: Work) -> float:
+        """The seconds of a worker that it would take; NaN as long as that was not measured."""
+        adapting = work.adapting * (self.adapting_s or math.nan) if work.adapting else 0.0
+        return adapting + work.asking * (self.asking_s or self.adapting_s / TRAINING or math.nan)
+
+    def is_worthwhile(self, work: Work, then: Work, share: float = 0.0) -> bool:
+        """Whether there is time for so much of some work, and for all that must follow it."""
+        wants = share * self.wants_s(work) if share else 0.0
+        return not self.limited or not self.left_s < wants + ASKING * self.wants_s(then)
+
+    def limit_s(self, work: Work, then: Work, waiting: Work, busy_s: float) -> float:
+        """The seconds that some work may take.
+
+        Args:
+            then: what must follow it.
+            waiting: all that has not begun, this work included.
+            busy_s: what the jobs that run may still take, at most, together.
+        """
+        if not self.limited:
+            return math.inf
+        left, wants = self.left_s, self.wants_s(work)
+        if work.asking:  # what was learnt is lost if it is not asked
+            return max(0.0, left / 2 if math.isnan(wants) else min(ASKING * wants, left))
+        limit = (self.workers * left - busy_s) * self.weight(work) / max(self.weight(waiting), 1.0)
+        if math.isnan(wants):
+            limit = max(limit, FIRST_SHARE * left)
+        else:
+            limit = min(max(limit, LEAST_SHARE * wants), GENEROUS * wants)
+            left -= min(left / 2, self.wants_s(then))
+        return max(0.0, min(limit, left))
+
+    def note(self, work: Work, seconds: float) -> None:
+        """What some work took, all of it adapting or all asking."""
+        self.done += work
+        self.done_s += Work(asking=seconds) if work.asking else Work(adapting=seconds)

@@ -1,0 +1,392 @@
+"""A run's folder, which always says all that is known: killed at any moment, the same command goes on from there.
+
+    config.json, run.json         what is solved, and with which settings, checkpoint and version
+    submission.json               there from the first moment, and valid at every other
+    unadapted/ tasks/ again/      a file for each task: all answers and scores, from which can be voted again. The first
+                                  are of a cheap pass without adaptation, the last of a second round; the best counts
+    adapters/                     what adaptation learnt, written before any task of its group is asked
+    log.jsonl                     a line for everything that happened
+    summary.json                  how it stands: see `status.py`
+
+Files are written under another name first and then renamed, so there is none that is half written.
+"""
+
+import fcntl
+import hashlib
+import json
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Self
+
+from . import __version__
+from .adapt import Adaptation
+from .adapters import load_adapter, save_adapter
+from .candidates import STAGES, Predictions
+from .config import PACKAGE_DIR, Config, MachineError, UserError, load_config
+from .revote import parse_predictions
+from .submission import Submission, candidate_grids, solved, write_submission
+from .tasks import Attempts, Task, TaskSet, read_json
+from .vote import NO_ANSWER, rank, vote
+
+WRITING_SHARE = 0.05  # of the time may go into rewriting the submission
+
+# Settings that may differ when a run is continued: they change what is selected, who works and for how long, and what
+# is shown, but no candidate.
+FREE = ("vote", "run.workers", "run.executor", "run.address", "run.time_budget", "run.watchdog_minutes", "run.show")
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What solving one task gave."""
+
+    task_id: str
+    predictions: Predictions
+    adaptation: Mapping[str, Any] | None  # see `Adaptation.to_json`
+    seconds: float
+    predicting: float  # of these seconds, those of prediction
+    fallback: str | None = None  # what it is instead of an answer of the adapted model: "unadapted" or "placeholder"
+    error: str | None = None  # traceback of what made it fall back
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "task": self.task_id,
+            "seconds": round(self.seconds, 2),
+            "predicting": round(self.predicting, 2),
+            "adaptation": self.adaptation,
+            **self.predictions.to_json(),
+            "fallback": self.fallback,
+            "error": self.error,
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Standing:
+    """What the journal keeps in mind of a task that has a result."""
+
+    stage: str
+    attempts: list[Attempts]
+    adapted: bool
+    fallback: str | None
+    agreement: float  # share of the views that gave the first attempt; of several test inputs, the least
+    solved: list[bool] | None  # each test output; None: not known
+    covered: list[bool] | None  # whether the right answer is among the candidates
+
+
+class Journal:
+    """The folder of a run that this process works on. Made by `open_journal`; to be closed, as a file is.
+
+    Args:
+        continued: whether there was such a run before.
+        lock: the open file that says that this process works on it.
+
+    Raises:
+        MachineError: something cannot be written. All that was written before stays.
+    """
+
+    def __init__(self, run_dir: Path, found: TaskSet, config: Config, continued: bool, lock: IO[str]):
+        self.run_dir, self.found, self.config, self.continued, self._lock = run_dir, found, config, continued, lock
+        self.tasks = {task.id: task for task in found.tasks}
+        self.standings: dict[str, Standing] = {}
+        self.damaged: list[Path] = []  # files that could not be read, and were put aside
+        self._submission: Submission = {task.id: [(NO_ANSWER, NO_ANSWER)] * len(task.test) for task in found.tasks}
+        self._written_at, self._writing_s = -1e9, 0.0
+        self._read()
+        with self._writing():
+            self._log = (run_dir / "log.jsonl").open("a+b", buffering=0)
+            if self._log.tell() and not (run_dir / "log.jsonl").read_bytes().endswith(b"\n"):
+                self._log.write(b"\n")
+        self.flush()
+
+    # ---- tasks ----
+
+    def done(self, task_id: str, stage: str = "tasks") -> bool:
+        """Whether a task has a result of this stage or a better one. A placeholder is none."""
+        standing = self.standings.get(task_id)
+        return bool(
+            standing
+            and STAGES.index(standing.stage) >= STAGES.index(stage)
+            and not (stage != "unadapted" and standing.fallback == "placeholder")
+        )
+
+    def keep(self, result: Result, stage: str = "tasks") -> Standing:
+        """Writes a task's result, once and for all; the submission follows."""
+        self._write(self.run_dir / stage / f"{result.task_id}.json", result.to_json())
+        standing = self._stand(result.task_id, stage, result.predictions, result.adaptation, result.fallback)
+        now = time.monotonic()
+        if self._writing_s < WRITING_SHARE * (now - self._written_at):
+            self.flush()
+        return standing
+
+    def keep_adaptations(self, tasks: Sequence[Task], adaptations: Sequence[Adaptation], round: int) -> None:
+        """Writes what was learnt of a group, before any of its tasks is asked."""
+        with self._writing():
+            for task, adaptation in zip(tasks, adaptations, strict=True):
+                folder = self._adapter_dir(task.id, round)
+                part = folder.with_suffix(".part")
+                shutil.rmtree(part, ignore_errors=True)
+                save_adapter(adaptation.adapter, part)
+                (part / "adaptation.json").write_text(json.dumps(adaptation.to_json()) + "\n")
+                shutil.rmtree(folder, ignore_errors=True)
+                part.rename(folder)
+
+    def has_adaptation(self, task_id: str, round: int) -> bool:
+        """Whether something was learnt of a task before."""
+        return (self._adapter_dir(task_id, round) / "adaptation.json").exists()
+
+    def adaptation(self, task_id: str, round: int) -> Adaptation | None:
+        """What was learnt of a task before; None: nothing, or it cannot be read."""
+        folder = self._adapter_dir(task_id, round)
+        try:
+            content = read_json(folder / "adaptation.json")
+            return Adaptation(load_adapter(folder), **content)
+        except (UserError, TypeError):
+            return None
+
+    def _adapter_dir(self, task_id: str, round: int) -> Path:
+        return self.run_dir / "adapters" / (f"{task_id}.{round}" if round else task_id)
+
+    def predictions(self, task_id: str) -> Predictions:
+        """All candidates of a task that has a result."""
+        file = self.run_dir / self.standings[task_id].stage / f"{task_id}.json"
+        return parse_predictions(read_json(file), self.tasks[task_id], file)
+
+    def flush(self) -> None:
+        """Brings submission.json up to date. `keep` does so unless that would take too much of the time."""
+        began = time.monotonic()
+        with self._writing():
+            write_submission(self._submission, self.run_dir / "submission.json")
+        self._written_at = time.monotonic()
+        self._writing_s = self._written_at - began
+
+    def log(self, **record: Any) -> None:
+        with self._writing():
+            self._log.write((json.dumps(record) + "\n").encode())
+
+    def write_summary(self, content: Mapping[str, Any]) -> None:
+        self._write(self.run_dir / "summary.json", content)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        try:
+            self.flush()
+        finally:
+            self._log.close()
+            self._lock.close()
+
+    # ---- reading and writing ----
+
+    def _read(self) -> None:
+        """What earlier runs have left."""
+        for task_id, stage, file in saved_results(self.run_dir, self.found):
+            try:
+                content = read_json(file)
+                predictions = parse_predictions(content, self.tasks[task_id], file)
+                self._stand(task_id, stage, predictions, content["adaptation"], content["fallback"])
+            except (UserError, KeyError):
+                with self._writing():
+                    file.replace(file.with_suffix(".damaged"))
+                self.damaged.append(file)
+
+    def _stand(
+        self,
+        task_id: str,
+        stage: str,
+        predictions: Predictions,
+        adaptation: Mapping[str, Any] | None,
+        fallback: str | None,
+    ) -> Standing:
+        task = self.tasks[task_id]
+        standing = judged(task, self.found, self.config, stage, predictions, adaptation is not None, fallback)
+        self.standings[task_id], self._submission[task_id] = standing, standing.attempts
+        return standing
+
+    def _write(self, file: Path, content: Any) -> None:
+        with self._writing():
+            write_whole(file, json.dumps(content) + "\n")
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise MachineError(
+                f"{self.run_dir} cannot be written ({error.strerror}); all answers so far are kept: mend that, and"
+                " give the same command again"
+            ) from None
+
+
+def open_journal(run_dir: Path, found: TaskSet, config: Config, checkpoint: Path) -> Journal:
+    """The journal of a new run, or of one that is continued.
+
+    Raises:
+        UserError: the folder is something else, another process works on it, or it is of another run: other tasks,
+            another checkpoint, or settings that would mix results.
+    """
+    facts = {
+        "version": __version__,
+        "commit": _commit(),
+        "tasks": _digest(json.dumps([_content(task) for task in found.tasks]).encode()),
+        "checkpoint": _digest(*(_beginning(file) for file in sorted(checkpoint.glob("*.safetensors")))),
+    }
+    continued = (run_dir / "run.json").exists()
+    if not continued:
+        _make(run_dir, found, config, facts)
+    with ExitStack() as stack:
+        lock = stack.enter_context(_locked(run_dir))
+        if continued:
+            _refuse_another(run_dir, config, facts)
+        try:
+            write_whole(run_dir / "config.json", config_text(config))
+        except OSError as error:
+            raise UserError(f"{run_dir} cannot be written ({error.strerror}): give another --out") from None
+        journal = Journal(run_dir, found, config, continued, lock)
+        stack.pop_all()
+    return journal
+
+
+def _locked(run_dir: Path) -> IO[str]:
+    """An open file that is there for one process at a time; the system takes it back when that ends."""
+    try:
+        lock = (run_dir / "lock").open("a")
+    except OSError as error:
+        raise UserError(f"{run_dir} cannot be written ({error.strerror}): give another --out") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise UserError(f"another process works on {run_dir}: wait for it, or give another --out") from None
+    return lock
+
+
+def _make(run_dir: Path, found: TaskSet, config: Config, facts: Mapping[str, str]) -> None:
+    """The folder of a new run, whole from its first moment."""
+    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        raise UserError(f"{run_dir} exists and is no run to continue: give another --out")
+    part = run_dir.with_name(run_dir.name + ".part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        for stage in (*STAGES, "adapters"):
+            (part / stage).mkdir(parents=True)
+        write_whole(part / "config.json", config_text(config))
+        write_whole(part / "run.json", json.dumps(facts, indent=1) + "\n")
+        blank: Submission = {task.id: [(NO_ANSWER, NO_ANSWER)] * len(task.test) for task in found.tasks}
+        write_submission(blank, part / "submission.json")
+        part.rename(run_dir)  # over an empty folder too
+    except OSError as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise UserError(f"{run_dir} cannot be made ({error.strerror}): give another --out") from None
+
+
+def _refuse_another(run_dir: Path, config: Config, facts: Mapping[str, str]) -> None:
+    saved = read_json(run_dir / "run.json")
+    for what in ("tasks", "checkpoint"):
+        if saved.get(what) != facts[what]:
+            raise UserError(f"{run_dir} is a run with another content of the {what}: give another --out")
+    old = _flat(saved_config(run_dir).model_dump(mode="json"))
+    new = _flat(config.model_dump(mode="json"))
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key) and not key.startswith(FREE):
+            raise UserError(
+                f"{run_dir} was begun with {key}={json.dumps(old.get(key))}, and now it is {json.dumps(new.get(key))}:"
+                " results would mix; give that again, or another --out"
+            )
+
+
+def saved_config(run_dir: Path) -> Config:
+    """The config of a run.
+
+    Raises:
+        UserError: it is no run's folder, or of another version.
+    """
+    if not (run_dir / "run.json").is_file() or not (run_dir / "config.json").is_file():
+        raise UserError(f"{run_dir} is no run of bin/solve: give what its --out was")
+    return load_config(run_dir / "config.json")
+
+
+def config_text(config: Config) -> str:
+    return json.dumps(config.model_dump(mode="json"), indent=1) + "\n"
+
+
+def saved_results(run_dir: Path, found: TaskSet) -> Iterator[tuple[str, str, Path]]:
+    """Task, stage and file of all results, of a task the best one last."""
+    for stage in STAGES:
+        for task in found.tasks:
+            if (file := run_dir / stage / f"{task.id}.json").exists():
+                yield task.id, stage, file
+
+
+def judged(
+    task: Task,
+    found: TaskSet,
+    config: Config,
+    stage: str,
+    predictions: Predictions,
+    adapted: bool,
+    fallback: str | None,
+) -> Standing:
+    """How a task stands with these candidates."""
+    attempts = vote(predictions, task, config.vote)
+    solutions = {i: grids for i, grids in found.solutions.items() if i == task.id}
+    return Standing(
+        stage,
+        attempts,
+        adapted,
+        fallback,
+        min(_agreement(predictions, task, test, config) for test in range(len(task.test))),
+        solved({task.id: attempts}, solutions).get(task.id),
+        solved(candidate_grids({task.id: predictions}, solutions), solutions).get(task.id),
+    )
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Writes a file under another name, then renames it: it is never there in part."""
+    part = file.with_name(file.name + ".part")
+    try:
+        part.write_text(text)
+        part.replace(file)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def _agreement(predictions: Predictions, task: Task, test: int, config: Config) -> float:
+    ranked = rank(predictions, task, test, config.vote)
+    return ranked[0].votes / max(1, len(predictions.geometries)) if ranked else 0.0
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _content(task: Task) -> Any:
+    pairs = [[pair.input.tolist(), pair.output.tolist()] for pair in task.train]
+    return [task.id, pairs, [grid.tolist() for grid in task.test]]
+
+
+def _beginning(file: Path) -> bytes:
+    """What tells a checkpoint's weights from others'."""
+    with file.open("rb") as stream:
+        return f"{file.name} {file.stat().st_size} ".encode() + stream.read(1 << 20)
+
+
+def _digest(*parts: bytes) -> str:
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+
+
+def _commit() -> str:
+    """The commit of the checkout, or "" outside one."""
+    try:
+        words = ["git", "rev-parse", "HEAD"]
+        return subprocess.run(words, cwd=PACKAGE_DIR, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""

@@ -1,0 +1,46 @@
+"""Many runs in one process: memory and open files stay flat.
+
+A minute of them, or as many as ARC_SOLVER_SOAK_MINUTES says.
+"""
+
+import gc
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+from conftest import TOY, hasty
+
+from arc_solver.config import FormatConfig
+from arc_solver.leaks import NOTHING
+from arc_solver.memory import resident_memory
+from arc_solver.model import new_model, save_model
+from arc_solver.solve import main
+
+MINUTES = float(os.environ.get("ARC_SOLVER_SOAK_MINUTES", "1"))
+
+
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_memory_and_open_files_stay_flat(tmp_path, capsys):
+    save_model(hasty(new_model(TOY, FormatConfig(), seed=1, trained_on=NOTHING)), tmp_path / "model")
+    words = [f"model.path={tmp_path / 'model'}", "run.executor=inprocess", "adapt.steps=3", "predict.views=4"]
+    seen: list[tuple[float, int, int]] = []  # seconds, bytes, open files
+    began, n = time.monotonic(), 0
+    while (spent := time.monotonic() - began) < 60 * MINUTES:
+        assert main([*words, "--limit", "5", "--out", str(tmp_path / f"run{n}")]) == 0
+        capsys.readouterr()
+        gc.collect()
+        n += 1
+        seen.append((spent, resident_memory(), open_files()))
+    later = seen[len(seen) // 3 :]  # what libraries load and keep comes first
+    assert len(later) > 5
+    minutes, sizes, files = (np.array(column) for column in zip(*later, strict=True))
+    growth = np.polyfit(minutes / 60, sizes, 1)[0]  # bytes a minute
+    with capsys.disabled():
+        print(f"\n{n} runs in {MINUTES:g} minutes: {sizes[-1] / 2**20:.0f} MiB, {files[-1]} open files", end="; ")
+        print(f"{growth / 2**20:+.2f} MiB a minute after the first third")
+    assert files.max() == files.min()
+    assert sizes.max() - sizes.min() < 64 << 20
