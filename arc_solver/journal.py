@@ -14,6 +14,7 @@ Files are written under another name first and then renamed, so there is none th
 import fcntl
 import hashlib
 import json
+import math
 import shutil
 import subprocess
 import time
@@ -94,7 +95,7 @@ class Journal:
         self.standings: dict[str, Standing] = {}
         self.damaged: list[Path] = []  # files that could not be read, and were put aside
         self._submission: Submission = {task.id: [(NO_ANSWER, NO_ANSWER)] * len(task.test) for task in found.tasks}
-        self._written_at, self._writing_s = -1e9, 0.0
+        self._written_at, self._writing_s, self._stale = -math.inf, 0.0, True
         self._read()
         with self._writing():
             self._log = (run_dir / "log.jsonl").open("a+b", buffering=0)
@@ -114,13 +115,14 @@ class Journal:
         )
 
     def keep(self, result: Result, stage: str = "tasks") -> Standing:
-        """Writes a task's result, once and for all; the submission follows."""
+        """Writes a task's result, once and for all. The submission follows: see `follow`."""
         self._write(self.run_dir / stage / f"{result.task_id}.json", result.to_json())
-        standing = self._stand(result.task_id, stage, result.predictions, result.adaptation, result.fallback)
-        now = time.monotonic()
-        if self._writing_s < WRITING_SHARE * (now - self._written_at):
+        return self._stand(result.task_id, stage, result.predictions, result.adaptation, result.fallback)
+
+    def follow(self) -> None:
+        """Brings the submission up to date with what was kept, unless that would take too much of the time."""
+        if self._stale and self._writing_s < WRITING_SHARE * (time.monotonic() - self._written_at):
             self.flush()
-        return standing
 
     def keep_adaptations(self, tasks: Sequence[Task], adaptations: Sequence[Adaptation], round: int) -> None:
         """Writes what was learnt of a group, before any of its tasks is asked."""
@@ -156,12 +158,12 @@ class Journal:
         return parse_predictions(read_json(file), self.tasks[task_id], file)
 
     def flush(self) -> None:
-        """Brings submission.json up to date. `keep` does so unless that would take too much of the time."""
+        """Brings submission.json up to date, whatever it takes."""
         began = time.monotonic()
         with self._writing():
             write_submission(self._submission, self.run_dir / "submission.json")
         self._written_at = time.monotonic()
-        self._writing_s = self._written_at - began
+        self._writing_s, self._stale = self._written_at - began, False
 
     def log(self, **record: Any) -> None:
         with self._writing():
@@ -205,6 +207,7 @@ class Journal:
         task = self.tasks[task_id]
         standing = judged(task, self.found, self.config, stage, predictions, adaptation is not None, fallback)
         self.standings[task_id], self._submission[task_id] = standing, standing.attempts
+        self._stale = True
         return standing
 
     def _write(self, file: Path, content: Any) -> None:

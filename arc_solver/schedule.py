@@ -103,11 +103,17 @@ class Schedule:
         if isinstance(job, AskJob):
             if job.stage != "unadapted":  # so little at a time tells nothing about the rest
                 self.budget.note(self._work(job), usage.seconds)
-            return [self._answered(job, task, found, usage) for task, found in zip(job.tasks, values, strict=True)]
+            pairs = zip(job.tasks, values, strict=True)
+            # What time was too short for is as if it had not been asked.
+            return [
+                self._answered(job, t, found, usage) for t, found in pairs if found.candidates or not job.is_limited
+            ]
         self.budget.note(Work(adapting=sum(adaptation.tokens for adaptation in values)), usage.seconds)
         self.journal.keep_adaptations(job.tasks, values, job.round)
-        self.learnt |= {(task.id, job.round): learnt for task, learnt in zip(job.tasks, values, strict=True)}
-        self.ready.extend(self._asks(self._waiting_of(job.tasks, job.round), job.round))
+        waiting = self._waiting_of(job.tasks, job.round)
+        learnt = dict(zip((task.id for task in job.tasks), values, strict=True))
+        self.learnt |= {(task.id, job.round): learnt[task.id] for task in waiting}
+        self.ready.extend(self._asks(waiting, job.round))
         return []
 
     # ---- what is next ----

@@ -31,7 +31,6 @@ from .budget import Budget
 from .config import (
     Config,
     Parser,
-    UserError,
     add_task_arguments,
     load_config,
     named_rng,
@@ -41,12 +40,12 @@ from .config import (
 from .engines import check_engine, engine_kind
 from .executors import Executor, cores, make_executor
 from .journal import Journal, open_journal, saved_config
-from .leaks import leak_audit
-from .model import Model, checkpoint_dir, pick_device
+from .leaks import TrainingData, leak_audit
+from .model import checkpoint_dir, pick_device
 from .report import save_picture, task_picture
 from .schedule import Finished, Schedule
 from .status import Meter
-from .tasks import Task, TaskSet, load_tasks, read_json
+from .tasks import Task, TaskSet, load_tasks
 from .vote import rank
 from .worker import asked_together, load_base, make_worker
 
@@ -62,7 +61,7 @@ def solve(
     groups = group_by_length(found.tasks, config.adapt, device)
     chunks = partial(asked_together, device=device)
     schedule = Schedule(groups, chunks, config, journal, Budget(executor.count, deadline))
-    meter = Meter(executor.count, deadline, _earlier(journal))
+    meter = Meter(executor.count, deadline, status.last_summary(journal.run_dir))
     with _progress_bar(console) as bar:
         line = bar.add_task("solving", total=1.0, tasks_done=len(journal.standings), tasks=len(found.tasks))
         for done in executor.map_unordered(schedule.jobs(), until=deadline):
@@ -72,6 +71,7 @@ def solve(
                 journal.log(**record)
                 if finished.stage != "unadapted":
                     console.print(_task_line(finished, record), soft_wrap=True)
+            journal.follow()
             meter.keep(journal, schedule.share_done)
             bar.update(line, completed=schedule.share_done, tasks_done=len(journal.standings))
     journal.flush()
@@ -89,14 +89,6 @@ def worker_count(config: Config, tasks: int) -> int:
     if pick_device(config.run.device).type == "cuda":
         return 1
     return max(1, min(config.run.workers or cores(), tasks))
-
-
-def _earlier(journal: Journal) -> dict[str, Any]:
-    """The summary of what was done before this run was continued."""
-    try:
-        return read_json(journal.run_dir / "summary.json")
-    except UserError:
-        return {}
 
 
 def _process_age_s() -> float:
@@ -201,7 +193,9 @@ _ENDS = {
 }
 
 
-def _picture(found: TaskSet, journal: Journal, config: Config, model: Model, summary: dict[str, Any]) -> Group:
+def _picture(
+    found: TaskSet, journal: Journal, config: Config, trained_on: TrainingData | None, summary: dict[str, Any]
+) -> Group:
     """Some tasks drawn; how the run stands; and what a score must be read with."""
     shown: list[RenderableType] = []
     attempts = {i: standing.attempts for i, standing in journal.standings.items()}
@@ -229,7 +223,7 @@ def _picture(found: TaskSet, journal: Journal, config: Config, model: Model, sum
     shown.append(table)
     if summary["score"]:
         unknown = "no leak audit: this checkpoint does not say what it was trained on"
-        shown.append(Text(str(leak_audit(model.trained_on, found)) if model.trained_on else unknown))
+        shown.append(Text(str(leak_audit(trained_on, found)) if trained_on else unknown))
     return Group(*shown)
 
 
@@ -298,6 +292,8 @@ def main(arguments: list[str]) -> int:
     config = config.model_copy(update={"format": model.format})  # the checkpoint's, whatever the config says
     kind, why = engine_kind(model, config, device)
     check_engine(model, config, device)
+    parameters, trained_on = model.parameters_count, model.trained_on
+    del model, start_adapter  # workers have their own
     groups = group_by_length(found.tasks, config.adapt, device)
     make = partial(make_worker, config)
     count = worker_count(config, len(groups))
@@ -305,7 +301,7 @@ def main(arguments: list[str]) -> int:
         executor = stack.enter_context(make_executor(config.run.executor, make, count, config.run.address or None))
         journal = stack.enter_context(open_journal(run_dir, found, config, checkpoint_dir(config.model.path)))
         plain(
-            f"{_count(len(found.tasks), 'task')} from {found.name}; model of {model.parameters_count:,} parameters on"
+            f"{_count(len(found.tasks), 'task')} from {found.name}; model of {parameters:,} parameters on"
             f" {device}, {_count(executor.count, 'worker')}; engine {kind} ({why}); run directory {run_dir}"
         )
         if journal.continued:
@@ -321,7 +317,7 @@ def main(arguments: list[str]) -> int:
                 file=sys.stderr,
             )
             return 1
-    shown = _picture(found, journal, config, model, summary)
+    shown = _picture(found, journal, config, trained_on, summary)
     save_picture(shown, run_dir / "report.svg", "bin/solve")
     console.print(shown)
     return _conclude(found, journal, summary, plain)

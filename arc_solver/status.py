@@ -169,8 +169,16 @@ def read_status(run_dir: Path) -> tuple[str, dict[str, Any]]:
             continue
         adapted, fallback = content["adaptation"] is not None, content.get("fallback")
         standings[task_id] = judged(tasks[task_id], found, config, stage, predictions, adapted, fallback)
-    last = read_json(run_dir / "summary.json") if (run_dir / "summary.json").exists() else {}
-    return found.name, {**last, **counts(found, standings)}
+    return found.name, {**last_summary(run_dir), **counts(found, standings)}
+
+
+def last_summary(run_dir: Path) -> dict[str, Any]:
+    """What a run last wrote about itself; nothing where that cannot be read, as none of it is needed."""
+    try:
+        content = read_json(run_dir / "summary.json")
+    except UserError:
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def main(arguments: list[str]) -> int:

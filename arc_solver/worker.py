@@ -52,6 +52,10 @@ class AskJob:
     stage: str = "tasks"  # what it is for; see `candidates.STAGES`
     seconds: float = math.inf
 
+    @property
+    def is_limited(self) -> bool:
+        return self.seconds < math.inf
+
 
 Job = AdaptJob | AskJob
 
