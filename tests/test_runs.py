@@ -107,7 +107,7 @@ def test_killed_at_random_moments_a_run_ends_like_an_uninterrupted_one(checkpoin
         process = start(words)
         while not (out / "submission.json").exists() and process.poll() is None:
             time.sleep(0.01)
-        time.sleep(rng.uniform(0, 9))
+        time.sleep(rng.uniform(0, 7))
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             kills += 1
@@ -240,8 +240,24 @@ def test_a_full_disk_stops_the_run_and_it_goes_on_afterwards(checkpoint, challen
         solve(words)
         assert (disk / "run" / "submission.json").read_bytes() == (whole / "submission.json").read_bytes()
         assert len(answered(disk / "run")) <= 12 + (12 - kept)
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        (line,) = solve(words, expect=2).splitlines()
+        assert "cannot be written (Read-only file system)" in line
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_clock_that_jumps_changes_nothing(checkpoint, challenges, whole, tmp_path):
+    """By days, back and forth, at every step; in the command's own process and with a time budget."""
+    out, jumps = tmp_path / "run", "time.time = lambda: next(times)"
+    file = script(tmp_path, jumps)
+    Path(file[0]).write_text(
+        "import itertools\ntimes = itertools.cycle((2e9, 1e9, 3e9, 0.0))\n" + Path(file[0]).read_text()
+    )
+    solve(words_for(checkpoint, challenges, out, "--executor", "inprocess", "--time-budget", "10m"), 0, file)
+    stopped = {event["adaptation"]["ended"] for event in events(out) if event.get("stage") == "tasks"}
+    assert stopped == {"steps"}
+    assert is_valid(out, challenges)
 
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(checkpoint, challenges):
