@@ -42,7 +42,7 @@ def overhead_s(tasks: int = TASKS) -> float:
     found = TaskSet("many", named, {})
     with tempfile.TemporaryDirectory() as name:
         began = time.perf_counter()
-        with open_journal(Path(name) / "run", found, config, BUNDLED_DIR) as journal:
+        with open_journal(Path(name) / "run", found, config, [BUNDLED_DIR]) as journal:
             schedule = Schedule([(task,) for task in named], _one_by_one, config, journal, Budget(1))
             with InProcess(lambda number: _AtOnce()) as executor:
                 for done in executor.map_unordered(schedule.jobs()):

@@ -15,25 +15,29 @@ import fcntl
 import hashlib
 import json
 import math
+import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Any, Self, TypeVar
+
+from safetensors import SafetensorError
 
 from . import __version__
 from .adapt import Adaptation
 from .adapters import load_adapter, save_adapter
 from .candidates import STAGES, Predictions
-from .config import PACKAGE_DIR, Config, MachineError, UserError, load_config
+from .config import PACKAGE_DIR, Config, MachineError, UserError, first_line, load_config
 from .revote import parse_predictions
 from .submission import Submission, candidate_grids, solved, write_submission
 from .tasks import Attempts, Task, TaskSet, read_json
 from .vote import NO_ANSWER, rank, vote
 
+SAMPLED = 1 << 20  # bytes of a file of weights that are looked at, at its beginning, middle and end
 WRITING_SHARE = 0.05  # of the time may go into rewriting the submission
 
 # Settings that may differ when a run is continued: they change what is selected, who works and for how long, and what
@@ -96,6 +100,9 @@ class Journal:
         self.damaged: list[Path] = []  # files that could not be read, and were put aside
         self._submission: Submission = {task.id: [(NO_ANSWER, NO_ANSWER)] * len(task.test) for task in found.tasks}
         self._written_at, self._writing_s, self._stale = -math.inf, 0.0, True
+        with self._writing():
+            for stage in (*STAGES, "adapters"):  # some ways of copying a folder leave out empty ones
+                (run_dir / stage).mkdir(exist_ok=True)
         self._read()
         with self._writing():
             self._log = (run_dir / "log.jsonl").open("a+b", buffering=0)
@@ -129,10 +136,14 @@ class Journal:
         with self._writing():
             for task, adaptation in zip(tasks, adaptations, strict=True):
                 folder = self._adapter_dir(task.id, round)
-                part = folder.with_suffix(".part")
+                part = folder.with_name(folder.name + ".part")
                 shutil.rmtree(part, ignore_errors=True)
-                save_adapter(adaptation.adapter, part)
-                (part / "adaptation.json").write_text(json.dumps(adaptation.to_json()) + "\n")
+                try:
+                    save_adapter(adaptation.adapter, part)
+                    (part / "adaptation.json").write_text(json.dumps(adaptation.to_json()) + "\n")
+                except BaseException:
+                    shutil.rmtree(part, ignore_errors=True)
+                    raise
                 shutil.rmtree(folder, ignore_errors=True)
                 part.rename(folder)
 
@@ -150,7 +161,7 @@ class Journal:
             return None
 
     def _adapter_dir(self, task_id: str, round: int) -> Path:
-        return self.run_dir / "adapters" / (f"{task_id}.{round}" if round else task_id)
+        return self.run_dir / "adapters" / (f"{task_id}@{round}" if round else task_id)  # no id has an @
 
     def predictions(self, task_id: str) -> Predictions:
         """All candidates of a task that has a result."""
@@ -212,21 +223,25 @@ class Journal:
 
     def _write(self, file: Path, content: Any) -> None:
         with self._writing():
-            write_whole(file, json.dumps(content) + "\n")
+            write_whole(file, json.dumps(content) + "\n", sync=False)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
+            why = getattr(error, "strerror", None) or first_line(error)
             raise MachineError(
-                f"{self.run_dir} cannot be written ({error.strerror}); all answers so far are kept: mend that, and"
-                " give the same command again"
+                f"{self.run_dir} cannot be written ({why}); all answers so far are kept: mend that, and give the same"
+                " command again"
             ) from None
 
 
-def open_journal(run_dir: Path, found: TaskSet, config: Config, checkpoint: Path) -> Journal:
+def open_journal(run_dir: Path, found: TaskSet, config: Config, weights: Sequence[Path]) -> Journal:
     """The journal of a new run, or of one that is continued.
+
+    Args:
+        weights: folders of the checkpoint and of the adapter that is used with it.
 
     Raises:
         UserError: the folder is something else, another process works on it, or it is of another run: other tasks,
@@ -236,7 +251,9 @@ def open_journal(run_dir: Path, found: TaskSet, config: Config, checkpoint: Path
         "version": __version__,
         "commit": _commit(),
         "tasks": _digest(json.dumps([_content(task) for task in found.tasks]).encode()),
-        "checkpoint": _digest(*(_beginning(file) for file in sorted(checkpoint.glob("*.safetensors")))),
+        "checkpoint": _digest(
+            *(_parts_of(file) for folder in weights for file in sorted(folder.glob("*.safetensors")))
+        ),
     }
     continued = (run_dir / "run.json").exists()
     if not continued:
@@ -246,7 +263,8 @@ def open_journal(run_dir: Path, found: TaskSet, config: Config, checkpoint: Path
         if continued:
             _refuse_another(run_dir, config, facts)
         try:
-            write_whole(run_dir / "config.json", config_text(config))
+            if (run_dir / "config.json").read_text() != config_text(config):
+                write_whole(run_dir / "config.json", config_text(config))
         except OSError as error:
             raise UserError(f"{run_dir} cannot be written ({error.strerror}): give another --out") from None
         journal = Journal(run_dir, found, config, continued, lock)
@@ -272,7 +290,7 @@ def _make(run_dir: Path, found: TaskSet, config: Config, facts: Mapping[str, str
     """The folder of a new run, whole from its first moment."""
     if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
         raise UserError(f"{run_dir} exists and is no run to continue: give another --out")
-    part = run_dir.with_name(run_dir.name + ".part")
+    part = run_dir.with_name(f"{run_dir.name}.{os.getpid()}.part")
     try:
         shutil.rmtree(part, ignore_errors=True)
         for stage in (*STAGES, "adapters"):
@@ -288,10 +306,6 @@ def _make(run_dir: Path, found: TaskSet, config: Config, facts: Mapping[str, str
 
 
 def _refuse_another(run_dir: Path, config: Config, facts: Mapping[str, str]) -> None:
-    saved = read_json(run_dir / "run.json")
-    for what in ("tasks", "checkpoint"):
-        if saved.get(what) != facts[what]:
-            raise UserError(f"{run_dir} is a run with another content of the {what}: give another --out")
     old = _flat(saved_config(run_dir).model_dump(mode="json"))
     new = _flat(config.model_dump(mode="json"))
     for key in sorted(old.keys() | new.keys()):
@@ -300,6 +314,24 @@ def _refuse_another(run_dir: Path, config: Config, facts: Mapping[str, str]) -> 
                 f"{run_dir} was begun with {key}={json.dumps(old.get(key))}, and now it is {json.dumps(new.get(key))}:"
                 " results would mix; give that again, or another --out"
             )
+    saved = _whole(run_dir, "run.json", lambda: read_json(run_dir / "run.json"))
+    for what in ("tasks", "checkpoint"):
+        if not isinstance(saved, dict) or saved.get(what) != facts[what]:
+            raise UserError(f"{run_dir} is a run with another content of the {what}: give another --out")
+
+
+T = TypeVar("T")
+
+
+def _whole(run_dir: Path, name: str, read: Callable[[], T]) -> T:
+    """What a file of a run says that is needed to continue it."""
+    try:
+        return read()
+    except UserError as error:
+        raise UserError(
+            f"{error}: {name} is damaged, and the run cannot be continued without it; submission.json and the results"
+            f" beside it are whole, so keep {run_dir} and give another --out"
+        ) from None
 
 
 def saved_config(run_dir: Path) -> Config:
@@ -310,7 +342,7 @@ def saved_config(run_dir: Path) -> Config:
     """
     if not (run_dir / "run.json").is_file() or not (run_dir / "config.json").is_file():
         raise UserError(f"{run_dir} is no run of bin/solve: give what its --out was")
-    return load_config(run_dir / "config.json")
+    return _whole(run_dir, "config.json", lambda: load_config(run_dir / "config.json"))
 
 
 def config_text(config: Config) -> str:
@@ -348,11 +380,19 @@ def judged(
     )
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Writes a file under another name, then renames it: it is never there in part."""
+def write_whole(file: Path, text: str, sync: bool = True) -> None:
+    """Writes a file under another name, then renames it: it is never there in part.
+
+    Args:
+        sync: not even after a power cut.
+    """
     part = file.with_name(file.name + ".part")
     try:
-        part.write_text(text)
+        with part.open("w") as stream:
+            stream.write(text)
+            if sync:
+                stream.flush()
+                os.fsync(stream.fileno())
         part.replace(file)
     except OSError:
         part.unlink(missing_ok=True)
@@ -376,10 +416,14 @@ def _content(task: Task) -> Any:
     return [task.id, pairs, [grid.tolist() for grid in task.test]]
 
 
-def _beginning(file: Path) -> bytes:
-    """What tells a checkpoint's weights from others'."""
+def _parts_of(file: Path) -> bytes:
+    """What tells a checkpoint's weights from others': not all of them, as there may be gigabytes."""
+    size, parts = file.stat().st_size, []
     with file.open("rb") as stream:
-        return f"{file.name} {file.stat().st_size} ".encode() + stream.read(1 << 20)
+        for start in (0, size // 2, max(0, size - SAMPLED)):
+            stream.seek(start)
+            parts.append(stream.read(SAMPLED))
+    return b"".join((f"{file.name} {size} ".encode(), *parts))
 
 
 def _digest(*parts: bytes) -> str:

@@ -78,8 +78,9 @@ class Schedule:
 
     @property
     def share_done(self) -> float:
-        running = sum((self._work(job) for job, _ in self.running.values()), self.waiting)
-        return 1 - self.budget.weight(running) / max(self.budget.weight(self.all), 1.0)
+        running = (self._work(job) for job, _ in self.running.values() if job.stage == "tasks")
+        left = self.budget.weight(sum(running, self.waiting))
+        return min(1.0, max(0.0, 1 - left / max(self.budget.weight(self.all), 1.0)))
 
     def jobs(self) -> Iterator[Job | None]:
         """What is to be done; None while that depends on what is being done."""
@@ -246,6 +247,10 @@ class Schedule:
         self.journal.log(event="failure", job=kind, tasks=ids, attempt=self.tries[key], error=done.error)
         self.errors |= dict.fromkeys(ids, done.error or "")
         if job.stage != "tasks":  # they have an answer, or will have one
+            if isinstance(job, AdaptJob):
+                self.waiting -= self._asking(job.tasks)
+            elif job.stage == "again":
+                self.learnt.pop((ids[0], job.round), None)
             return []
         if self.tries[key] < TRIES and (done.died or len(ids) == 1):
             self._retry(job)
@@ -255,6 +260,8 @@ class Schedule:
                 self._retry(_part(job, part))
         elif isinstance(job, AdaptJob) or job.adapters[0] is not None:
             self.learnt.pop((ids[0], job.round), None)
+            if isinstance(job, AdaptJob):  # that it will be asked was known
+                self.waiting -= self._asking(job.tasks)
             self._retry(AskJob(job.tasks, (None,), self.config.predict))
         else:
             return [self._answered(job, job.tasks[0], Predictions((), ()), None)]

@@ -62,7 +62,7 @@ def solve(
     chunks = partial(asked_together, device=device)
     schedule = Schedule(groups, chunks, config, journal, Budget(executor.count, deadline))
     meter = Meter(executor.count, deadline, status.last_summary(journal.run_dir))
-    with _progress_bar(console) as bar:
+    with _progress_bar(console, deadline) as bar:
         line = bar.add_task("solving", total=1.0, tasks_done=len(journal.standings), tasks=len(found.tasks))
         for done in executor.map_unordered(schedule.jobs(), until=deadline):
             meter.note(done)
@@ -111,22 +111,27 @@ def _deadline(config: Config) -> float:
 
 
 class _TimeLeft(ProgressColumn):
-    """ETA from the share of the work that is done."""
+    """ETA from the share of the work that is done, and not after the deadline."""
+
+    def __init__(self, deadline: float):
+        super().__init__()
+        self.deadline = deadline
 
     def render(self, task: BarTask) -> Text:
         if not task.completed or task.elapsed is None or not task.total:
             return Text("ETA -:--")
-        left = int(task.elapsed * (task.total - task.completed) / task.completed)
-        return Text(f"ETA {left // 60}:{left % 60:02d}")
+        left = task.elapsed * (task.total - task.completed) / task.completed
+        minutes, seconds = divmod(int(max(0.0, min(left, self.deadline - time.monotonic()))), 60)
+        return Text(f"ETA {minutes}:{seconds:02d}")
 
 
-def _progress_bar(console: Console) -> Progress:
+def _progress_bar(console: Console, deadline: float) -> Progress:
     return Progress(
         TextColumn("{task.description} {task.fields[tasks_done]}/{task.fields[tasks]}"),
         BarColumn(),
         TextColumn("{task.percentage:3.0f}%"),
         TimeElapsedColumn(),
-        _TimeLeft(),
+        _TimeLeft(deadline),
         console=console,
     )
 
@@ -269,8 +274,22 @@ def _parse(arguments: list[str]) -> tuple[Config, Path | None]:
     overrides += [*task_overrides(args), *(f"run.{key}={value}" for key, value in given.items() if value is not None)]
     if args.out and not args.config and (args.out / "run.json").exists():  # to be continued as it was begun
         saved_config(args.out)
-        return load_config(args.out / "config.json", ["run.time_budget=", *overrides]), args.out
-    return load_config(args.config, overrides), args.out
+        where = [] if args.executor in (None, "ray") else ["run.address="]
+        return _anywhere(load_config(args.out / "config.json", ["run.time_budget=", *where, *overrides])), args.out
+    return _anywhere(load_config(args.config, overrides)), args.out
+
+
+def _anywhere(config: Config) -> Config:
+    """The config with whole paths, so that a run is continued, and its status read, from any folder."""
+
+    def whole(path: str) -> str:
+        return str(Path(path).absolute()) if path and Path(path).exists() else path
+
+    tasks = config.tasks.model_copy(
+        update={"spec": whole(config.tasks.spec), "solutions": whole(config.tasks.solutions)}
+    )
+    model = config.model.model_copy(update={"path": whole(config.model.path), "adapter": whole(config.model.adapter)})
+    return config.model_copy(update={"tasks": tasks, "model": model})
 
 
 def main(arguments: list[str]) -> int:
@@ -296,10 +315,12 @@ def main(arguments: list[str]) -> int:
     del model, start_adapter  # workers have their own
     groups = group_by_length(found.tasks, config.adapt, device)
     make = partial(make_worker, config)
+    weights = [checkpoint_dir(config.model.path), *([Path(config.model.adapter)] if config.model.adapter else [])]
     count = worker_count(config, len(groups))
     with ExitStack() as stack:
         executor = stack.enter_context(make_executor(config.run.executor, make, count, config.run.address or None))
-        journal = stack.enter_context(open_journal(run_dir, found, config, checkpoint_dir(config.model.path)))
+        signal.signal(signal.SIGTERM, _interrupt)  # once more: Ray has put its own there
+        journal = stack.enter_context(open_journal(run_dir, found, config, weights))
         plain(
             f"{_count(len(found.tasks), 'task')} from {found.name}; model of {parameters:,} parameters on"
             f" {device}, {_count(executor.count, 'worker')}; engine {kind} ({why}); run directory {run_dir}"
@@ -318,7 +339,10 @@ def main(arguments: list[str]) -> int:
             )
             return 1
     shown = _picture(found, journal, config, trained_on, summary)
-    save_picture(shown, run_dir / "report.svg", "bin/solve")
+    try:
+        save_picture(shown, run_dir / "report.svg", "bin/solve")
+    except OSError as error:
+        plain(f"report.svg cannot be written ({error.strerror})")
     console.print(shown)
     return _conclude(found, journal, summary, plain)
 

@@ -165,9 +165,9 @@ def read_status(run_dir: Path) -> tuple[str, dict[str, Any]]:
         try:
             content = read_json(file)
             predictions = parse_predictions(content, tasks[task_id], file)
-        except UserError:  # it is solved again when the run goes on
+            adapted, fallback = content["adaptation"] is not None, content["fallback"]
+        except (UserError, KeyError):  # it is solved again when the run goes on
             continue
-        adapted, fallback = content["adaptation"] is not None, content.get("fallback")
         standings[task_id] = judged(tasks[task_id], found, config, stage, predictions, adapted, fallback)
     return found.name, {**last_summary(run_dir), **counts(found, standings)}
 

@@ -13,7 +13,7 @@ from arc_solver.adapt import Adaptation
 from arc_solver.candidates import Candidate, Predictions
 from arc_solver.config import Config, MachineError, RunConfig, UserError, VoteConfig, duration_s
 from arc_solver.journal import Journal, Result, open_journal, saved_config
-from arc_solver.status import counts, read_status
+from arc_solver.status import counts, last_summary, read_status
 from arc_solver.submission import read_submission
 from arc_solver.tasks import TaskSet, load_tasks
 
@@ -42,7 +42,7 @@ def result(task, **more) -> Result:
 def opened(tmp_path, found, config=VOTES, name="run"):
     (tmp_path / "model").mkdir(exist_ok=True)
     (tmp_path / "model" / "a.safetensors").write_bytes(b"weights")
-    return open_journal(tmp_path / name, found, config, tmp_path / "model")
+    return open_journal(tmp_path / name, found, config, [tmp_path / "model"])
 
 
 def submission(journal):
@@ -142,7 +142,28 @@ def test_what_would_mix_results_is_refused_by_name(tmp_path, rng):
         assert saved_config(journal.run_dir) == free
     (tmp_path / "model" / "a.safetensors").write_bytes(b"other")
     with pytest.raises(UserError, match="another content of the checkpoint"):
-        open_journal(tmp_path / "run", found, VOTES, tmp_path / "model")
+        open_journal(tmp_path / "run", found, VOTES, [tmp_path / "model"])
+
+
+def test_what_is_lost_of_a_folder_is_made_again_or_said(tmp_path, rng):
+    found = some_tasks(rng)
+    with opened(tmp_path, found) as journal:
+        journal.keep(result(found.tasks[0]))
+    for name in ("again", "unadapted", "adapters"):
+        (journal.run_dir / name).rmdir()
+    (journal.run_dir / "summary.json").write_text("[")
+    with opened(tmp_path, found) as journal:
+        assert journal.done(found.tasks[0].id)
+        journal.keep(result(found.tasks[0]), "again")
+    assert last_summary(journal.run_dir) == {}
+    for name in ("run.json", "config.json"):
+        whole = (journal.run_dir / name).read_text()
+        (journal.run_dir / name).write_text(whole[:30])
+        with pytest.raises(UserError, match=f"{name} is damaged.*are whole"):
+            opened(tmp_path, found)
+        (journal.run_dir / name).write_text(whole)
+    with opened(tmp_path, found) as journal:
+        assert journal.continued
 
 
 def test_other_folders_are_left_alone(tmp_path, rng):

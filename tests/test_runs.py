@@ -57,13 +57,14 @@ def words_for(checkpoint, challenges, out, *more) -> list[str]:
     return [*map(str, ("--tasks", challenges, "--out", out, f"model.path={checkpoint}")), *QUICK, *more]
 
 
-def start(words, script=("-m", "arc_solver.solve")) -> subprocess.Popen[str]:
+def start(words, script=("-m", "arc_solver.solve"), cwd=None) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, *script, *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        cwd=cwd,
     )
 
 
@@ -124,9 +125,10 @@ def test_killed_at_random_moments_a_run_ends_like_an_uninterrupted_one(checkpoin
 
 
 def test_ctrl_c_and_sigterm_stop_at_once_and_the_command_says_how_to_go_on(checkpoint, challenges, tmp_path):
-    for number in (signal.SIGINT, signal.SIGTERM):
-        out = tmp_path / str(number)
-        process = start(words_for(checkpoint, challenges, out, "adapt.steps=100000", "adapt.budget_tokens=1000000000"))
+    endless = ["adapt.steps=100000", "adapt.budget_tokens=1000000000"]
+    for number, executor in ((signal.SIGINT, "processes"), (signal.SIGTERM, "processes"), (signal.SIGTERM, "ray")):
+        out = tmp_path / f"{number}-{executor}"
+        process = start(words_for(checkpoint, challenges, out, *endless, "--executor", executor))
         while not (out / "submission.json").exists():
             assert process.poll() is None
             time.sleep(0.05)
@@ -148,6 +150,15 @@ def test_another_config_is_refused_and_the_same_one_has_nothing_left_to_do(check
     assert len(answered(whole)) == 12
     said = solve(["--status", str(whole)])
     assert "12 of 12" in said
+
+
+def test_a_run_is_continued_from_any_folder(checkpoint, challenges, tmp_path):
+    """Also when tasks and model were named relative to where it was begun."""
+    model = os.path.relpath(checkpoint, challenges.parent)
+    words = ["--tasks", challenges.name, "--out", str(tmp_path / "run"), f"model.path={model}"]
+    finish(start([*words, *QUICK, "--limit", "1"], cwd=challenges.parent))
+    assert "continued: 1 of 1" in finish(start(["--out", "run"], cwd=tmp_path))
+    assert "1 of 1" in finish(start(["--status", "run"], cwd=tmp_path))
 
 
 # What happens to workers is done to them by scripts that put something else in the place of a part, then run the

@@ -80,7 +80,7 @@ def some_tasks(count, seed=0, tests=1) -> TaskSet:
 
 def journal_of(folder, found, config=CONFIG) -> Journal:
     (folder / "model").mkdir(exist_ok=True)
-    return open_journal(folder / "run", found, config, folder / "model")
+    return open_journal(folder / "run", found, config, [folder / "model"])
 
 
 def run(journal: Journal, worker, config=CONFIG, seconds=np.inf) -> list[Finished]:
@@ -92,6 +92,9 @@ def run(journal: Journal, worker, config=CONFIG, seconds=np.inf) -> list[Finishe
         for done in executor.map_unordered(schedule.jobs(), deadline):
             finished += schedule.take(done)
             assert 0 <= schedule.share_done <= 1
+    if seconds == np.inf:
+        assert schedule.share_done == 1
+        assert schedule.waiting == (0, 0)
     return finished
 
 
@@ -176,11 +179,12 @@ def test_failure_is_an_answer(tmp_path, fails, bare, stands_as, failures):
     """One task fails so and so often: it goes down the ladder, is logged at each step, and the others do not notice."""
     found, worker = some_tasks(4), Pretender(fails, bare)
     with journal_of(tmp_path, found) as journal:
-        run(journal, worker)
+        finished = len(run(journal, worker))
         expected = {task.id: GOOD for task in found.tasks} | {"task1": stands_as}
         assert stands(journal) == expected
         said = [event for event in events(journal) if event["event"] == "failure"]
         assert all("task1" in event["tasks"] and "RuntimeError" in event["error"] for event in said)
+        assert finished == 4
         shared = [event for event in said if len(event["tasks"]) > 1]
         assert len(said) - len(shared) <= failures
         assert len(shared) <= 1
