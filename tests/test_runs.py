@@ -103,25 +103,29 @@ def whole(checkpoint, challenges, tmp_path_factory):
 def test_killed_at_random_moments_a_run_ends_like_an_uninterrupted_one(checkpoint, challenges, whole, tmp_path):
     """kill -9 of the whole process group. Nothing that was finished is done again."""
     rng, kills, out, n = random.Random(0), 0, tmp_path / "run0", 0
-    while kills < KILLS or n == 0:
-        words = words_for(checkpoint, challenges, out, "run.executor=" + rng.choice(["processes", "inprocess"]))
-        process = start(words)
+    took = json.loads((whole / "summary.json").read_text())["seconds"]["whole"]
+    while kills < KILLS:
+        executor = rng.choice(["processes", "inprocess", "inprocess"])
+        process = start(words_for(checkpoint, challenges, out, "--executor", executor))
         while not (out / "submission.json").exists() and process.poll() is None:
             time.sleep(0.01)
-        time.sleep(rng.uniform(0, 7))
+        time.sleep(rng.uniform(0, took))
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             kills += 1
         process.communicate()
         assert is_valid(out, challenges)
         if process.returncode == 0:
-            assert (out / "submission.json").read_bytes() == (whole / "submission.json").read_bytes()
-            assert answered(out) == answered(whole)  # each once
+            assert_like(out, whole)
             n += 1
             out = tmp_path / f"run{n}"
-    if out.exists():
-        solve(words_for(checkpoint, challenges, out))
-        assert (out / "submission.json").read_bytes() == (whole / "submission.json").read_bytes()
+    solve(words_for(checkpoint, challenges, out))
+    assert_like(out, whole)
+
+
+def assert_like(out: Path, whole: Path) -> None:
+    assert (out / "submission.json").read_bytes() == (whole / "submission.json").read_bytes()
+    assert answered(out) == answered(whole)  # each once
 
 
 def test_ctrl_c_and_sigterm_stop_at_once_and_the_command_says_how_to_go_on(checkpoint, challenges, tmp_path):
