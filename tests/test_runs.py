@@ -20,7 +20,7 @@ from arc_solver.submission import read_submission
 from arc_solver.tasks import TasksConfig, load_tasks
 
 HERE = Path(__file__).parent
-QUICK = ["adapt.steps=60", "adapt.rank=4", "predict.views=8", "run.show=0"]
+QUICK = ["adapt.steps=20", "adapt.rank=4", "predict.views=8", "run.show=0"]
 KILLS = 20
 
 
@@ -318,8 +318,8 @@ def test_ray_workers_give_the_same_and_may_be_killed(checkpoint, whole, tmp_path
     """40 tasks on two actors; three times one of them is killed. At most the tasks in flight are done again."""
     challenges = write_challenges(tmp_path_factory.mktemp("many"), 40)
     plain, out = tmp_path / "plain", tmp_path / "run"
-    solve(words_for(checkpoint, challenges, plain))
-    process = start(words_for(checkpoint, challenges, out, "--executor", "ray", "run.workers=2"))
+    solve(words_for(checkpoint, challenges, plain, "adapt.steps=60"))
+    process = start(words_for(checkpoint, challenges, out, "adapt.steps=60", "--executor", "ray", "run.workers=2"))
     killed: list[int] = []
     while process.poll() is None and len(killed) < 3:
         time.sleep(0.1)
