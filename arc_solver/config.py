@@ -361,6 +361,44 @@ class VoteConfig(Section):
     shape_prior: bool = False  # other shapes go last, if all demonstrations keep it, or multiply it by the same
 
 
+# Kaggle's names for what a notebook runs on, and the GPUs that it must find there.
+Machine = Literal["", "NvidiaTeslaT4", "NvidiaL4", "NvidiaL4X1", "NvidiaTeslaA100", "NvidiaH100", "NvidiaRtxPro6000"]
+MACHINES: dict[Machine, tuple[str, ...]] = {
+    "": (),
+    "NvidiaTeslaT4": ("T4",) * 2,
+    "NvidiaL4": ("L4",) * 4,
+    "NvidiaL4X1": ("L4",),
+    "NvidiaTeslaA100": ("A100",),
+    "NvidiaH100": ("H100",),
+    "NvidiaRtxPro6000": ("RTX PRO 6000",),
+}
+Slug = Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$", min_length=6, max_length=42)]
+
+
+class KaggleConfig(Section):
+    """The notebook and the datasets that `bin/submit` makes of a config."""
+
+    owner: str = ""  # account that they belong to; "" = the one that the kaggle client is signed in as
+    name: Slug = "arc-solver"  # of the notebook; its datasets are <name>-wheels and <name>-weights
+    competition: str = "arc-prize-2026-arc-agi-2"
+    machine: Machine = ""
+    image: str = ""  # docker image with its digest, as a pulled notebook names it; "" = Kaggle's latest
+    vllm: bool = False  # whether vLLM's wheels travel too
+    time_budget: str = "11h30m"  # of the run that is scored, from the notebook's start; Kaggle ends it after 12 h
+    smoke_tasks: PositiveInt = 4  # that the run at a push solves, the shortest ones: its log is all that is ever seen
+    smoke_budget: str = "30m"
+    licence: Literal["CC0-1.0", "apache-2.0", "CC-BY-4.0", "GPL-3.0", "other"] = "other"  # of the datasets
+    public: bool = False
+    internet: bool = False  # competitions refuse notebooks that have it
+
+    @model_validator(mode="after")
+    def _check(self) -> "KaggleConfig":
+        for text in (self.time_budget, self.smoke_budget):
+            if duration_s(text) < MIN_BUDGET_S:
+                raise ValueError(f"a time budget is at least {MIN_BUDGET_S} s, got {text}")
+        return self
+
+
 class Config(Section):
     run: RunConfig = RunConfig()
     tasks: TasksConfig = TasksConfig()
@@ -376,6 +414,7 @@ class Config(Section):
     engine: EngineConfig = EngineConfig()
     predict: PredictConfig = PredictConfig()
     vote: VoteConfig = VoteConfig()
+    kaggle: KaggleConfig = KaggleConfig()
 
     @model_validator(mode="before")
     @classmethod

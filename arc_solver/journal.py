@@ -42,7 +42,16 @@ WRITING_SHARE = 0.05  # of the time may go into rewriting the submission
 
 # Settings that may differ when a run is continued: they change what is selected, who works and for how long, and what
 # is shown, but no candidate.
-FREE = ("vote", "run.workers", "run.executor", "run.address", "run.time_budget", "run.watchdog_minutes", "run.show")
+FREE = (
+    "vote",
+    "kaggle",
+    "run.workers",
+    "run.executor",
+    "run.address",
+    "run.time_budget",
+    "run.watchdog_minutes",
+    "run.show",
+)
 
 
 @dataclass(frozen=True, eq=False)
