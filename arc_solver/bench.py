@@ -4,7 +4,6 @@ Every benchmark answers rows of the same form: name, ours, field (what it is com
 """
 
 import json
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -21,7 +20,8 @@ from .bench_schedule import TASKS, overhead_s
 from .bench_solve import RANDOM_TASKS, RANDOM_VIEWS, SCORE_TASKS, SETTINGS, large_tasks, random_model
 from .bench_solve import compare as compare_solving
 from .bench_train import BF16, QWEN_05B, compare, flop_utilisation
-from .config import PACKAGE_DIR, CorpusConfig, FormatConfig, Parser, UserError, run_main
+from .config import CorpusConfig, FormatConfig, Parser, UserError, run_main
+from .files import commit
 from .sources import read_source
 from .stream import SampleStream
 from .tasks import TasksConfig, TaskSet, load_tasks
@@ -133,7 +133,7 @@ def main(arguments: list[str]) -> int:
     args = parser.parse_args(arguments)
     rows = BENCHES[args.name]()
     if args.json:
-        print(json.dumps({"rows": [asdict(row) for row in rows], "machine": cpu_name(), "commit": _commit()}))
+        print(json.dumps({"rows": [asdict(row) for row in rows], "machine": cpu_name(), "commit": commit()}))
         return 0
     table = Table("what", "ours", "field", "ratio", "unit", title=f"{args.name} on {cpu_name()}")
     for row in rows:
@@ -141,12 +141,6 @@ def main(arguments: list[str]) -> int:
         table.add_row(row.name, ours, *("-" if v is None else f"{v:,.2f}" for v in (row.field, row.ratio)), row.unit)
     Console().print(table)
     return 0
-
-
-def _commit() -> str:
-    """The commit of the checkout, or "" outside one."""
-    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=PACKAGE_DIR, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 if __name__ == "__main__":

@@ -6,20 +6,21 @@ labels a large corpus on a cluster would wait for.
 
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import torch
 
 from .budget import Budget
 from .candidates import Candidate, Predictions
-from .config import Config, load_config
+from .config import load_config
 from .executors import InProcess
 from .journal import open_journal
 from .model import BUNDLED_DIR
 from .schedule import Schedule
 from .tasks import Pair, Task, TaskSet, freeze
-from .worker import AskJob, Outcome, Usage
+from .worker import AskJob, Outcome, Usage, asked_together
 
 TASKS = 10_000
 
@@ -36,20 +37,17 @@ class _AtOnce:
 
 def overhead_s(tasks: int = TASKS) -> float:
     """Seconds for each of so many tasks."""
-    config: Config = load_config(None, ["adapt.enabled=false"])
+    config = load_config(None, ["adapt.enabled=false"])
     grid = freeze(np.ones((5, 5), dtype=np.uint8))
     named = tuple(Task(f"{i:08x}", (Pair(grid, grid),) * 3, (grid,)) for i in range(tasks))
     found = TaskSet("many", named, {})
     with tempfile.TemporaryDirectory() as name:
         began = time.perf_counter()
         with open_journal(Path(name) / "run", found, config, [BUNDLED_DIR]) as journal:
-            schedule = Schedule([(task,) for task in named], _one_by_one, config, journal, Budget(1))
+            chunks = partial(asked_together, device=torch.device("cpu"))
+            schedule = Schedule([(task,) for task in named], chunks, config, journal, Budget(1))
             with InProcess(lambda number: _AtOnce()) as executor:
                 for done in executor.map_unordered(schedule.jobs()):
                     schedule.take(done)
                     journal.follow()
         return (time.perf_counter() - began) / tasks
-
-
-def _one_by_one(tasks: Any) -> list[tuple[Task, ...]]:
-    return [(task,) for task in tasks]

@@ -39,8 +39,7 @@ from .engine import TorchEngine, TorchSession
 from .model import BUNDLED_DIR, Model, fast_dtype, load_model, new_model, pick_device, save_model
 from .predict import predict, views_of
 from .submission import read_submission, score
-from .tasks import Pair, Task, TasksConfig, TaskSet, load_tasks
-from .validate import challenge
+from .tasks import Pair, Task, TasksConfig, TaskSet, challenge, load_tasks
 
 SETTINGS = (  # of both sides
     "adapt.batch_size=1",

@@ -1,9 +1,9 @@
 """How long a job may take, when a run has only so much time.
 
-Adaptation has its share of the time that is left: all it wants where there is enough for all, else a part in proportion
-to what it costs, and never so little that it is of no use. Asking has what it wants: it is cheap beside that, and what
-was learnt is lost without it. What a token costs is measured on the machine in hand; and as shares are worked out anew
-for every job, what one leaves over or a new estimate brings goes to those after it.
+Work has its share of the time that is left, in proportion to what it costs; where there is enough for all, that is
+more than it takes. Adaptation never has so little that it is of no use, and asking always has what it wants: it is
+cheap beside that, and what was learnt is lost without it. What a token costs is measured on the machine in hand; and
+as shares are worked out anew for every job, what one leaves over or a new estimate brings goes to those after it.
 """
 
 import math
@@ -14,8 +14,7 @@ from typing import NamedTuple
 TRAINING = 3.0  # what a token of training costs beside one that is asked, until it was measured
 LEAST_SHARE = 1 / 3  # of the time that a job wants; with less it is of little use
 FIRST_SHARE = 1 / 8  # of the time that is left, at least, for a job whose cost is not known yet
-GENEROUS = 1.5  # times the estimate is what adapting may take where there is enough for all
-ASKING = 3.0  # and asking, whose cost is not that of its prompts alone: replies differ in length and in agreement
+ASKING = 3.0  # times the estimate is what asking wants: replies differ in length and in agreement
 
 
 class Work(NamedTuple):
@@ -88,15 +87,15 @@ class Budget:
         if not self.limited:
             return math.inf
         left, wants = self.left_s, self.wants_s(work)
-        if work.asking:  # what was learnt is lost if it is not asked
-            return max(0.0, left / 2 if math.isnan(wants) else min(ASKING * wants, left))
-        limit = (self.workers * left - busy_s) * self.weight(work) / max(self.weight(waiting), 1.0)
+        share = (self.workers * left - busy_s) * self.weight(work) / max(self.weight(waiting), 1.0)
         if math.isnan(wants):
-            limit = max(limit, FIRST_SHARE * left)
+            least = left / 2 if work.asking else FIRST_SHARE * left
+        elif work.asking:
+            least = ASKING * wants
         else:
-            limit = min(max(limit, LEAST_SHARE * wants), GENEROUS * wants)
+            least = LEAST_SHARE * wants
             left -= min(left / 2, self.wants_s(then))
-        return max(0.0, min(limit, left))
+        return max(0.0, min(max(share, least), left))
 
     def note(self, work: Work, seconds: float) -> None:
         """What some work took, all of it adapting or all asking."""

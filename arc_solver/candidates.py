@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .tasks import Grid, make_grid
+from .tasks import Grid, grid_key, make_grid
 
 STAGES = ("unadapted", "tasks", "again")  # folders of a run with a file for each task; a later one counts more
 
@@ -68,9 +68,9 @@ class Predictions:
     def joined(self, other: "Predictions") -> "Predictions":
         """What both have found of the same task, under the views of both. No candidate is scored under the other's."""
         views, more = len(self.geometries), len(other.geometries)
-        merged = {(c.test, c.grid.shape, c.grid.tobytes()): c.among(0, more) for c in self.candidates}
+        merged = {(c.test, grid_key(c.grid)): c.among(0, more) for c in self.candidates}
         for c in other.candidates:
-            key, late = (c.test, c.grid.shape, c.grid.tobytes()), c.among(views, 0)
+            key, late = (c.test, grid_key(c.grid)), c.among(views, 0)
             merged[key] = merged[key] | late if key in merged else late
         return Predictions(
             self.geometries + other.geometries,

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from .config import MachineError, UserError, first_line
 from .devices import Devices
+from .files import write_json
 from .lora import save_lora
 from .model import Model, save_model
 
@@ -136,14 +137,3 @@ def checkpoint_beside(path: str) -> Path:
         f'start="weights+optimizer" needs the optimizer state of an earlier run, and {path or "the new model"} lies in'
         ' none; use start="weights"'
     )
-
-
-def write_json(file: Path, content: Any) -> None:
-    write_whole(file, json.dumps(content, indent=1) + "\n")
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Writes a file so that it is never half there: the old one stays until the new one is complete."""
-    temporary = file.with_name(f"{file.name}.part")
-    temporary.write_text(text)
-    temporary.replace(file)

@@ -96,6 +96,8 @@ class RunConfig(Section):
     # From the command's start to its end, such as 11h30m, 40m or 90s; "" = as long as it takes.
     time_budget: str = ""
     watchdog_minutes: NonNegativeFloat = 10.0  # a worker that makes no step for so long is ended; 0 = never
+    smoke: NonNegativeInt = 0  # only the N shortest tasks are solved, the others keep their placeholders; 0 = all
+    submission: str = ""  # a second file in which the submission is kept up to date; "" = only the run's own
     show: NonNegativeInt = 4  # solved and unsolved tasks drawn in the terminal, each
 
     @property

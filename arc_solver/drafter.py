@@ -125,13 +125,15 @@ class Drafter:
         """Looks how right each rule would have been about what has been decoded since."""
         tree = self.tree
         path = tree.path
+        if not self.rules or self.recorded == len(path):
+            return
         ids = list(tree.ids_to(path[-1]))
         for depth in range(self.recorded, len(path)):
-            state, token = tree.states[path[depth - 1]], ids[depth - 1]
+            state, token, before = tree.states[path[depth - 1]], ids[depth - 1], ids[: depth - 1]
             if tree.grammar.forced[state] is not None:
                 continue
             for trusted in self.rules:
-                guess = _legal(trusted.rule, tree.grammar, state, ids[: depth - 1])
+                guess = _legal(trusted.rule, tree.grammar, state, before)
                 if guess is not None:
                     trusted.note(guess == token)
         self.recorded = len(path)

@@ -17,10 +17,9 @@ import json
 import math
 import os
 import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Self, TypeVar
@@ -31,11 +30,12 @@ from . import __version__
 from .adapt import Adaptation
 from .adapters import load_adapter, save_adapter
 from .candidates import STAGES, Predictions
-from .config import PACKAGE_DIR, Config, MachineError, UserError, first_line, load_config
+from .config import Config, MachineError, UserError, first_line, load_config
+from .files import commit, write_json, write_whole
 from .revote import parse_predictions
-from .submission import Submission, candidate_grids, solved, write_submission
-from .tasks import Attempts, Task, TaskSet, read_json
-from .vote import NO_ANSWER, rank, vote
+from .submission import blank_submission, candidate_grids, solved, write_submission
+from .tasks import Attempts, Task, TaskSet, challenge, read_json
+from .vote import rank, vote
 
 SAMPLED = 1 << 20  # bytes of a file of weights that are looked at, at its beginning, middle and end
 WRITING_SHARE = 0.05  # of the time may go into rewriting the submission
@@ -50,6 +50,7 @@ FREE = (
     "run.address",
     "run.time_budget",
     "run.watchdog_minutes",
+    "run.submission",
     "run.show",
 )
 
@@ -107,7 +108,7 @@ class Journal:
         self.tasks = {task.id: task for task in found.tasks}
         self.standings: dict[str, Standing] = {}
         self.damaged: list[Path] = []  # files that could not be read, and were put aside
-        self._submission: Submission = {task.id: [(NO_ANSWER, NO_ANSWER)] * len(task.test) for task in found.tasks}
+        self._submission = blank_submission(found)
         self._written_at, self._writing_s, self._stale = -math.inf, 0.0, True
         with self._writing():
             for stage in (*STAGES, "adapters"):  # some ways of copying a folder leave out empty ones
@@ -133,7 +134,10 @@ class Journal:
     def keep(self, result: Result, stage: str = "tasks") -> Standing:
         """Writes a task's result, once and for all. The submission follows: see `follow`."""
         self._write(self.run_dir / stage / f"{result.task_id}.json", result.to_json())
-        return self._stand(result.task_id, stage, result.predictions, result.adaptation, result.fallback)
+        task, adapted = self.tasks[result.task_id], result.adaptation is not None
+        standing = _judged(task, self.found, self.config, stage, result.predictions, adapted, result.fallback)
+        self._stand(task.id, standing)
+        return standing
 
     def follow(self) -> None:
         """Brings the submission up to date with what was kept, unless that would take too much of the time."""
@@ -182,6 +186,8 @@ class Journal:
         began = time.monotonic()
         with self._writing():
             write_submission(self._submission, self.run_dir / "submission.json")
+            if self.config.run.submission:
+                write_submission(self._submission, Path(self.config.run.submission))
         self._written_at = time.monotonic()
         self._writing_s, self._stale = self._written_at - began, False
 
@@ -197,7 +203,8 @@ class Journal:
 
     def __exit__(self, *_: Any) -> None:
         try:
-            self.flush()
+            if self._stale:
+                self.flush()
         finally:
             self._log.close()
             self._lock.close()
@@ -206,29 +213,17 @@ class Journal:
 
     def _read(self) -> None:
         """What earlier runs have left."""
-        for task_id, stage, file in saved_results(self.run_dir, self.found):
-            try:
-                content = read_json(file)
-                predictions = parse_predictions(content, self.tasks[task_id], file)
-                self._stand(task_id, stage, predictions, content["adaptation"], content["fallback"])
-            except (UserError, KeyError):
+        for task_id, file, standing in saved_standings(self.run_dir, self.found, self.config):
+            if standing:
+                self._stand(task_id, standing)
+            else:
                 with self._writing():
                     file.replace(file.with_suffix(".damaged"))
                 self.damaged.append(file)
 
-    def _stand(
-        self,
-        task_id: str,
-        stage: str,
-        predictions: Predictions,
-        adaptation: Mapping[str, Any] | None,
-        fallback: str | None,
-    ) -> Standing:
-        task = self.tasks[task_id]
-        standing = judged(task, self.found, self.config, stage, predictions, adaptation is not None, fallback)
+    def _stand(self, task_id: str, standing: Standing) -> None:
         self.standings[task_id], self._submission[task_id] = standing, standing.attempts
         self._stale = True
-        return standing
 
     def _write(self, file: Path, content: Any) -> None:
         with self._writing():
@@ -258,8 +253,8 @@ def open_journal(run_dir: Path, found: TaskSet, config: Config, weights: Sequenc
     """
     facts = {
         "version": __version__,
-        "commit": _commit(),
-        "tasks": _digest(json.dumps([_content(task) for task in found.tasks]).encode()),
+        "commit": commit(),
+        "tasks": _digest(json.dumps([[task.id, challenge(task)] for task in found.tasks]).encode()),
         "checkpoint": _digest(
             *(_parts_of(file) for folder in weights for file in sorted(folder.glob("*.safetensors")))
         ),
@@ -305,9 +300,8 @@ def _make(run_dir: Path, found: TaskSet, config: Config, facts: Mapping[str, str
         for stage in (*STAGES, "adapters"):
             (part / stage).mkdir(parents=True)
         write_whole(part / "config.json", config_text(config))
-        write_whole(part / "run.json", json.dumps(facts, indent=1) + "\n")
-        blank: Submission = {task.id: [(NO_ANSWER, NO_ANSWER)] * len(task.test) for task in found.tasks}
-        write_submission(blank, part / "submission.json")
+        write_json(part / "run.json", facts)
+        write_submission(blank_submission(found), part / "submission.json")
         part.rename(run_dir)  # over an empty folder too
     except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
@@ -358,15 +352,22 @@ def config_text(config: Config) -> str:
     return json.dumps(config.model_dump(mode="json"), indent=1) + "\n"
 
 
-def saved_results(run_dir: Path, found: TaskSet) -> Iterator[tuple[str, str, Path]]:
-    """Task, stage and file of all results, of a task the best one last."""
+def saved_standings(run_dir: Path, found: TaskSet, config: Config) -> Iterator[tuple[str, Path, Standing | None]]:
+    """Task, file and standing of all results, of a task the best one last; None: the file cannot be read."""
     for stage in STAGES:
         for task in found.tasks:
-            if (file := run_dir / stage / f"{task.id}.json").exists():
-                yield task.id, stage, file
+            file, standing = run_dir / stage / f"{task.id}.json", None
+            if not file.exists():
+                continue
+            with suppress(UserError, KeyError):
+                content = read_json(file)
+                predictions = parse_predictions(content, task, file)
+                adapted, fallback = content["adaptation"] is not None, content["fallback"]
+                standing = _judged(task, found, config, stage, predictions, adapted, fallback)
+            yield task.id, file, standing
 
 
-def judged(
+def _judged(
     task: Task,
     found: TaskSet,
     config: Config,
@@ -389,25 +390,6 @@ def judged(
     )
 
 
-def write_whole(file: Path, text: str, sync: bool = True) -> None:
-    """Writes a file under another name, then renames it: it is never there in part.
-
-    Args:
-        sync: not even after a power cut.
-    """
-    part = file.with_name(file.name + ".part")
-    try:
-        with part.open("w") as stream:
-            stream.write(text)
-            if sync:
-                stream.flush()
-                os.fsync(stream.fileno())
-        part.replace(file)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
-
-
 def _agreement(predictions: Predictions, task: Task, test: int, config: Config) -> float:
     ranked = rank(predictions, task, test, config.vote)
     return ranked[0].votes / max(1, len(predictions.geometries)) if ranked else 0.0
@@ -418,11 +400,6 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
-
-
-def _content(task: Task) -> Any:
-    pairs = [[pair.input.tolist(), pair.output.tolist()] for pair in task.train]
-    return [task.id, pairs, [grid.tolist() for grid in task.test]]
 
 
 def _parts_of(file: Path) -> bytes:
@@ -437,12 +414,3 @@ def _parts_of(file: Path) -> bytes:
 
 def _digest(*parts: bytes) -> str:
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
-
-
-def _commit() -> str:
-    """The commit of the checkout, or "" outside one."""
-    try:
-        words = ["git", "rev-parse", "HEAD"]
-        return subprocess.run(words, cwd=PACKAGE_DIR, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        return ""

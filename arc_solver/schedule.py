@@ -126,8 +126,9 @@ class Schedule:
             return self._begun(self.ready.popleft())
         while self.groups:
             group = self.groups.popleft()
-            if not self.budget.is_worthwhile(*self._work_of_group(group)):
-                self.waiting -= sum(self._work_of_group(group), Work())
+            adapting, asking = self._work_of_group(group)
+            if not self.budget.is_worthwhile(adapting, asking):
+                self.waiting -= adapting + asking
                 continue  # those after it cost as much or more, but may have been adapted before
             if not self.config.adapt.enabled or self._remembers(group):
                 self.ready.extend(self._asks(self._waiting_of(group, 0), 0))

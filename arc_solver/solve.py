@@ -31,6 +31,7 @@ from .budget import Budget
 from .config import (
     Config,
     Parser,
+    UserError,
     add_task_arguments,
     load_config,
     named_rng,
@@ -45,7 +46,7 @@ from .model import checkpoint_dir, pick_device
 from .report import save_picture, task_picture
 from .schedule import Finished, Schedule
 from .status import Meter
-from .tasks import Task, TaskSet, load_tasks
+from .tasks import Task, TaskSet, load_tasks, smallest
 from .vote import rank
 from .worker import asked_together, load_base, make_worker
 
@@ -53,14 +54,10 @@ from .worker import asked_together, load_base, make_worker
 MARGIN_S, MARGIN_SHARE = 4.0, 0.01
 
 
-def solve(
-    found: TaskSet, config: Config, journal: Journal, executor: Executor, deadline: float, console: Console
-) -> dict[str, Any]:
+def solve(schedule: Schedule, executor: Executor, deadline: float, console: Console) -> dict[str, Any]:
     """Solves what is not solved yet, until `deadline` of `time.monotonic()`. The summary of the run."""
-    device = pick_device(config.run.device)
-    groups = group_by_length(found.tasks, config.adapt, device)
-    chunks = partial(asked_together, device=device)
-    schedule = Schedule(groups, chunks, config, journal, Budget(executor.count, deadline))
+    journal, config = schedule.journal, schedule.config
+    found = journal.found
     meter = Meter(executor.count, deadline, status.last_summary(journal.run_dir))
     with _progress_bar(console, deadline) as bar:
         line = bar.add_task("solving", total=1.0, tasks_done=len(journal.standings), tasks=len(found.tasks))
@@ -247,6 +244,9 @@ def default_run_dir(found: TaskSet) -> Path:
     return candidate
 
 
+_OF_RUN = ("seed", "time_budget", "submission", "smoke", "executor", "address")  # options that are settings of [run]
+
+
 def _parse(arguments: list[str]) -> tuple[Config, Path | None]:
     """The config that the command line asks for, and the run's folder, if it is named."""
     parser = Parser(
@@ -263,6 +263,8 @@ def _parse(arguments: list[str]) -> tuple[Config, Path | None]:
     )
     parser.add_argument("--seed", type=int)
     parser.add_argument("--time-budget", metavar="TIME", help="such as 11h30m, 40m or 90s, from start to end")
+    parser.add_argument("--submission", metavar="FILE", help="keep the submission up to date there too")
+    parser.add_argument("--smoke", type=int, metavar="N", help="solve the N shortest tasks only")
     parser.add_argument("--executor", choices=("processes", "ray", "inprocess"), help="where the workers are")
     parser.add_argument("--address", help="of a Ray cluster, e.g. auto; default: a Ray of this machine")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -270,7 +272,7 @@ def _parse(arguments: list[str]) -> tuple[Config, Path | None]:
     overrides = list(args.overrides)
     if args.config and "=" in args.config and not Path(args.config).exists():
         overrides, args.config = [args.config, *overrides], None
-    given = {"seed": args.seed, "time_budget": args.time_budget, "executor": args.executor, "address": args.address}
+    given = {name: getattr(args, name) for name in _OF_RUN}
     overrides += [*task_overrides(args), *(f"run.{key}={value}" for key, value in given.items() if value is not None)]
     if args.out and not args.config and (args.out / "run.json").exists():  # to be continued as it was begun
         saved_config(args.out)
@@ -285,11 +287,15 @@ def _anywhere(config: Config) -> Config:
     def whole(path: str) -> str:
         return str(Path(path).absolute()) if path and Path(path).exists() else path
 
+    second = Path(config.run.submission)
+    if not second.parent.is_dir():
+        raise UserError(f"--submission {second}: there is no folder {second.parent}")
+    run = config.run.model_copy(update={"submission": config.run.submission and str(second.absolute())})
     tasks = config.tasks.model_copy(
         update={"spec": whole(config.tasks.spec), "solutions": whole(config.tasks.solutions)}
     )
     model = config.model.model_copy(update={"path": whole(config.model.path), "adapter": whole(config.model.adapter)})
-    return config.model_copy(update={"tasks": tasks, "model": model})
+    return config.model_copy(update={"run": run, "tasks": tasks, "model": model})
 
 
 def main(arguments: list[str]) -> int:
@@ -313,7 +319,8 @@ def main(arguments: list[str]) -> int:
     check_engine(model, config, device)
     parameters, trained_on = model.parameters_count, model.trained_on
     del model, start_adapter  # workers have their own
-    groups = group_by_length(found.tasks, config.adapt, device)
+    chosen = smallest(found.tasks, config.run.smoke) if config.run.smoke else found.tasks
+    groups = group_by_length(chosen, config.adapt, device)
     make = partial(make_worker, config)
     weights = [checkpoint_dir(config.model.path), *([Path(config.model.adapter)] if config.model.adapter else [])]
     count = worker_count(config, len(groups))
@@ -330,7 +337,8 @@ def main(arguments: list[str]) -> int:
         for file in journal.damaged:
             plain(f"{file} could not be read and is solved again")
         try:
-            summary = solve(found, config, journal, executor, deadline, console)
+            chunks, budget = partial(asked_together, device=device), Budget(executor.count, deadline)
+            summary = solve(Schedule(groups, chunks, config, journal, budget), executor, deadline, console)
         except KeyboardInterrupt:
             print(
                 f"interrupted; the answers so far are in {run_dir}/submission.json, and bin/solve --out {run_dir}"
@@ -344,12 +352,12 @@ def main(arguments: list[str]) -> int:
     except OSError as error:
         plain(f"report.svg cannot be written ({error.strerror})")
     console.print(shown)
-    return _conclude(found, journal, summary, plain)
+    return _conclude(len(chosen), journal, summary, plain)
 
 
-def _conclude(found: TaskSet, journal: Journal, summary: dict[str, Any], say: Any) -> int:
+def _conclude(tasks: int, journal: Journal, summary: dict[str, Any], say: Any) -> int:
     """The last lines, and the exit code: 0 if the run is complete."""
-    run_dir, tasks = journal.run_dir, len(found.tasks)
+    run_dir = journal.run_dir
     say(
         f"{summary['seconds']['whole'] / 60:.1f} minutes. Submission: {run_dir}/submission.json; beside it report.svg,"
         " log.jsonl, tasks/ and adapters/"
@@ -357,6 +365,8 @@ def _conclude(found: TaskSet, journal: Journal, summary: dict[str, Any], say: An
     cheap = sum(standing.stage == "unadapted" for standing in journal.standings.values())
     if cheap:
         say(f"no time to adapt to {cheap} of {tasks} tasks, which have the answer of the cheap pass")
+    if left_out := len(journal.found.tasks) - tasks:
+        say(f"only {tasks} of {tasks + left_out} tasks were to be solved; the others have placeholders")
     if nothing := tasks - len(journal.standings):
         say(f"no time for {nothing} of {tasks} tasks, which have placeholders; bin/solve --out {run_dir} goes on")
     if summary["fallen_back"]:

@@ -18,8 +18,7 @@ from rich.table import Table
 
 from .config import Parser, UserError
 from .executors import Done
-from .journal import Journal, Standing, judged, saved_config, saved_results
-from .revote import parse_predictions
+from .journal import Journal, Standing, saved_config, saved_standings
 from .submission import Score, total
 from .tasks import TaskSet, load_tasks, read_json
 from .worker import AdaptJob
@@ -159,16 +158,8 @@ def read_status(run_dir: Path) -> tuple[str, dict[str, Any]]:
     """
     config = saved_config(run_dir)
     found = load_tasks(config.tasks)
-    tasks = {task.id: task for task in found.tasks}
-    standings = {}
-    for task_id, stage, file in saved_results(run_dir, found):
-        try:
-            content = read_json(file)
-            predictions = parse_predictions(content, tasks[task_id], file)
-            adapted, fallback = content["adaptation"] is not None, content["fallback"]
-        except (UserError, KeyError):  # it is solved again when the run goes on
-            continue
-        standings[task_id] = judged(tasks[task_id], found, config, stage, predictions, adapted, fallback)
+    # What cannot be read is solved again when the run goes on.
+    standings = {i: standing for i, _, standing in saved_standings(run_dir, found, config) if standing}
     return found.name, {**last_summary(run_dir), **counts(found, standings)}
 
 

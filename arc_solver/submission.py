@@ -4,7 +4,6 @@ The format is Kaggle's: `{task id: [{"attempt_1": grid, "attempt_2": grid}, one 
 """
 
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,9 @@ from rich.table import Table
 
 from .candidates import Predictions
 from .config import Parser, UserError, add_task_arguments, load_config, run_main, task_overrides
-from .tasks import Attempts, Grid, Solutions, Task, load_tasks, make_grid, read_json, same_grid
+from .files import write_whole
+from .tasks import Attempts, Grid, Solutions, Task, TaskSet, load_tasks, make_grid, read_json, same_grid
+from .vote import NO_ANSWER
 
 Submission = dict[str, list[Attempts]]  # task id -> the two attempts for each of its test inputs
 ATTEMPTS = ("attempt_1", "attempt_2")
@@ -57,18 +58,18 @@ class Score:
         }
 
 
+def blank_submission(found: TaskSet) -> Submission:
+    """The submission before anything is solved: placeholders."""
+    return {task.id: [(NO_ANSWER, NO_ANSWER)] * len(task.test) for task in found.tasks}
+
+
 def write_submission(submission: Submission, file: Path) -> None:
     """Writes the file in one go: whoever reads it sees the old submission or the new one, never a part."""
     content = {
         task_id: [{name: grid.tolist() for name, grid in zip(ATTEMPTS, both, strict=True)} for both in outputs]
         for task_id, outputs in submission.items()
     }
-    temporary = file.with_name(file.name + ".new")
-    with temporary.open("w") as stream:
-        json.dump(content, stream, separators=(",", ":"))
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
+    write_whole(file, json.dumps(content, separators=(",", ":")))
 
 
 def read_submission(file: Path, tasks: Sequence[Task]) -> Submission:

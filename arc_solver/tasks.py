@@ -123,6 +123,12 @@ def freeze(grid: Grid) -> Grid:
     return grid
 
 
+def challenge(task: Task) -> dict[str, list[dict[str, list[list[int]]]]]:
+    """A task without its test outputs, in the form of task files."""
+    train = [{"input": pair.input.tolist(), "output": pair.output.tolist()} for pair in task.train]
+    return {"train": train, "test": [{"input": grid.tolist()} for grid in task.test]}
+
+
 def load_tasks(config: TasksConfig, outputs: bool = True) -> TaskSet:
     """The tasks that a config names, selected by its ids and limit; without `outputs`, no test output is looked at.
 

@@ -29,7 +29,6 @@ from .checkpoints import (
     latest_checkpoint,
     load_progress,
     load_states,
-    write_json,
 )
 from .config import (
     Config,
@@ -44,6 +43,7 @@ from .config import (
 )
 from .corpus import Corpus, make_corpus
 from .devices import Devices, compiled
+from .files import write_json
 from .model import packed_loss, recompute_activations
 from .optimize import Step, fit, make_optimizers
 from .run import Run, make_validation, stage_stream, start_model

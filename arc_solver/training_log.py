@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
 
-from .checkpoints import Progress, write_whole
+from .checkpoints import Progress
+from .files import write_whole
 from .optimize import Step
 
 

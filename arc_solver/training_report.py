@@ -16,10 +16,11 @@ from rich.table import Table
 from torch import Tensor
 
 from . import __version__
-from .checkpoints import latest_checkpoint, write_json
+from .checkpoints import latest_checkpoint
 from .config import Config, UserError
 from .corpus import Corpus
 from .devices import Devices
+from .files import write_json
 from .lora import merged_model
 from .memory import MemoryEstimate, estimate_memory, first_tokens, gigabytes, peak_memory
 from .model import Model, packed_loss, save_model

@@ -19,7 +19,7 @@ from .engine import TorchEngine
 from .model import Model
 from .sources import solved_pairs
 from .stream import Batch, SampleStream, pack_in_order
-from .tasks import Grid, Task, TaskSet, grid_key, same_grid
+from .tasks import Grid, Task, TaskSet, challenge, grid_key, same_grid
 
 Question = tuple[Prompt, Grid]  # and its answer
 
@@ -100,12 +100,6 @@ def write_partition(partition: Partition, folder: Path) -> None:
         ("validation_solutions", solutions),
     ):
         (folder / f"{name}.json").write_text(json.dumps(content, indent=1 if name == "manifest" else None) + "\n")
-
-
-def challenge(task: Task) -> dict[str, list[dict[str, list[list[int]]]]]:
-    """A task without its test outputs, in the form of task files."""
-    train = [{"input": pair.input.tolist(), "output": pair.output.tolist()} for pair in task.train]
-    return {"train": train, "test": [{"input": grid.tolist()} for grid in task.test]}
 
 
 def task_hash(task: Task, found: TaskSet) -> str:

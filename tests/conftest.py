@@ -1,4 +1,7 @@
+import json
+from collections.abc import Sequence
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,7 +10,7 @@ import torch
 from arc_solver.config import FormatConfig, ModelConfig
 from arc_solver.encode import END, NEWLINE
 from arc_solver.model import Model, new_model
-from arc_solver.tasks import Grid, Pair, Task, TasksConfig, TaskSet, freeze, load_tasks
+from arc_solver.tasks import Grid, Pair, Task, TasksConfig, TaskSet, challenge, freeze, load_tasks
 
 TOY = ModelConfig(layers=2, width=32, heads=2, kv_heads=2, head_dim=16, mlp_width=64)
 FORMATS = [
@@ -40,6 +43,15 @@ def flip_task(rng: np.random.Generator, task_id: str = "flip", demonstrations: i
         cells = random_grid(rng, largest=4)
         pairs.append(Pair(cells, freeze(np.ascontiguousarray(cells[:, ::-1]))))
     return Task(task_id, tuple(pairs[:demonstrations]), tuple(pair.input for pair in pairs[demonstrations:]))
+
+
+def write_challenges(folder: Path, tasks: Sequence[Task]) -> Path:
+    """A file of flip tasks, with the solutions beside it."""
+    file = folder / "toy_challenges.json"
+    file.write_text(json.dumps({task.id: challenge(task) for task in tasks}))
+    solutions = {task.id: [cells[:, ::-1].tolist() for cells in task.test] for task in tasks}
+    file.with_name("toy_solutions.json").write_text(json.dumps(solutions))
+    return file
 
 
 def hasty(model: Model) -> Model:

@@ -80,17 +80,10 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def is_alive(pid: int) -> bool:
+def is_alive(pid: int, kill: Callable[[int, int], None] = os.kill) -> bool:
+    """Of a process; with os.killpg, of a group of them."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def group_is_alive(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
+        kill(pid, 0)
     except ProcessLookupError:
         return False
     return True
@@ -314,9 +307,9 @@ def test_an_interrupted_or_killed_main_process_leaves_nothing(kind, how, tmp_pat
         assert process.returncode == -how
         assert said.count("KeyboardInterrupt") == (how == signal.SIGINT)
         until(lambda: not any(map(is_alive, pids)))
-        until(lambda: not group_is_alive(process.pid) or (kind, how) == ("ray", signal.SIGKILL))
+        until(lambda: not is_alive(process.pid, os.killpg) or (kind, how) == ("ray", signal.SIGKILL))
     finally:
-        if group_is_alive(process.pid):
+        if is_alive(process.pid, os.killpg):
             os.killpg(process.pid, signal.SIGKILL)
 
 
@@ -330,7 +323,7 @@ def test_ctrl_c_while_workers_start_is_the_main_processs_to_handle(tmp_path):
         _, said = process.communicate(timeout=PATIENCE_S)
         assert process.returncode == -signal.SIGINT
         assert said.count("Traceback") == 1, said
-        until(lambda group=process.pid: not group_is_alive(group))
+        until(lambda group=process.pid: not is_alive(group, os.killpg))
 
 
 def has_children(pid: int) -> bool:

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TOY, flip_task, hasty
+from conftest import TOY, flip_task, hasty, write_challenges
 
 from arc_solver.config import FormatConfig
 from arc_solver.leaks import NOTHING
 from arc_solver.model import new_model, save_model
-from arc_solver.submission import read_submission
-from arc_solver.tasks import TasksConfig, load_tasks
+from arc_solver.submission import blank_submission, read_submission
+from arc_solver.tasks import Task, TasksConfig, load_tasks, same_grid, smallest
 
 HERE = Path(__file__).parent
 QUICK = ["adapt.steps=20", "adapt.rank=4", "predict.views=8", "run.show=0"]
@@ -31,26 +31,14 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
-def write_challenges(folder: Path, count: int) -> Path:
+def some_tasks(count: int) -> list[Task]:
     rng = np.random.default_rng(0)
-    tasks = [flip_task(rng, f"task{i:02d}", demonstrations=2 + i % 3, tests=1 + i % 2) for i in range(count)]
-    content = {
-        t.id: {
-            "train": [{"input": p.input.tolist(), "output": p.output.tolist()} for p in t.train],
-            "test": [{"input": g.tolist()} for g in t.test],
-        }
-        for t in tasks
-    }
-    file = folder / "toy_challenges.json"
-    file.write_text(json.dumps(content))
-    solutions = {t.id: [g[:, ::-1].tolist() for g in t.test] for t in tasks}
-    file.with_name("toy_solutions.json").write_text(json.dumps(solutions))
-    return file
+    return [flip_task(rng, f"task{i:02d}", demonstrations=2 + i % 3, tests=1 + i % 2) for i in range(count)]
 
 
 @pytest.fixture(scope="module")
 def challenges(tmp_path_factory):
-    return write_challenges(tmp_path_factory.mktemp("tasks"), 12)
+    return write_challenges(tmp_path_factory.mktemp("tasks"), some_tasks(12))
 
 
 def words_for(checkpoint, challenges, out, *more) -> list[str]:
@@ -275,6 +263,28 @@ def test_a_clock_that_jumps_changes_nothing(checkpoint, challenges, whole, tmp_p
     assert is_valid(out, challenges)
 
 
+def test_a_smoke_run_answers_a_few_tasks_in_a_whole_file_which_is_in_two_places(checkpoint, challenges, tmp_path):
+    second, out = tmp_path / "working" / "submission.json", tmp_path / "run"
+    words = words_for(checkpoint, challenges, out, "--smoke", "3", "--submission", str(second))
+    (line,) = solve(words, expect=2).splitlines()
+    assert "there is no folder" in line
+    second.parent.mkdir()
+    assert "only 3 of 12 tasks" in solve(words)
+    assert second.read_bytes() == (out / "submission.json").read_bytes()
+    found = load_tasks(TasksConfig(spec=str(challenges)))
+    answers = read_submission(second, found.tasks)
+    blank = blank_submission(found)
+    solved = {i for i, outputs in answers.items() if not same_answers(outputs, blank[i])}
+    assert solved == {task.id for task in smallest(found.tasks, 3)}
+    assert sorted(file.name for file in second.parent.iterdir()) == ["submission.json"]
+
+
+def same_answers(some, others) -> bool:
+    return all(
+        same_grid(a, b) for both, others in zip(some, others, strict=True) for a, b in zip(both, others, strict=True)
+    )
+
+
 def test_a_folder_that_cannot_be_written_is_one_sentence(checkpoint, challenges):
     said = solve(words_for(checkpoint, challenges, "/proc/run"), expect=2)
     assert "cannot be made" in said
@@ -316,7 +326,7 @@ def test_what_a_user_gets_wrong_is_one_sentence(more, says, checkpoint, challeng
 
 def test_ray_workers_give_the_same_and_may_be_killed(checkpoint, whole, tmp_path, tmp_path_factory):
     """40 tasks on two actors; three times one of them is killed. At most the tasks in flight are done again."""
-    challenges = write_challenges(tmp_path_factory.mktemp("many"), 40)
+    challenges = write_challenges(tmp_path_factory.mktemp("many"), some_tasks(40))
     plain, out = tmp_path / "plain", tmp_path / "run"
     solve(words_for(checkpoint, challenges, plain, "adapt.steps=60"))
     process = start(words_for(checkpoint, challenges, out, "adapt.steps=60", "--executor", "ray", "run.workers=2"))

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import TOY, flip_task, hasty
+from conftest import TOY, flip_task, hasty, write_challenges
 from small_runs import small
 from test_adapters import random_adapter
 
@@ -48,18 +48,7 @@ def challenges(tmp_path_factory):
     rng = np.random.default_rng(0)
     tasks = [flip_task(rng, f"task{i}", demonstrations=4 - i, tests=i + 1) for i in range(4)]
     tasks[3] = flip_task(rng, "task3", demonstrations=1, tests=4)
-    file = tmp_path_factory.mktemp("tasks") / "toy_challenges.json"
-    content = {
-        t.id: {
-            "train": [{"input": p.input.tolist(), "output": p.output.tolist()} for p in t.train],
-            "test": [{"input": g.tolist()} for g in t.test],
-        }
-        for t in tasks
-    }
-    file.write_text(json.dumps(content))
-    solutions = {t.id: [g[:, ::-1].tolist() for g in t.test] for t in tasks}
-    file.with_name("toy_solutions.json").write_text(json.dumps(solutions))
-    return file
+    return write_challenges(tmp_path_factory.mktemp("tasks"), tasks)
 
 
 def command(*words) -> list[str]:

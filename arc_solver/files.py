@@ -1,0 +1,42 @@
+"""Files that are never there in part, and the commit that the code is of."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from .config import PACKAGE_DIR
+
+
+def write_whole(file: Path, text: str, sync: bool = True) -> None:
+    """Writes a file under another name, then renames it: whoever reads it sees the old one or the new one.
+
+    Args:
+        sync: not even after a power cut is it there in part.
+    """
+    part = file.with_name(file.name + ".part")
+    try:
+        with part.open("w") as stream:
+            stream.write(text)
+            if sync:
+                stream.flush()
+                os.fsync(stream.fileno())
+        part.replace(file)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def write_json(file: Path, content: Any) -> None:
+    write_whole(file, json.dumps(content, indent=1) + "\n")
+
+
+def commit() -> str:
+    """The commit of the checkout, or "" outside one."""
+    try:
+        words = ["git", "rev-parse", "HEAD"]
+        done = subprocess.run(words, cwd=PACKAGE_DIR, capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+    except OSError:  # there is no git
+        return ""
