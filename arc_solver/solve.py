@@ -52,6 +52,7 @@ from .worker import asked_together, load_base, make_worker
 
 # What of a time budget is kept for the end: for jobs that come a step late, the summary, and the end of all processes.
 MARGIN_S, MARGIN_SHARE = 4.0, 0.01
+INCOMPLETE = 3  # exit code of a run that ended as it should, but not with an answer of the adapted model to every task
 
 
 def solve(schedule: Schedule, executor: Executor, deadline: float, console: Console) -> dict[str, Any]:
@@ -356,7 +357,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _conclude(tasks: int, journal: Journal, summary: dict[str, Any], say: Any) -> int:
-    """The last lines, and the exit code: 0 if the run is complete."""
+    """The last lines, and the exit code."""
     run_dir = journal.run_dir
     say(
         f"{summary['seconds']['whole'] / 60:.1f} minutes. Submission: {run_dir}/submission.json; beside it report.svg,"
@@ -371,7 +372,7 @@ def _conclude(tasks: int, journal: Journal, summary: dict[str, Any], say: Any) -
         say(f"no time for {nothing} of {tasks} tasks, which have placeholders; bin/solve --out {run_dir} goes on")
     if summary["fallen_back"]:
         say(f"{status.fallen(summary['fallen_back'], tasks)}; see {run_dir}/log.jsonl")
-    return 1 if nothing or summary["fallen_back"] else 0
+    return INCOMPLETE if nothing or summary["fallen_back"] else 0
 
 
 def _interrupt(*_: Any) -> None:

@@ -167,9 +167,19 @@ def main(arguments: list[str]) -> int:
     parser = Parser(prog="bin/score", description="Validate and score a submission.")
     parser.add_argument("submission", type=Path, help="submission.json")
     add_task_arguments(parser, required=True)
+    parser.add_argument("--validate", action="store_true", help="only say whether it is whole; needs no solutions")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     args = parser.parse_args(arguments)
     found = load_tasks(load_config(None, task_overrides(args)).tasks)
+    if args.validate:
+        answers = read_submission(args.submission, found.tasks)
+        outputs = sum(map(len, answers.values()))
+        print(
+            json.dumps({"valid": True, "tasks": len(answers), "outputs": outputs})
+            if args.json
+            else f"{args.submission} is whole: two attempts for each of {outputs} outputs of {len(answers)} tasks"
+        )
+        return 0
     if not found.solutions:
         raise UserError(f"{args.tasks} has no solutions to score against: give --solutions FILE")
     result = score(read_submission(args.submission, found.tasks), found.solutions)

@@ -117,3 +117,16 @@ def test_bin_score(tmp_path, capsys):
         ]
     )
     assert "3 of 4" in capsys.readouterr().out
+
+
+def test_bin_score_validates_without_solutions(tmp_path, capsys):
+    task = {"train": [{"input": [[1]], "output": [[2]]}], "test": [{"input": [[3]]}]}
+    (tmp_path / "challenges.json").write_text(json.dumps({"aa": task}))
+    answers = {"aa": [{"attempt_1": [[5]], "attempt_2": [[0]]}]}
+    words = [str(tmp_path / "s.json"), "--tasks", str(tmp_path / "challenges.json"), "--validate"]
+    (tmp_path / "s.json").write_text(json.dumps(answers))
+    assert main([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"valid": True, "tasks": 1, "outputs": 1}
+    (tmp_path / "s.json").write_text(json.dumps({"aa": []}))
+    with pytest.raises(UserError, match="aa"):
+        main(words)
