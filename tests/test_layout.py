@@ -9,7 +9,7 @@ SENTENCE = """
     config files tasks report augment encode counting sources leaks corpus stream attention decoder model pretrained
     adapters lora kv_cache token_tree drafter block engine vllm_engine engines validate optimize devices memory
     checkpoints training_log run training_report train adapt candidates predict vote submission revote executors
-    worker journal budget schedule status solve bench_field bench_field_solve bench_solve bench_train
+    worker journal budget schedule status solve image check bench_field bench_field_solve bench_solve bench_train
     bench_schedule bench
 """
 ROWS = tuple(SENTENCE.split())
