@@ -6,10 +6,10 @@ from pathlib import Path
 import arc_solver
 
 SENTENCE = """
-    config tasks report augment encode counting sources leaks corpus stream attention decoder model pretrained
-    adapters lora kv_cache token_tree drafter block engine vllm_engine engines validate optimize devices memory
-    checkpoints training_log run training_report train adapt candidates predict vote submission revote executors
-    worker journal budget schedule status solve bench_field bench_field_solve bench_solve bench_train
+    config sandbox run_notebook tasks report augment encode counting sources leaks corpus stream attention decoder
+    model pretrained adapters lora kv_cache token_tree drafter block engine vllm_engine engines validate optimize
+    devices memory checkpoints training_log run training_report train adapt candidates predict vote submission rehearsal
+    revote executors worker journal budget schedule status solve bench_field bench_field_solve bench_solve bench_train
     bench_schedule bench
 """
 ROWS = tuple(SENTENCE.split())
@@ -25,6 +25,7 @@ HOMES = {  # heavy imports and the only modules that may have them
     "trl": {"bench_field"},
     "datasets": {"bench_field"},
     "ray": {"executors"},
+    "nbclient": {"run_notebook"},
 }
 PACKAGE = Path(arc_solver.__file__).parent
 
