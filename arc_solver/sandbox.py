@@ -19,6 +19,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -95,39 +96,43 @@ def run_inside(
     sandbox: Sandbox,
     seconds: float,
     memory_gib: float | None,
-    folder: Path,
+    log: Path,
 ) -> Ended:
     """Runs a command in the sandbox to its end, or kills it there with all that it started.
 
     Args:
-        folder: an empty one for what is needed meanwhile. `log.txt` in it is what the command printed.
+        memory_gib: of all its processes together; None = what there is.
+        log: file for what it prints.
 
     Raises:
         MachineError: the sandbox could not be made.
     """
-    root, plan, verdict, log = (folder / name for name in ("root", "plan.json", "verdict.json", "log.txt"))
-    root.mkdir()
-    content = {"command": list(command), "root": str(root), "verdict": str(verdict)}
-    plan.write_text(json.dumps({**content, "seconds": seconds, "memory_gib": memory_gib, **asdict(sandbox)}))
+    with tempfile.TemporaryDirectory() as folder:
+        root, plan, verdict = (Path(folder, name) for name in ("root", "plan.json", "verdict.json"))
+        root.mkdir()
+        content = {"command": list(command), "root": str(root), "verdict": str(verdict), **asdict(sandbox)}
+        plan.write_text(json.dumps({**content, "seconds": seconds, "memory_gib": memory_gib}))
+        # should we be killed, it is too
+        inside = ["setpriv", "--pdeathsig", "KILL", *namespaces(), sys.executable, "-P", "-m", __name__, str(plan)]
+        _wait_for(inside, seconds + STUCK_S, log)
+        if not verdict.exists() or not verdict.read_text():
+            raise MachineError(f"the sandbox could not be made, or was killed: {log.read_text()[-1000:].strip()}")
+        return Ended(**json.loads(verdict.read_text()))
+
+
+def _wait_for(command: Sequence[str], seconds: float, log: Path) -> None:
+    """Runs a command that ends by itself; it is killed if it does not, or if we are interrupted."""
     with log.open("w") as output:
         process = subprocess.Popen(
-            # should we be killed, it is too
-            ["setpriv", "--pdeathsig", "KILL", *namespaces(), sys.executable, "-P", "-m", __name__, str(plan)],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
-            process.wait(seconds + STUCK_S)
+            process.wait(seconds)
         except subprocess.TimeoutExpired:
-            raise MachineError(f"the sandbox did not end within {STUCK_S:.0f} s after its time; see {log}") from None
+            raise MachineError(f"the sandbox has not ended after {seconds:.0f} s; see {log}") from None
         finally:
             process.kill()
             process.wait()
-    if not verdict.exists() or not verdict.read_text():
-        raise MachineError(f"the sandbox could not be made: {log.read_text()[-1000:].strip()}")
-    return Ended(**json.loads(verdict.read_text()))
 
 
 # ---- inside ----
