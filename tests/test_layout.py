@@ -10,7 +10,7 @@ SENTENCE = """
     adapters lora kv_cache token_tree drafter block engine vllm_engine engines validate optimize devices memory
     checkpoints training_log run training_report train adapt candidates predict vote submission revote executors
     worker journal budget schedule status solve bench_field bench_field_solve bench_solve bench_train
-    bench_schedule bench
+    bench_schedule bench kaggle_wire kaggle_client
 """
 ROWS = tuple(SENTENCE.split())
 HOMES = {  # heavy imports and the only modules that may have them
@@ -25,6 +25,8 @@ HOMES = {  # heavy imports and the only modules that may have them
     "trl": {"bench_field"},
     "datasets": {"bench_field"},
     "ray": {"executors"},
+    "kaggle": {"kaggle_client"},
+    "requests": {"kaggle_wire"},
 }
 PACKAGE = Path(arc_solver.__file__).parent
 
