@@ -280,15 +280,15 @@ class Kaggle:
             raise Unsure(f"Kaggle did not say the number of {what} ({short(answer.message)}): read the submissions")
         return answer.ref
 
-    def _read(self, what: str, service: str, call: str, **fields: Any) -> Any:
+    def _read(self, what: str, service: str, call: str, /, **fields: Any) -> Any:
         """The answer to a request that may be sent again."""
         return self._wire.again(what, lambda: self._send(service, call, fields))
 
-    def _once(self, what: str, service: str, call: str, **fields: Any) -> Any:
+    def _once(self, what: str, service: str, call: str, /, **fields: Any) -> Any:
         """The answer to a request that must not be sent again once it may have been read."""
         return self._wire.once(what, lambda: self._send(service, call, fields))
 
-    def _pages(self, what: str, service: str, call: str, **fields: Any) -> Iterator[Any]:
+    def _pages(self, what: str, service: str, call: str, /, **fields: Any) -> Iterator[Any]:
         seen = {""}  # which is what the last page has
         page = self._read(what, service, call, **fields)
         yield page
@@ -329,7 +329,7 @@ def _types(service: str) -> Any:
     return importlib.import_module(f"kagglesdk.{service}.types.{STEMS[service]}_service")
 
 
-def _made(service: str, name: str, **fields: Any) -> Any:
+def _made(service: str, name: str, /, **fields: Any) -> Any:
     """An object of the client's types. It refuses fields that it does not have, and values of another type."""
     made = getattr(_types(service), name)()
     for field, value in fields.items():
