@@ -22,7 +22,19 @@ from typing import Any
 from .config import MachineError, UserError
 from .kaggle_wire import SIGN_IN, Patience, Refused, Unreachable, Unsure, Wire, failures, inside, short
 
-__all__ = ["Kaggle", "Patience", "Refused", "Unreachable", "Unsure", "connect"]
+__all__ = [
+    "Allowance",
+    "Dataset",
+    "Kaggle",
+    "Limits",
+    "Notebook",
+    "Patience",
+    "Refused",
+    "Submitted",
+    "Unreachable",
+    "Unsure",
+    "connect",
+]
 
 STEMS = {"blobs": "blob_api", "datasets": "dataset_api", "kernels": "kernels_api", "competitions": "competition_api"}
 SOURCES = ("dataset_sources", "competition_sources", "kernel_sources", "model_sources", "tags")  # that may be invalid
@@ -129,15 +141,11 @@ class Kaggle:
     def dataset(self, ref: str) -> Dataset | None:
         """The dataset with this owner/slug, or None: there is none that this account may see."""
         owner, slug = _parts(ref)
-        try:
-            found = self._read(f"dataset {ref}", "datasets", "get_dataset", owner_slug=owner, dataset_slug=slug)
-            said = self._read(
-                f"the status of dataset {ref}", "datasets", "get_dataset_status", owner_slug=owner, dataset_slug=slug
-            )
-        except Refused as refused:
-            if refused.code in (403, 404):  # Kaggle says 403 of what does not exist too
-                return None
-            raise
+        name = {"owner_slug": owner, "dataset_slug": slug}
+        found = self._seen(f"dataset {ref}", "datasets", "get_dataset", **name)
+        if not found:
+            return None
+        said = self._read(f"the status of dataset {ref}", "datasets", "get_dataset_status", **name)
         version = found.current_version_number or 0
         notes = next((each.version_notes for each in found.versions or [] if each.version_number == version), "")
         # Kaggle gives the first version notes of its own, so what `create_dataset` was told is in the description.
@@ -177,12 +185,9 @@ class Kaggle:
     def notebook(self, ref: str) -> Notebook | None:
         """The notebook with this owner/slug as it was saved last, or None: there is none that this account may see."""
         owner, slug = _parts(ref)
-        try:
-            found = self._read(f"notebook {ref}", "kernels", "get_kernel", user_name=owner, kernel_slug=slug)
-        except Refused as refused:
-            if refused.code in (403, 404):
-                return None
-            raise
+        found = self._seen(f"notebook {ref}", "kernels", "get_kernel", user_name=owner, kernel_slug=slug)
+        if not found:
+            return None
         said, source = found.metadata, found.blob.source if found.blob else ""
         return Notebook(ref, said.current_version_number, source, said.is_private, said.enable_internet)
 
@@ -283,6 +288,15 @@ class Kaggle:
     def _read(self, what: str, service: str, call: str, /, **fields: Any) -> Any:
         """The answer to a request that may be sent again."""
         return self._wire.again(what, lambda: self._send(service, call, fields))
+
+    def _seen(self, what: str, service: str, call: str, /, **fields: Any) -> Any:
+        """The same of what may not be there: then None. Kaggle says 403 of what does not exist too."""
+        try:
+            return self._read(what, service, call, **fields)
+        except Refused as refused:
+            if refused.code in (403, 404):
+                return None
+            raise
 
     def _once(self, what: str, service: str, call: str, /, **fields: Any) -> Any:
         """The answer to a request that must not be sent again once it may have been read."""

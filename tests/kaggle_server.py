@@ -89,7 +89,8 @@ class Saved:
     settings: dict[str, Any]  # the request, less the source
     ending: str
     message: str
-    outputs: dict[str, bytes]
+    inputs: dict[str, int]  # datasets, and of each the last version that was ready when this was saved
+    outputs: dict[str, bytes] = field(default_factory=dict)
     polls: int = 0
     ended: bool = False
 
@@ -168,7 +169,8 @@ class Server:
 
         Args:
             call: SaveKernel and so on; PUT and GET are those of files.
-            kind: status (code, message, retry_after): answers that, and does nothing.
+            kind: status (code, message, retry_after): answers that, and does nothing; with hidden=True as a 200, and
+                the code in its body.
                 drop: breaks the connection, and does nothing. lose: does it, then breaks the connection.
                 late (code): does it, then answers 503 or what is asked for.
                 hang (seconds): does nothing, and says nothing.
@@ -317,7 +319,8 @@ class Server:
         versions = self.notebooks.setdefault(ref, [])
         ending, message = self.run_endings.popleft() if self.run_endings else ("COMPLETE", "")
         settings |= {"title": new_title, "language": language, "kernel_type": kernel_type}
-        saved = Saved(ref, len(versions) + 1, text, settings, ending, message, {})
+        inputs = {name: self._ready(name) for name in settings.get("dataset_data_sources", ()) if name in self.datasets}
+        saved = Saved(ref, len(versions) + 1, text, settings, ending, message, inputs)
         versions.append(saved)
         saved.outputs = self.outputs(saved)
         unknown = {field: sorted(refs) for field, refs in invalid.items() if refs}
@@ -419,6 +422,10 @@ class Server:
             raise Answer(403, "Permission 'datasets.get' was denied")
         return self.datasets[f"{owner}/{slug}"]
 
+    def _ready(self, ref: str) -> int:
+        versions = enumerate(self.datasets[ref].versions, 1)
+        return max((number for number, version in versions if version.polls > self.polls), default=0)
+
     def _saved(self, owner: str, slug: str, label: str = "") -> Saved:
         versions = self.notebooks.get(f"{owner}/{slug}")
         if not versions:
@@ -445,6 +452,7 @@ class Server:
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     timeout = 60
+    disable_nagle_algorithm = True  # or each answer waits for 40 ms
 
     @property
     def kaggle(self) -> Server:
@@ -545,7 +553,10 @@ class _Handler(BaseHTTPRequestHandler):
         if fault.kind == "garbage":
             return self._reply(200, b"<html>maintenance</html>", kind="text/html")
         headers = {"Retry-After": str(about["retry_after"])} if "retry_after" in about else {}
-        return self._message(about.get("code", 503), about.get("message", "planned"), **headers)
+        code, words = about.get("code", 503), about.get("message", "planned")
+        if about.get("hidden"):
+            return self._reply(200, json.dumps({"code": code, "message": words}).encode())
+        return self._message(code, words, **headers)
 
     def _message(self, status: int, message: str, **headers: str) -> None:
         self._reply(status, json.dumps({"code": status, "message": message}).encode(), **headers)

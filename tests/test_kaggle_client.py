@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -24,7 +25,7 @@ from kaggle_server import (
 )
 
 from arc_solver.config import MachineError
-from arc_solver.kaggle_wire import Patience, _asked_wait_s, inside, short
+from arc_solver.kaggle_wire import Failure, Patience, Wire, _asked_wait_s, inside, short
 
 WHEELS, NOTEBOOK = "ada/arc-solver-wheels", "ada/arc-solver"
 LOOP = """
@@ -168,6 +169,11 @@ def ended_run(ask: Driver, server: Server) -> None:
 
 def fetch(folder: Path, limits: str = "None") -> str:
     return f"kaggle.fetch({NOTEBOOK!r}, 1, Path({str(folder)!r}), {limits})"
+
+
+def test_the_version_of_the_client(request, ask):
+    version = ask("__import__('kaggle').__version__").value
+    assert version == "2.2.5" if "2.2.5" in request.node.name else version.startswith("2.2.")
 
 
 # Datasets
@@ -620,6 +626,14 @@ def test_kaggle_asks_for_more_than_there_is(ask, server, everything):
     assert len(server.calls("GetKernel")) == 1
 
 
+def test_an_error_in_the_body_of_a_success(ask, server, everything):
+    """The client takes its code for that of the answer."""
+    for code, error in ((400, "Refused"), (403, ""), (503, "")):
+        server.fault("GetKernel", "status", code=code, message="Hidden", hidden=True)
+        answer = ask(READS["GetKernel"])
+        assert (answer.error, answer.value is None) == (error, code != 503)
+
+
 def test_a_server_that_falls_silent(ask, server, everything):
     server.fault("GetKernel", "hang", seconds=1)
     answer = ask(READS["GetKernel"], silence_s=0.2)
@@ -731,6 +745,19 @@ for url in ("http://example.com/x", "https://example.com/x"):
 
 
 # Without a client
+
+
+def test_a_request_that_takes_long_is_sent_again_too():
+    tries, said = iter([Failure("lost"), None]), []
+
+    def send() -> str:
+        time.sleep(0.1)
+        if failure := next(tries):
+            raise failure
+        return "done"
+
+    assert Wire(Patience(first_wait_s=0.001, limit_s=0.05), said.append).again("it", send) == "done"
+    assert said == ["Kaggle, it: lost; again in 0 s"]
 
 
 def test_waits_grow_up_to_the_longest():
