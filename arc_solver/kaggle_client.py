@@ -117,7 +117,10 @@ def connect(patience: Patience | None = None, say: Callable[[str], None] = _to_s
     api.already_printed_version_warning = True  # it goes to stdout
     wire = Wire(patience or Patience(), say)
     if not api._authenticated:  # a second time, as the import hides why
-        wire.again("the sign-in", lambda: _sign_in(api))
+        try:
+            wire.again("the sign-in", lambda: _sign_in(api))
+        except Refused as refused:
+            raise UserError(f"{refused}: {SIGN_IN}") from None
     if not api.config_values.get("username"):
         raise UserError(f"the kaggle client's credentials have no user name: {SIGN_IN}")
     return Kaggle(api, wire)

@@ -12,6 +12,7 @@ import base64
 import json
 import os
 import re
+import sys
 import threading
 import time
 from collections import deque
@@ -138,8 +139,7 @@ class Server:
         self.owner = owner
         self.reset()
         self._lock = threading.RLock()
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-        self._http.daemon_threads = True
+        self._http = _Http(("127.0.0.1", 0), _Handler)
         self._http.kaggle = self  # type: ignore[attr-defined]
         self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
 
@@ -173,7 +173,7 @@ class Server:
                 the code in its body.
                 drop: breaks the connection, and does nothing. lose: does it, then breaks the connection.
                 late (code): does it, then answers 503 or what is asked for.
-                hang (seconds): does nothing, and says nothing.
+                hang (seconds): says nothing for so long, then does it and answers.
                 error (words): does nothing, and says so in a 200.
                 invalid (field, refs): does it, and calls these invalid, such as invalidModelSources.
                 garbage: does it, then answers with a page that is no JSON.
@@ -239,6 +239,11 @@ class Server:
 
     def _introspect_token(self, token: str = "") -> dict[str, Any]:
         return {"active": True, "username": self.owner} if token == TOKEN else {"active": False}
+
+    def _generate_access_token(self, refresh_token: str, **rest: Any) -> dict[str, Any]:
+        if refresh_token != KEY:
+            raise Answer(401, "Unauthenticated")
+        return {"token": TOKEN, "expiresIn": 43200}
 
     def _start_blob_upload(self, type: str, name: str, content_length: int = 0, **rest: Any) -> dict[str, Any]:
         if type != "DATASET":
@@ -449,6 +454,14 @@ class Server:
         return {blob.name: blob.content for blob in blobs if blob}
 
 
+class _Http(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # a client may go, or be killed
+            super().handle_error(request, client_address)
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     timeout = 60
@@ -482,10 +495,10 @@ class _Handler(BaseHTTPRequestHandler):
         fault = self._begin(call, body=body)
         if not parts.path.startswith("/api/v1/"):
             return self._reply(404, b"")
-        if call != "IntrospectToken" and not self._signed_in():
-            return self._message(401, "Unauthenticated")
-        if fault and fault.kind in ("status", "drop", "hang", "error"):
+        if fault and fault.kind in ("status", "drop", "error"):
             return self._fail(fault)
+        if call not in ("IntrospectToken", "GenerateAccessToken") and not self._signed_in():
+            return self._message(401, "Unauthenticated")
         try:
             answer = self.kaggle.do(call, body)
         except Answer as no:
@@ -507,7 +520,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.kaggle.put(token, where, content, None)
             return self._message(code, "try again") if code else self._drop()
         content = self._content()
-        if fault and fault.kind in ("status", "drop", "hang"):
+        if fault and fault.kind in ("status", "drop"):
             return self._fail(fault)
         status, headers = self.kaggle.put(token, where, content, fault)
         if fault and fault.kind == "lose":
@@ -517,7 +530,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         fault = self._begin("GET")
         content = self.kaggle.get(urlsplit(self.path).path.removeprefix("/output/"))
-        if fault and fault.kind in ("status", "drop", "hang"):
+        if fault and fault.kind in ("status", "drop"):
             return self._fail(fault)
         if content is None:
             return self._message(404, "not found")
@@ -531,6 +544,9 @@ class _Handler(BaseHTTPRequestHandler):
         fault = self.kaggle.take_fault(call)
         self.entry = Request(host, call, about.pop("body", {}), fault=fault.kind if fault else "", **about)
         self.kaggle.journal.append(self.entry)
+        if fault and fault.kind == "hang":
+            time.sleep(fault.details["seconds"])
+            return None
         return fault
 
     def _content(self) -> bytes:
@@ -543,9 +559,6 @@ class _Handler(BaseHTTPRequestHandler):
     def _fail(self, fault: Fault) -> None:
         about = fault.details
         if fault.kind in ("drop", "lose"):
-            return self._drop()
-        if fault.kind == "hang":
-            time.sleep(about["seconds"])
             return self._drop()
         if fault.kind == "error":
             words = {"error": about["words"], "status": "error"}
@@ -567,6 +580,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.entry.status = status
         self.kaggle.hook(self.entry)
         self.send_response(status)
+        headers["X-Kaggle-ApiVersion"] = "99.0"  # which makes the client tell its user of a newer one
         headers |= {"Content-Type": kind, "Content-Length": str(len(content) if length < 0 else length)}
         for name, value in headers.items():
             self.send_header(name, value)

@@ -635,9 +635,11 @@ def test_an_error_in_the_body_of_a_success(ask, server, everything):
 
 
 def test_a_server_that_falls_silent(ask, server, everything):
-    server.fault("GetKernel", "hang", seconds=1)
-    answer = ask(READS["GetKernel"], silence_s=0.2)
+    server.fault("GetKernel", "hang", seconds=0.5)
+    answer = ask(READS["GetKernel"], silence_s=0.1)
     assert (answer.error, len(answer.said)) == ("", 1)
+    server.fault("SaveKernel", "hang", seconds=0.5)
+    assert ask(save(), silence_s=0.1).error == "Unsure"
 
 
 # Signing in
@@ -694,6 +696,29 @@ def test_no_credentials(env, server, token):
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "kaggle auth login" in done.stderr
 
 
+@pytest.fixture
+def browser(env) -> dict[str, str]:
+    """Signed in with `kaggle auth login`."""
+    file = Path(env["HOME"]) / ".kaggle" / "credentials.json"
+    file.parent.mkdir()
+    file.write_text(json.dumps({"refresh_token": KEY, "username": "ada"}))
+    return without_key(env)
+
+
+def test_a_sign_in_with_the_browser(browser, server):
+    done = once(browser, "kaggle.dataset('ada/nothing')")
+    assert (done.stdout, done.stderr, done.returncode) == ("None\n", "", 0)
+    assert [request.call for request in server.journal] == ["GenerateAccessToken", "GetDataset"]
+
+
+@pytest.mark.parametrize("code", [400, 401])
+def test_a_sign_in_that_has_ended(browser, server, code):
+    server.fault("GenerateAccessToken", "status", times=9, code=code, message="Ended")
+    done = once(browser)
+    assert (done.stdout, done.returncode) == ("", 2)
+    assert "kaggle auth login" in done.stderr and KEY not in done.stderr
+
+
 def test_a_key_that_is_not_accepted(env, server):
     done = once(env | {"KAGGLE_KEY": "wrong-key"}, "kaggle.dataset('ada/nothing')")
     assert (done.stdout, done.returncode) == ("", 2)
@@ -708,9 +733,12 @@ def test_verbose_shows_no_credentials(env, server):
             assert (done.stdout, done.stderr, done.returncode) == ("None\n", "", 0)
 
 
-def test_no_client(tmp_path, server):
-    done = once(environment(server, tmp_path), before="import sys\nsys.modules['kaggle'] = None")
-    assert (done.stdout, done.returncode) == ("", 2) and "pip install 'arc_solver[kaggle]'" in done.stderr
+@pytest.mark.parametrize("there", ["None", "types.ModuleType('kaggle')"])
+def test_no_client(tmp_path, server, there):
+    """Not even a folder with its name, such as that of a checkout."""
+    done = once(environment(server, tmp_path), before=f"import sys, types\nsys.modules['kaggle'] = {there}")
+    assert (done.stdout, done.returncode) == ("", 2)
+    assert done.stderr == "error: bin/submit needs the kaggle client: pip install 'arc_solver[kaggle]'\n"
 
 
 def test_a_client_without_six(env):
