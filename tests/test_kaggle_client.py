@@ -200,6 +200,15 @@ def test_datasets(ask, server, folder):
     assert dataset.versions[1].files == files_of(folder)
 
 
+def test_notes_are_found_where_kaggle_lists_no_versions(ask, server, folder, monkeypatch):
+    server.polls = 0
+    ask(f"[{create(folder)}, kaggle.dataset({WHEELS!r}), {version(folder)}]")
+    plain = server._get_dataset
+    monkeypatch.setattr(server, "_get_dataset", lambda **name: plain(**name) | {"versions": []})
+    found = ask(f"kaggle.dataset({WHEELS!r})").value
+    assert (found["version"], found["notes"]) == (2, "content=b")
+
+
 def test_a_public_dataset(ask, server, folder):
     ask(create(folder).replace("'content=a'", "'content=a', private=False"))
     assert ask(f"kaggle.dataset({WHEELS!r})").value["private"] is False
@@ -367,14 +376,11 @@ def test_outputs(ask, server, tmp_path):
     assert {call.body["versionLabel"] for call in server.calls("ListKernelSessionOutput")} == {"v1"}
 
 
-def test_a_log_that_is_none_of_lines(ask, server, tmp_path):
+def test_a_log_that_is_none_of_lines(ask, server, tmp_path, monkeypatch):
     server.outputs = lambda saved: {}
     ended_run(ask, server)
-    server._list_kernel_session_output = lambda **asked: {"log": "plain words"}
-    try:
-        assert ask(fetch(tmp_path)).value == "plain words"
-    finally:
-        del server._list_kernel_session_output
+    monkeypatch.setattr(server, "_list_kernel_session_output", lambda **asked: {"log": "plain words"})
+    assert ask(fetch(tmp_path)).value == "plain words"
 
 
 @pytest.mark.parametrize(
