@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -106,10 +106,10 @@ def rehearse(release: Path, competition: Path, python: Path, out: Path, terms: T
     """
     metadata = read_json(release / "kernel" / "kernel-metadata.json")
     found = read_file(competition / CHALLENGES)
+    mounts = [_notebook(release, metadata), *_mounts(release, competition, metadata, terms.layout)]
     out = out.resolve()
     scratch = _emptied(out)
-    sandbox = _sandbox(_mounts(release, competition, metadata, terms.layout), python, out, terms)
-    sandbox = replace(sandbox, binds=(*sandbox.binds, Bind(str(_notebook(release, metadata)), NOTEBOOK)))
+    sandbox = _sandbox(mounts, python, out, terms)
     say(f"{terms.mode} run in {terms.layout}'s layout, at most {terms.limit_s:.0f} s; log: {out / 'log.txt'}")
     command = [f"{OWN}/bin/python", RUNNER, NOTEBOOK, f"{RESULTS}/notebook.ipynb"]
     try:
@@ -142,11 +142,11 @@ def _emptied(out: Path) -> Path:
     return scratch
 
 
-def _notebook(release: Path, metadata: Mapping[str, Any]) -> Path:
+def _notebook(release: Path, metadata: Mapping[str, Any]) -> Bind:
     file = release / "kernel" / str(metadata["code_file"])
     if not file.is_file():
         raise UserError(f"{file} does not exist: build the release again")
-    return file.resolve()
+    return Bind(str(file.resolve()), NOTEBOOK)
 
 
 def _mounts(release: Path, competition: Path, metadata: Mapping[str, Any], layout: Layout) -> list[Bind]:

@@ -172,6 +172,7 @@ def _mount_all(root: Path, plan: Mapping[str, Any]) -> None:
     for bind in plan["binds"]:
         _bind(bind["source"], _at(root, bind["target"]), bind["writable"])
     for folder in plan["read_only"]:
+        _at(root, folder).mkdir(parents=True, exist_ok=True)
         _bind(str(_at(root, folder)), _at(root, folder))
 
 

@@ -2,11 +2,13 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -312,15 +314,15 @@ def test_a_link_is_no_submission(bench, tmp_path):
     assert "left no file" in why(bench, [link], tmp_path / "out")
 
 
-def test_too_much_time(bench, tmp_path, monkeypatch):
-    monkeypatch.setattr(arc_solver.rehearsal, "START_S", 6.0)
-    sleeper = f"subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)', 'of-{os.getpid()}'])"
-    cells = [ANSWER, "print('still here', flush=True)", f"import subprocess, sys\n{sleeper}"]
-    text = why(bench, cells, tmp_path, Terms("rerun", clock=1e-6))
-    assert text.startswith("rerun run: the notebook was not done after 6 s")
-    assert "still here" in text
-    left = [file for file in Path("/proc").glob("[0-9]*/cmdline") if f"of-{os.getpid()}".encode() in read(file)]
-    assert not left
+def sleeper(name: str) -> list[str]:
+    """Cells that never end, with a child of that name."""
+    child = f"subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)', {name!r}])"
+    return ["print('still here', flush=True)", f"import subprocess, sys\n{child}"]
+
+
+def running(name: str) -> bool:
+    """Whether a process has the name as its last word."""
+    return any(read(file).endswith(f"\0{name}\0".encode()) for file in Path("/proc").glob("[0-9]*/cmdline"))
 
 
 def read(file: Path) -> bytes:
@@ -330,8 +332,33 @@ def read(file: Path) -> bytes:
         return b""
 
 
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_too_much_time(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(arc_solver.rehearsal, "START_S", 6.0)
+    text = why(bench, sleeper(tmp_path.name), tmp_path, Terms("rerun", clock=1e-6))
+    assert text.startswith("rerun run: the notebook was not done after 6 s")
+    assert "still here" in text
+    assert not running(tmp_path.name)
+
+
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGKILL])
+def test_the_sandbox_ends_with_who_made_it(bench, tmp_path, by):
+    write_notebook(bench.release / "kernel" / "main.ipynb", sleeper(tmp_path.name))
+    paths = map(str, (bench.release, bench.competition, bench.python, tmp_path))
+    with subprocess.Popen([sys.executable, "-P", "-c", IN_ANOTHER, *paths], stderr=subprocess.DEVNULL) as process:
+        wait_until(lambda: running(tmp_path.name))
+        process.send_signal(by)
+    wait_until(lambda: not running(tmp_path.name))
+
+
 def test_too_much_memory_of_all_processes_together(bench, tmp_path):
-    eater = "[sys.executable, '-c', 'import time; kept = bytes(1) * 10; kept = b\"x\" * (300 << 20); time.sleep(600)']"
+    eater = "[sys.executable, '-c', 'import time; kept = b\"x\" * (300 << 20); time.sleep(600)']"
     cell = f"import subprocess, sys\nfor child in [subprocess.Popen({eater}) for _ in range(2)]:\n    child.wait()"
     text = why(bench, [cell], tmp_path, Terms("commit", memory_gib=0.5))
     assert "of memory, the limit is 0.5 GiB" in text
@@ -339,7 +366,7 @@ def test_too_much_memory_of_all_processes_together(bench, tmp_path):
 
 # ---- other users, broken releases ----
 
-AS_USER = """
+IN_ANOTHER = """
 import sys
 from pathlib import Path
 from arc_solver.rehearsal import Terms, rehearse
@@ -363,7 +390,7 @@ def test_without_privileges(bench, tmp_path):
         sys.executable,
         "-P",
         "-c",
-        AS_USER,
+        IN_ANOTHER,
         *paths,
     ]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120)
