@@ -79,6 +79,7 @@ class VLLMEngine:
         self.rank = _rank_served(like.rank) if like else 0
         self.alphabet = _alphabet(model.format)
         self._vllm = import_vllm()
+        self._selective = _selective(self._vllm)
         self._llm = self._start(model, model_dir, config)
         self.deadline = math.inf
         self.on_step: Callable[[], None] = lambda: None
@@ -112,6 +113,7 @@ class VLLMEngine:
                     gpu_memory_utilization=0.01,  # else vLLM wants 92% of the GPU free first
                     max_logprobs=-1,
                     use_tqdm_on_load=False,
+                    **({} if self._selective else {"stream_interval": STREAM}),
                     **(
                         {"block_size": 32} if on_cpu else {}
                     ),  # ids that the prefix cache shares at a time; 128 by default
@@ -208,7 +210,7 @@ class VLLMEngine:
 
     def continuing(self, most: int) -> Any:
         """Parameters of a request for up to `most` ids."""
-        return self._params(max_tokens=most, stream_interval=STREAM)
+        return self._params(max_tokens=most, **({"stream_interval": STREAM} if self._selective else {}))
 
     def scoring(self, read_cache: bool) -> Any:
         """Parameters of a request for the log-probabilities along the prompt, and of the next id.
@@ -225,7 +227,8 @@ class VLLMEngine:
             temperature=0,
             detokenize=False,
             allowed_token_ids=self.alphabet,
-            logprob_token_ids=self.alphabet,  # under the unrestricted softmax: vLLM's "raw_logprobs"
+            # All under the unrestricted softmax: vLLM's "raw_logprobs".
+            **({"logprob_token_ids": self.alphabet} if self._selective else {"logprobs": -1}),
             flat_logprobs=True,
             stop_token_ids=[END],
             output_kind=RequestOutputKind.DELTA,
@@ -478,6 +481,12 @@ def import_vllm() -> Any:
             f"engine.kind=vllm needs vLLM for PyTorch {torch.__version__} ({first_line(error)}):"
             " install the extra vllm (in a checkout: .venv/bin/pip install -e '.[vllm]'), or use engine.kind=torch"
         ) from error
+
+
+def _selective(vllm: Any) -> bool:
+    """Whether a request may say of which ids it wants log-probabilities, and how often: 0.19, for PyTorch 2.10, gives
+    those of all ids, which are not many, and reports at one interval for all."""
+    return {"logprob_token_ids", "stream_interval"} <= set(vllm.SamplingParams.__struct_fields__)
 
 
 @contextmanager

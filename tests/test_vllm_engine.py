@@ -110,6 +110,26 @@ def test_an_adapter_that_vllm_ignores_is_noticed(served, monkeypatch):
         pass
 
 
+@real
+def test_a_vllm_that_reports_on_all_ids_gives_the_same(served, monkeypatch):
+    """As 0.19 does, which knows nothing of the ids that a request is for."""
+    model, prompts = served.model, prompts_of(3)
+    adapters = adapters_for(model, 1) * 3
+    with served.engine.open(prompts, adapters) as session:
+        replies = session.generate([0, 1, 2])
+        scores = [one.log_probability for (one,) in session.score([[reply.ids] for reply in replies])]
+    monkeypatch.setattr(served.engine, "_selective", False)
+    params = served.engine.continuing(5)
+    assert (params.logprobs, params.logprob_token_ids, params.stream_interval) == (-1, None, None)
+    with served.engine.open(prompts, adapters) as session:
+        again = session.generate([0, 1, 2])
+    with served.engine.open(prompts, adapters) as session:  # what is known would not be asked for
+        scores_again = [one.log_probability for (one,) in session.score([[reply.ids] for reply in again])]
+    assert [reply.ids for reply in again] == [reply.ids for reply in replies]
+    decoded, wanted = ([reply.log_probability for reply in both] for both in (again, replies))
+    assert decoded + scores_again == pytest.approx(wanted + scores, abs=1e-4)
+
+
 # ---- adapters as files ---------------------------------------------------------------------------------------------
 
 
