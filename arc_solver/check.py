@@ -8,18 +8,18 @@ Last, and for safety: no file that travels may hold a credential, be it by its n
 are left out of that search, as they are public and their hashes are locked; ours is searched inside.
 """
 
-import hashlib
 import json
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from packaging.utils import canonicalize_name
 
 from .config import MACHINES, Config, UserError, first_line
+from .files import sha256
 from .image import IMAGE_FILE, Changes, Wheel, read_image, read_lock, read_wheel, simulate
 
 MAX_SOURCE = 1_000_000  # bytes of a notebook
@@ -344,7 +344,7 @@ def _locked(folder: Path, wheels: list[Wheel]) -> Iterator[str]:
         version, hashes = lock.pop(wheel.name, (None, frozenset()))
         if version is None:
             yield f"{folder.name}/{wheel.file} is not in requirements.lock, so it would not be installed"
-        elif version != wheel.version or _sha256(folder / wheel.file) not in hashes:
+        elif version != wheel.version or sha256(folder / wheel.file) not in hashes:
             yield f"{folder.name}/{wheel.file} is not the {wheel.name} {version} whose hash requirements.lock has"
     for name, (version, _) in lock.items():
         yield f"{folder.name}: requirements.lock asks for {name} {version}, and there is no wheel of it"
@@ -381,7 +381,7 @@ def _manifest(release: Path, datasets: list[Path]) -> Iterator[str]:
     travels = {f"{f.parent.name}/{f.name}": f for folder in datasets for f in sorted(folder.iterdir()) if f.is_file()}
     yield from _disagreements("manifest.json", sums, {n: file for n, file in travels.items() if file not in besides})
     notebooks = [file.read_text(errors="replace") for file in _files(release / "kernel") if file.suffix == ".ipynb"]
-    if not any(_sha256(found[0]) in text for text in notebooks):
+    if not any(sha256(found[0]) in text for text in notebooks):
         yield "the notebook does not have the hash of manifest.json: it is of another build"
 
 
@@ -391,13 +391,8 @@ def _disagreements(where: str, sums: Mapping[str, str], files: Mapping[str, Path
     for name, file in files.items():
         if name not in sums:
             yield f"{where} lacks {name}"
-        elif sums[name] != _sha256(file):
+        elif sums[name] != sha256(file):
             yield f"{name} is not what {where} says: it was changed, so build once more"
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 # ---- credentials ----------------------------------------------------------------------------------------------------
@@ -407,18 +402,19 @@ def _credentials(release: Path) -> Iterator[str]:
     for file in _travelling(release):
         name = _name(file, release)
         if file.suffix != ".whl":
-            yield from _in_file(name, _searched(file))
+            with file.open("rb") as stream:
+                yield from _in_file(name, _searched(stream))
         elif canonicalize_name(file.name.partition("-")[0]) == "arc-solver" and zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive:
                 for inside in archive.namelist():
-                    yield from _in_file(f"{name}/{inside}", archive.read(inside))
+                    with archive.open(inside) as stream:
+                        yield from _in_file(f"{name}/{inside}", _searched(stream))
 
 
-def _searched(file: Path) -> bytes:
+def _searched(stream: IO[bytes]) -> bytes:
     """A text whole, and the start of anything else."""
-    with file.open("rb") as stream:
-        start = stream.read(BINARY_START)
-        return start if b"\0" in start else start + stream.read()
+    start = stream.read(BINARY_START)
+    return start if b"\0" in start else start + stream.read()
 
 
 def _in_file(name: str, text: bytes) -> Iterator[str]:

@@ -33,6 +33,7 @@ from pydantic import (
 )
 
 PACKAGE_DIR = Path(__file__).parent
+BUNDLED_DIR = PACKAGE_DIR / "bundled"  # the model that ships with the package
 
 
 class UserError(Exception):

@@ -1,5 +1,6 @@
 """Files that are never there in part, and the commit that the code is of."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -32,10 +33,15 @@ def write_json(file: Path, content: Any) -> None:
     write_whole(file, json.dumps(content, indent=1) + "\n")
 
 
+def sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def commit() -> str:
-    """The commit of the checkout, or "" outside one."""
+    """The commit of the checkout, with -dirty behind it if files were changed since; "" outside one."""
     try:
-        words = ["git", "rev-parse", "HEAD"]
+        words = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         done = subprocess.run(words, cwd=PACKAGE_DIR, capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else ""
     except OSError:  # there is no git

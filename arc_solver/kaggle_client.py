@@ -108,7 +108,7 @@ def connect(patience: Patience | None = None, say: Callable[[str], None] = _to_s
         os.environ.pop(name, None)
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # its import signs in, and prints help if it cannot
-            from kaggle import api
+            from kaggle import api  # type: ignore[attr-defined] # mypy takes the folder kaggle/ for it
     except ImportError as error:
         missing = "" if error.name == "kaggle" else f" ({short(str(error))})"
         raise UserError(f"bin/submit needs the kaggle client{missing}: pip install 'arc_solver[kaggle]'") from None

@@ -8,8 +8,10 @@ then looks at the scored tasks' test pairs only, and says of how many tasks the 
 """
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from .augment import GEOMETRIES, Augmentation
 from .config import SourceConfig
@@ -45,6 +47,18 @@ class TrainingData:
 
 
 NOTHING = TrainingData(frozenset(), frozenset())
+DATA_FILE = "training_data.json"  # in every checkpoint that says what it was trained on
+
+
+def read_training_data(checkpoint: Path) -> TrainingData | None:
+    """What a checkpoint was trained on; None: it does not say.
+
+    Raises:
+        ValueError, TypeError, AttributeError: the file is damaged.
+    """
+    file = checkpoint / DATA_FILE
+    return TrainingData.from_json(json.loads(file.read_text())) if file.is_file() else None
+
 
 Keys = Mapping[str, set[str]]  # task id -> `pair_key` of the pairs that say what the task is
 

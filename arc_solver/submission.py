@@ -72,8 +72,11 @@ def write_submission(submission: Submission, file: Path) -> None:
     write_whole(file, json.dumps(content, separators=(",", ":")))
 
 
-def read_submission(file: Path, tasks: Sequence[Task]) -> Submission:
+def read_submission(file: Path, tasks: Sequence[Task] | None) -> Submission:
     """A submission, checked against the tasks it answers: every id, every test input, both attempts, legal grids.
+
+    Args:
+        tasks: None: not known, so only the form is checked.
 
     Raises:
         UserError: what is missing or wrong, and where.
@@ -81,6 +84,8 @@ def read_submission(file: Path, tasks: Sequence[Task]) -> Submission:
     content = read_json(file)
     if not isinstance(content, dict):
         raise UserError(f"{file}: expected a JSON object, task id -> list of attempts")
+    if tasks is None:
+        return {i: _read_outputs(outputs, None, f"{file}: task {i}") for i, outputs in content.items()}
     wanted = {task.id: task for task in tasks}
     if missing := sorted(wanted.keys() - content.keys()):
         raise UserError(
@@ -90,14 +95,15 @@ def read_submission(file: Path, tasks: Sequence[Task]) -> Submission:
     if unknown := sorted(content.keys() - wanted.keys()):
         raise UserError(f"{file}: answers to {len(unknown)} tasks that --tasks does not hold, e.g. {unknown[0]!r}")
     return {
-        task_id: _read_outputs(content[task_id], task, f"{file}: task {task_id}") for task_id, task in wanted.items()
+        task_id: _read_outputs(content[task_id], len(task.test), f"{file}: task {task_id}")
+        for task_id, task in wanted.items()
     }
 
 
-def _read_outputs(raw: Any, task: Task, where: str) -> list[Attempts]:
-    if not isinstance(raw, list) or len(raw) != len(task.test):
+def _read_outputs(raw: Any, count: int | None, where: str) -> list[Attempts]:
+    if not isinstance(raw, list) or len(raw) != (count or len(raw)):
         got = f"{len(raw)}" if isinstance(raw, list) else "no list"
-        raise UserError(f"{where}: expected a list of {len(task.test)} answers, one a test input, got {got}")
+        raise UserError(f"{where}: expected a list of {count or 'the'} answers, one a test input, got {got}")
     outputs = []
     for i, both in enumerate(raw):
         if not isinstance(both, dict) or set(both) != set(ATTEMPTS):

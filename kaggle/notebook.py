@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 BEGAN = time.monotonic()
-RELEASE = json.loads("{}")  # filled in when it is built: content, hash of the manifest, names
+RELEASE = json.loads("{}")  # filled in when it is built: hash of the manifest, and names
 RERUN = bool(os.environ.get("KAGGLE_IS_COMPETITION_RERUN"))  # the run that is scored, on the hidden tasks
 INPUT, WORKING, SCRATCH = Path("/kaggle/input"), Path("/kaggle/working"), Path("/kaggle/temp")
 
@@ -30,7 +30,7 @@ tasks = json.loads(challenges.read_text())
 (WORKING / "submission.json").write_text(json.dumps({i: [blank] * len(task["test"]) for i, task in tasks.items()}))
 
 text = (folders[RELEASE["datasets"][0]] / "manifest.json").read_bytes()
-if hashlib.sha256(text).hexdigest() != RELEASE["manifest"]:
+if hashlib.sha256(text).hexdigest() != RELEASE["content"]:
     raise RuntimeError("manifest.json is of another build: push the datasets and the notebook once more")
 manifest = json.loads(text)
 for name, digest in manifest["files"].items():
@@ -56,10 +56,12 @@ for i in range(len(gpus)):
     torch.ones(8, 8, device=f"cuda:{i}").sum().item()
 libraries = [name for name in ("torch", "transformers", "vllm", "ray", "arc_solver") if importlib.util.find_spec(name)]
 print("Python", sys.version.split()[0], {name: importlib.metadata.version(name) for name in libraries}, file=sys.stderr)
-print(json.dumps(gpus))
+print(json.dumps([gpus, torch.__version__]))
 """
 looked = subprocess.run([sys.executable, "-c", look], check=True, stdout=subprocess.PIPE, text=True)
-gpus = json.loads(looked.stdout)
+gpus, version = json.loads(looked.stdout)
+if not version.startswith(manifest["torch"]):
+    raise RuntimeError(f"the image has PyTorch {version}, and vLLM needs {manifest['torch']}: pin it with kaggle.image")
 wanted = json.loads(os.environ.get("ARC_SOLVER_GPUS", json.dumps(manifest["gpus"])))  # set by rehearsals only
 print(f"GPUs: {gpus}")
 if len(gpus) != len(wanted) or not all(part in name for part, name in zip(wanted, gpus, strict=True)):
@@ -71,9 +73,9 @@ clock = float(os.environ.get("ARC_SOLVER_CLOCK", 1))  # set by rehearsals only: 
 budget = clock * (manifest["time_budget_s"] if RERUN else manifest["smoke_budget_s"])
 words = [str(wheels / "config.json"), "--tasks", str(challenges), "--out", str(SCRATCH / "run")]
 words += ["--submission", str(WORKING / "submission.json"), "run.show=0"]
-words += [f"model.path={folders[manifest['weights']]}"] * bool(manifest["weights"])
-words += [f"model.adapter={folders[manifest['adapter']]}"] * bool(manifest["adapter"])
-words += ["--smoke", str(manifest["smoke_tasks"])] * (not RERUN)
+words += [f"model.path={folders[manifest['weights']]}"] if manifest["weights"] else []
+words += [f"model.adapter={folders[manifest['adapter']]}"] if manifest["adapter"] else []
+words += [] if RERUN else ["--smoke", str(manifest["smoke_tasks"])]
 SCRATCH.mkdir(parents=True, exist_ok=True)
 for attempt in range(3):
     left = max(30, int(budget - (time.monotonic() - BEGAN)))

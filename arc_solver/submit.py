@@ -1,0 +1,213 @@
+"""`bin/submit`: from a config to a scored submission on Kaggle, rehearsed offline first."""
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from .bundle import Release, build
+from .check import check
+from .config import BUNDLED_DIR, Config, MachineError, Parser, TasksConfig, UserError, duration_s, load_config, run_main
+from .kaggle_client import connect
+from .kaggle_wire import Patience
+from .leaks import leak_audit, read_training_data
+from .push import Pusher, TimedOut, Waiting
+from .rehearsal import Failed, Layout, Mode, Terms, competition_files, image_python, rehearse
+from .tasks import TaskSet, load_tasks, smallest
+
+RELEASES = Path("runs/submit")
+STEPS = ("build", "check", "dry-run", "push", "submit")
+REHEARSED = 240  # tasks: as many as Kaggle's placeholder has
+SHOWN = "arc-agi-1/training", "arc-agi-1/evaluation"  # tasks of the rehearsed commit run, and of the scored one
+CLOCK = 1 / 240  # of the rehearsed scored run: 12 h become 3 minutes
+KAGGLE_GIB = 30.0  # memory of a machine without GPUs or with two T4
+FAILED, LATE = 3, 4  # exit codes: a dry run that failed; Kaggle takes longer than we wait
+
+Say = Callable[[str], None]
+
+
+def main(arguments: list[str]) -> int:
+    args = _parse(arguments)
+    console = Console(stderr=args.json)
+
+    def say(line: str) -> None:
+        console.print(f"[{time.strftime('%H:%M:%S')}] {line}", markup=False, highlight=False, soft_wrap=True)
+
+    try:
+        outcome = _status(args) if args.config == "status" else _steps(args, say)
+    except (Failed, TimedOut) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED if isinstance(error, Failed) else LATE
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 1
+    if args.json:
+        print(json.dumps(outcome))
+    return 0
+
+
+def _parse(arguments: list[str]) -> Any:
+    parser = Parser(
+        prog="bin/submit",
+        description="Build what travels to Kaggle, check it, rehearse it offline, push it, enter it. Without a step:"
+        " all of that but the last. Instead of a config, the folder of a release goes too: it is not built again then."
+        " bin/submit status RUN says how a release stands.",
+    )
+    parser.add_argument("config", metavar="CONFIG.toml | RUN | status")
+    parser.add_argument("step", nargs="?", metavar="|".join(STEPS), help="or the folder of a release, after status")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--yes", action="store_true", help="really submit")
+    parser.add_argument("--again", action="store_true", help="push: run the notebook once more, though it is there")
+    parser.add_argument("--dry-run", action="store_true", help="push, submit: say what would be sent, and send nothing")
+    parser.add_argument("--json", action="store_true", help="print one JSON object; all else goes to stderr")
+    parser.add_argument(
+        "--tasks", metavar="SPEC", help="those that the pushed run was shown, to check its output against"
+    )
+    parser.add_argument(
+        "--timeout", type=_seconds, default="14h", metavar="TIME", help="how long to wait for Kaggle; default 14h"
+    )
+    parser.add_argument(
+        "--poll", type=_seconds, default="5s", metavar="TIME", help="between two looks at first; default 5s"
+    )
+    parser.add_argument("--clock", type=float, default=CLOCK, help="dry-run: what becomes of 12 h; default 1/240")
+    parser.add_argument("--rehearse", type=int, default=REHEARSED, metavar="N", help="dry-run: tasks; default 240")
+    parser.add_argument(
+        "--older-mounts", action="store_true", help="dry-run: folders where Kaggle had them before 2026"
+    )
+    args = parser.parse_intermixed_args(arguments)
+    if args.step and args.config != "status" and args.step not in STEPS:
+        args.overrides, args.step = [args.step, *args.overrides], None
+    if not 0 < args.clock <= 1 or args.rehearse < 1:
+        raise UserError("--clock is over 0 and at most 1, and --rehearse at least 1")
+    return args
+
+
+def _seconds(text: str) -> float:
+    try:
+        return duration_s(text)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def _steps(args: Any, say: Say) -> dict[str, Any]:
+    if (Path(args.config) / "SHA256SUMS").is_file():
+        if args.overrides:
+            raise UserError(f"{args.config} is built: settings are given with a config file instead")
+        release = Release(Path(args.config))
+        config = Config.model_validate(release.manifest["config"])
+    else:
+        config = load_config(args.config, args.overrides)
+        release = build(config, RELEASES, say)
+    outcome: dict[str, Any] = {"release": str(release.folder), "content": release.content}
+    for step in [args.step] if args.step else STEPS[:-1]:
+        outcome |= _DO[step](release, config, args, say)
+    if not args.step:
+        say(f"nothing was submitted; to enter: bin/submit {args.config} submit --yes")
+    return outcome
+
+
+def _check(release: Release, config: Config, args: Any, say: Say) -> dict[str, Any]:
+    report = check(release.folder, config)
+    if report.complaints:
+        raise UserError("; ".join(report.complaints))
+    for line in str(report).splitlines():
+        say(line)
+    return {"check": asdict(report)}
+
+
+def _rehearse(release: Release, config: Config, args: Any, say: Say) -> dict[str, Any]:
+    """Twice, as Kaggle would: at the push, on tasks that are public; and when it is scored, on others."""
+    began = time.monotonic()
+    python, differences = image_python(RELEASES / ".image", say)
+    for line in differences:
+        say(f"unlike Kaggle: {line}")
+    layout: Layout = "older" if args.older_mounts else "today"
+    memory = None if config.kaggle.machine else KAGGLE_GIB
+    done: dict[str, Any] = {}
+    modes: tuple[tuple[Mode, str, float], ...] = (("commit", SHOWN[0], 1.0), ("rerun", SHOWN[1], args.clock))
+    for mode, spec, clock in modes:
+        found = load_tasks(TasksConfig(spec=spec))
+        found = _part(found, args.rehearse)
+        competition = release.folder / "rehearsal" / f"{mode}-tasks"
+        shutil.rmtree(competition, ignore_errors=True)
+        competition_files(competition, found)
+        terms = Terms(mode, layout, clock, memory)
+        say(f"rehearsing the {mode} run: {len(found.tasks)} tasks of {spec}")
+        ran = rehearse(release.folder, competition, python, release.folder / "rehearsal" / mode, terms, say)
+        for line in ran.differences:
+            say(f"unlike Kaggle: {line}")
+        say(f"the {mode} run took {ran.seconds:.0f} s, and left a whole submission: {ran.submission}")
+        done[mode] = {"seconds": round(ran.seconds, 1), "submission": str(ran.submission), "tasks": len(found.tasks)}
+        if ran.score:
+            trained_on = read_training_data(Path(config.model.path or BUNDLED_DIR))
+            audit = str(leak_audit(trained_on, found)) if trained_on else "no leak audit: the model does not say"
+            say(
+                f"{ran.score.outputs_solved} of {ran.score.outputs} test outputs solved: the {len(found.tasks)} tasks"
+                f" of {spec} with the fewest tokens, seed {config.run.seed}; {audit}"
+            )
+            done[mode] |= {"score": ran.score.to_json(), "seed": config.run.seed, "audit": audit}
+    say(f"rehearsed in {time.monotonic() - began:.0f} s")
+    return {"rehearsal": done}
+
+
+def _part(found: TaskSet, count: int) -> TaskSet:
+    tasks = tuple(smallest(found.tasks, count))
+    return TaskSet(found.name, tasks, {task.id: found.solutions[task.id] for task in tasks})
+
+
+def _push(release: Release, config: Config, args: Any, say: Say) -> dict[str, Any]:
+    if report := check(release.folder, config).complaints:
+        raise UserError("; ".join(report))
+    tasks = list(load_tasks(TasksConfig(spec=args.tasks)).tasks) if args.tasks else None
+    pusher = _pusher(release, config, args, say)
+    pusher.push_datasets()
+    pusher.push_notebook(args.again)
+    if args.dry_run:
+        return {"sent": False}
+    pusher.wait()
+    return {"output": str(pusher.fetch(tasks)), **pusher.state.content}
+
+
+def _submit(release: Release, config: Config, args: Any, say: Say) -> dict[str, Any]:
+    return {"submission": asdict(_pusher(release, config, args, say).submit(args.yes))}
+
+
+def _pusher(release: Release, config: Config, args: Any, say: Say) -> Pusher:
+    waiting = Waiting(args.timeout, args.poll)
+    kaggle = connect(Patience(first_wait_s=min(1.0, waiting.first_s)), say)
+    owner = config.kaggle.owner or kaggle.owner
+    if owner != kaggle.owner:
+        say(f"signed in as {kaggle.owner}, for {owner}")
+    return Pusher(release, kaggle, owner, waiting, say, config.kaggle.public, args.dry_run)
+
+
+_DO = {"build": lambda *_: {}, "check": _check, "dry-run": _rehearse, "push": _push, "submit": _submit}
+
+
+def _status(args: Any) -> dict[str, Any]:
+    """What is known of a release, without asking Kaggle."""
+    folder = Path(args.step or "")
+    if not args.step or not (folder / "SHA256SUMS").is_file():
+        raise UserError(f"bin/submit status RUN: {folder} is no folder that bin/submit built, such as runs/submit/NAME")
+    file = folder / "state.json"
+    try:
+        known = json.loads(file.read_text()) if file.exists() else {}
+    except (OSError, ValueError) as error:
+        raise MachineError(
+            f"{file} cannot be read ({error}): remove it, and push again; Kaggle is asked first"
+        ) from None
+    state = {"release": str(folder), "content": Release(folder).content, **known}
+    if not args.json:
+        for key, value in state.items():
+            print(f"{key}: {json.dumps(value) if isinstance(value, dict) else value}")
+    return state
+
+
+if __name__ == "__main__":
+    run_main(main)

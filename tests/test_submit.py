@@ -1,0 +1,411 @@
+"""bin/submit against a stand-in for Kaggle: the real command, the real client, in every version that is supported."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from kaggle_server import CLIENTS, COMPETITION, KEY, SIGNATURE, Request, Server, client_path, environment
+
+from arc_solver.bundle import CHECKOUT, Release, build
+from arc_solver.config import load_config
+
+NAME = "arc-solver-cpu"
+OWNED = f"ada/{NAME}"
+MUTATING = ("CreateDataset", "CreateDatasetVersion", "SaveKernel", "CreateCodeSubmission")
+GRID = [[0]]
+
+
+@pytest.fixture(scope="module")
+def releases(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("releases")
+
+
+def make(releases: Path, *overrides: str) -> Path:
+    config = load_config(CHECKOUT / "configs" / "kaggle-cpu.toml", overrides)
+    return build(config, releases, lambda line: None).folder
+
+
+@pytest.fixture(scope="module")
+def built(releases) -> Path:
+    return make(releases)
+
+
+@pytest.fixture
+def release(built, tmp_path) -> Release:
+    return Release(Path(shutil.copytree(built, tmp_path / "release")))
+
+
+@pytest.fixture
+def server(release):
+    with Server() as server:
+        server.log = lambda saved: f"content {release.content[:12]}, commit abc\nsolved\n"
+        yield server
+
+
+class Command:
+    """bin/submit RELEASE, in a process of its own that knows only the stand-in."""
+
+    def __init__(self, server: Server, release: Release, folder: Path, client: str = "installed"):
+        self.server, self.release = server, release
+        self.env = environment(server, folder / "client", client_path(client))
+
+    def start(self, *words: str) -> subprocess.Popen[str]:
+        steps = [str(self.release.folder), *words, "--poll", "0.02s", "--timeout", "20s"]
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", "arc_solver.submit", *steps],
+            env=self.env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def __call__(self, *words: str, expect: int = 0) -> str:
+        process = self.start(*words)
+        said = process.communicate(timeout=120)[0]
+        assert process.returncode == expect, said
+        assert "Traceback" not in said
+        assert KEY not in said
+        assert SIGNATURE not in said
+        return said
+
+    @property
+    def state(self) -> dict:
+        return json.loads((self.release.folder / "state.json").read_text())
+
+
+@pytest.fixture
+def command(server, release, tmp_path) -> Command:
+    return Command(server, release, tmp_path)
+
+
+def made(server: Server) -> dict[str, int]:
+    """What is on Kaggle."""
+    return {
+        "versions": sum(len(dataset.versions) for dataset in server.datasets.values()),
+        "notebooks": sum(map(len, server.notebooks.values())),
+        "submissions": len(server.entries),
+    }
+
+
+def nothing_leaks(server: Server) -> None:
+    assert {request.host for request in server.journal} == {"localhost"}
+    assert not server.calls("CONNECT")
+    assert all(request.body["isPrivate"] for request in server.calls("CreateDataset"))
+    for request in server.calls("SaveKernel"):
+        assert request.body["isPrivate"] is True
+        assert request.body.get("enableInternet", None) is False
+    assert KEY not in json.dumps([request.body for request in server.journal])
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_from_an_empty_account_to_a_score(client, server, release, tmp_path):
+    command = Command(server, release, tmp_path, client)
+    said = command("push")
+    assert "run of ada/arc-solver-cpu v1: complete" in said
+    assert made(server) == {"versions": 1, "notebooks": 1, "submissions": 0}
+    files = {f.name: f.read_bytes() for f in release.datasets[0].iterdir() if f.name != "dataset-metadata.json"}
+    assert server.datasets[f"{OWNED}-wheels"].versions[0].files == files
+    assert (release.folder / command.state["output"]).is_file()
+
+    before = [request.call for request in server.journal]
+    assert "has this content" in command("push")
+    after = [request.call for request in server.journal[len(before) :]]
+    assert not {*after} & {*MUTATING, "StartBlobUpload", "PUT"}
+
+    said = command("submit", expect=2)
+    assert "1 submissions left" in said
+    assert "--yes" in said
+    assert not server.entries
+    assert "score 12.5" in command("submit", "--yes")
+    assert made(server) == {"versions": 1, "notebooks": 1, "submissions": 1}
+    assert "entered already: submission 4000000, score 12.5" in command("submit", "--yes", expect=2)
+    assert made(server)["submissions"] == 1
+    nothing_leaks(server)
+
+
+def test_another_content_makes_versions_of_what_changed(command, server, releases, tmp_path):
+    command("push")
+    command.release = Release(Path(shutil.copytree(make(releases, "kaggle.time_budget=9h"), tmp_path / "other")))
+    server.log = lambda saved: f"content {command.release.content[:12]}\n"
+    command("push")
+    assert made(server) == {"versions": 2, "notebooks": 2, "submissions": 0}
+    assert command.state["notebook"]["version"] == 2
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "GetDataset",
+        "StartBlobUpload",
+        "PUT",
+        "CreateDataset",
+        "GetDatasetStatus",
+        "GetKernel",
+        "SaveKernel",
+        "GetKernelSessionStatus",
+        "ListKernelSessionOutput",
+        "GET",
+        "GetSubmissionLimits",
+        "ListSubmissions",
+        "CreateCodeSubmission",
+        "GetSubmission",
+    ],
+)
+def test_killed_at_any_step_and_continued_nothing_is_twice_or_missing(call, command, server):
+    """Killed when Kaggle has done what was asked, and before it could say so."""
+    running: list[subprocess.Popen[str]] = []
+
+    def kill(request: Request) -> None:
+        if request.call == call and running:
+            running.pop().send_signal(signal.SIGKILL)
+
+    server.hook = kill
+    for words in (("push",), ("submit", "--yes")):
+        process = command.start(*words)
+        running[:] = [process]
+        process.communicate(timeout=120)
+        if process.returncode != 0:
+            assert process.returncode == -signal.SIGKILL
+            command(*words)
+        running.clear()
+    assert made(server) == {"versions": 1, "notebooks": 1, "submissions": 1}
+    assert command.state["submission"]["score"] == "12.5"
+    nothing_leaks(server)
+
+
+PASSING = [  # the call, and what goes wrong with it once or twice; the command goes on by itself
+    ("GetDataset", "status", {"code": 429, "retry_after": 0}),
+    ("GetDataset", "drop", {}),
+    ("StartBlobUpload", "status", {"code": 503}),
+    ("PUT", "cut", {"at": 1000}),
+    ("PUT", "cut", {"at": 1000, "code": 503}),
+    ("PUT", "drop", {}),
+    ("CreateDataset", "status", {"code": 429, "retry_after": 0}),
+    ("CreateDataset", "drop", {}),
+    ("CreateDataset", "lose", {}),
+    ("CreateDataset", "late", {"code": 503}),
+    ("CreateDataset", "garbage", {}),
+    ("GetDatasetStatus", "status", {"code": 503}),
+    ("GetKernel", "drop", {}),
+    ("SaveKernel", "status", {"code": 429, "retry_after": 0}),
+    ("SaveKernel", "drop", {}),
+    ("SaveKernel", "lose", {}),
+    ("SaveKernel", "late", {"code": 503}),
+    ("GetKernelSessionStatus", "status", {"code": 429, "retry_after": 0}),
+    ("GetKernelSessionStatus", "status", {"code": 503}),
+    ("ListKernelSessionOutput", "drop", {}),
+    ("GET", "cut", {"at": 10}),
+    ("GET", "status", {"code": 503}),
+    ("GetSubmissionLimits", "status", {"code": 503}),
+    ("ListSubmissions", "drop", {}),
+    ("CreateCodeSubmission", "status", {"code": 429, "retry_after": 0}),
+    ("CreateCodeSubmission", "lose", {}),
+    ("CreateCodeSubmission", "late", {"code": 503}),
+    ("GetSubmission", "status", {"code": 429, "retry_after": 0}),
+    ("GetSubmission", "drop", {}),
+]
+
+
+@pytest.mark.parametrize(("call", "kind", "how"), PASSING, ids=lambda value: str(value))
+def test_what_passes_is_got_over_and_nothing_is_twice(call, kind, how, command, server):
+    server.fault(call, kind, **how)
+    command("push")
+    command("submit", "--yes")
+    assert made(server) == {"versions": 1, "notebooks": 1, "submissions": 1}
+    assert any(request.fault == kind for request in server.journal)
+
+
+def test_a_submission_whose_request_got_lost_is_not_sent_again_unasked(command, server):
+    command("push")
+    server.fault("CreateCodeSubmission", "drop")
+    said = command("submit", "--yes", expect=1)
+    assert "nobody knows whether the submission arrived" in said
+    assert made(server)["submissions"] == 0
+    command("submit", "--yes")
+    assert made(server)["submissions"] == 1
+
+
+REFUSED = [  # call, fault, what is said, how many notebooks are there afterwards
+    ("CreateDataset", "error", {"words": "The slug is in use"}, "The slug is in use", 0),
+    ("CreateDataset", "status", {"code": 401}, "auth login", 0),
+    ("SaveKernel", "error", {"words": "Maximum batch GPU session count of 2 reached."}, "wait until one of your", 0),
+    ("SaveKernel", "status", {"code": 409, "message": "conflict"}, "title", 0),
+    ("SaveKernel", "invalid", {"field": "invalidDatasetSources", "refs": ["a/b"]}, "dataset sources a/b", 1),
+    ("SaveKernel", "invalid", {"field": "invalidModelSources", "refs": ["a/b/c/d/1"]}, "model sources a/b/c/d/1", 1),
+    ("SaveKernel", "invalid", {"field": "invalidCompetitionSources", "refs": ["arc"]}, "competition sources arc", 1),
+]
+
+
+@pytest.mark.parametrize(("call", "kind", "how", "says", "notebooks"), REFUSED, ids=lambda value: str(value)[:40])
+def test_what_kaggle_refuses_is_said_and_can_be_pushed_again(call, kind, how, says, notebooks, command, server):
+    server.fault(call, kind, **how)
+    said = command("push", expect=2 if how.get("code") == 401 else 1)
+    assert says in said.replace("\n", " ")
+    assert made(server)["notebooks"] == notebooks
+    command("push")
+    assert made(server) == {"versions": 1, "notebooks": notebooks + 1, "submissions": 0}
+
+
+@pytest.mark.parametrize("ending", ["ERROR", "CANCEL_ACKNOWLEDGED"])
+def test_a_run_that_failed_is_shown_and_is_pushed_again_only_when_asked(ending, command, server, release):
+    server.run_endings.append((ending, "Notebook Threw Exception"))
+    server.log = lambda saved: f"content {release.content[:12]}\nRuntimeError: 1 GPU instead of 4\n"
+    for _ in range(2):
+        said = command("push", expect=1)
+        assert ending in said
+        assert "Notebook Threw Exception" in said
+        assert "1 GPU instead of 4" in said
+        assert "--again" in said
+    assert made(server)["notebooks"] == 1
+    assert "not ended with a whole submission" in command("submit", "--yes", expect=2)
+    command("push", "--again")
+    assert made(server)["notebooks"] == 2
+
+
+BAD_OUTPUTS = [
+    ({}, "left no submission.json"),
+    ({"submission.json": b"<html>"}, "bad submission"),
+    ({"submission.json": b'{"aa": [{"attempt_1": [[0]]}]}'}, "attempt_2"),
+    ({"submission.json": b"{}", "../../evil": b"x"}, "evil"),
+]
+
+
+@pytest.mark.parametrize(("outputs", "says"), BAD_OUTPUTS, ids=["none", "html", "half", "evil"])
+def test_a_wrong_output_is_refused(outputs, says, command, server, release):
+    server.outputs = lambda saved: outputs
+    assert says in command("push", expect=1)
+    assert "not ended with a whole submission" in command("submit", "--yes", expect=2)
+    assert not list(release.folder.rglob("evil"))
+    assert not list(release.folder.parent.glob("*evil*"))
+
+
+def test_the_output_of_another_content_is_refused(command, server):
+    server.log = lambda saved: "content 0123456789ab\n"
+    assert "another content" in command("push", expect=1)
+
+
+def test_the_output_is_checked_against_the_tasks_that_were_shown(command, server, tmp_path):
+    task = {"train": [{"input": GRID, "output": GRID}], "test": [{"input": GRID}]}
+    for name in ("00000000", "11111111"):
+        (tmp_path / f"{name}.json").write_text(json.dumps({name: task}))
+    assert "no answer to 1 of 1 tasks" in command("push", "--tasks", str(tmp_path / "11111111.json"), expect=1)
+    command("push", "--tasks", str(tmp_path / "00000000.json"))
+
+
+def test_a_slug_that_kaggle_made_otherwise_is_noticed(command, server):
+    save = server._save_kernel
+    server._save_kernel = lambda **body: save(**{**body, "new_title": "another title"})
+    said = command("push", expect=1)
+    assert "ada/another-title, not ada/arc-solver-cpu" in said
+
+
+def test_no_submission_is_left(command, server):
+    command("push")
+    server.left_today = 0
+    said = command("submit", "--yes", expect=2)
+    assert "0 submissions left" in said
+    assert "tomorrow" in said
+    assert not server.calls("CreateCodeSubmission")
+
+
+@pytest.mark.parametrize(
+    ("ending", "says"),
+    [
+        ({"status": "COMPLETE"}, "no score and no reason"),
+        ({"status": "COMPLETE", "errorDescription": "Notebook Exceeded Allowed Compute"}, "Exceeded Allowed Compute"),
+        ({"status": "ERROR", "errorDescription": "Submission Scoring Error"}, "Submission Scoring Error"),
+    ],
+    ids=["no score", "compute", "scoring"],
+)
+def test_a_submission_without_a_score_is_a_failure(ending, says, command, server):
+    command("push")
+    server.entry_endings.append(ending)
+    assert says in command("submit", "--yes", expect=1)
+    assert "entered already" in command("submit", "--yes", expect=2)
+    assert made(server)["submissions"] == 1
+
+
+def test_what_takes_too_long_is_waited_for_later(command, server):
+    server.polls = 100_000
+    assert "same command again" in command("push", "--timeout", "1s", expect=4)
+    server.polls = 2
+    command("push")
+    assert made(server) == {"versions": 1, "notebooks": 1, "submissions": 0}
+
+
+def test_ctrl_c_says_how_to_go_on(command, server):
+    reached = []
+    server.polls = 100_000
+
+    def interrupt(request: Request) -> None:
+        if request.call == "GetDatasetStatus" and not reached:
+            reached.append(process.send_signal(signal.SIGINT))
+
+    process = command.start("push")
+    server.hook = interrupt
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 1
+    assert "the same command goes on" in said
+    assert "Traceback" not in said
+
+
+def test_dry_runs_send_nothing(command, server):
+    said = command("push", "--dry-run")
+    assert "would create dataset ada/arc-solver-cpu-wheels" in said
+    assert "would save notebook ada/arc-solver-cpu" in said
+    assert not {request.call for request in server.journal} & {*MUTATING, "StartBlobUpload", "PUT"}
+    command("push")
+    said = command("submit", "--dry-run", expect=2)
+    assert f"would enter {COMPETITION}" in said
+    assert not server.entries
+
+
+def test_json_is_one_object_and_status_says_what_is_known(command, server):
+    said = command("push", "--json").splitlines()[-1]
+    assert json.loads(said)["notebook"] == {"ref": OWNED, "version": 1}
+    command("submit", "--yes")
+    words = [sys.executable, "-P", "-m", "arc_solver.submit", "status", str(command.release.folder), "--json"]
+    env = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
+    known = json.loads(subprocess.run(words, env=env, capture_output=True, text=True, check=True).stdout)
+    assert known["submission"]["score"] == "12.5"
+    assert known["run"] == "COMPLETE"
+
+
+def test_a_public_dataset_is_not_used_for_what_is_private(command, server):
+    command("push")
+    server.datasets[f"{OWNED}-wheels"].private = False
+    assert "is to be private, and is public" in command("push", expect=2)
+
+
+def test_a_release_that_was_never_pushed_is_not_submitted(command, server):
+    assert "not pushed yet" in command("submit", "--yes", expect=2)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["none.toml"], "none.toml does not exist"),
+        (["{cpu}", "pull"], "is not understood"),
+        (["{cpu}", "push", "--timeout", "soon"], "is no duration"),
+        (["{cpu}", "dry-run", "--clock", "0"], "--clock"),
+        (["{cpu}", "build", "kaggle.machine=H200"], "kaggle.machine"),
+        (["{cpu}", "build", "kaggle.name=Arc_Solver"], "kaggle.name"),
+        (["status"], "bin/submit status RUN"),
+        (["status", "nowhere"], "no folder that bin/submit built"),
+    ],
+)
+def test_what_a_user_gets_wrong_is_one_sentence(words, says, tmp_path, server):
+    cpu = str(CHECKOUT / "configs" / "kaggle-cpu.toml")
+    words = [word.format(cpu=cpu) for word in words]
+    env = environment(server, tmp_path / "client", client_path("installed"))
+    run = [sys.executable, "-P", "-m", "arc_solver.submit", *words]
+    done = subprocess.run(run, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert says in line
+    assert not server.journal
