@@ -86,8 +86,8 @@ class Report:
     def total_bytes(self) -> int:
         return sum(self.sizes.values())
 
-    def as_json(self) -> str:
-        return json.dumps({**asdict(self), "total_bytes": self.total_bytes}, indent=1)
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "total_bytes": self.total_bytes}
 
     def __str__(self) -> str:
         lines = [f"{len(self.added)} packages are added to the image: {_list(self.added)}"] if self.added else []
@@ -101,11 +101,6 @@ class Report:
 
 def _list(named: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {what}" for name, what in named.items())
-
-
-def complaints(release: Path, config: Config) -> list[str]:
-    """What is wrong with a release, one sentence each; empty = it may travel."""
-    return list(check(release, config).complaints)
 
 
 def check(release: Path, config: Config, image_file: Path = IMAGE_FILE) -> Report:

@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
-from .bundle import NOBODY, Release, dataset_content
+from .bundle import NOBODY, NOT_DATA, Release, dataset_content
 from .config import MachineError, UserError
 from .files import write_json
 from .kaggle_client import Dataset, Kaggle, Refused, Submitted, Unsure
@@ -81,7 +81,7 @@ class Pusher:
     """Takes a release through its steps. Each may be called at any time, and does what is missing.
 
     Args:
-        rehearsal: say what would be sent, and send nothing.
+        dry_run: say what would be sent, and send nothing.
     """
 
     release: Release
@@ -90,7 +90,7 @@ class Pusher:
     waiting: Waiting
     say: Callable[[str], None]
     public: bool = False
-    rehearsal: bool = False
+    dry_run: bool = False
 
     @property
     def state(self) -> State:
@@ -123,13 +123,12 @@ class Pusher:
             found = self._ready(ref)  # a version is refused while the one before is worked on
         if found and notes in found.notes and found.status == "READY":
             self.say(f"dataset {ref} v{found.version} has this content")
-        elif self.rehearsal:
-            size = sum(file.stat().st_size for file in folder.iterdir()) / 2**20
-            self.say(f"would {'make a version of' if found else 'create'} dataset {ref}: {size:.1f} MiB")
+        elif self.dry_run:
+            self.say(f"would {'make a version of' if found else 'create'} dataset {ref}: {_size(folder)}")
             return
         else:
             before = found.version if found else 0
-            self.say(f"{'a new version of' if found else 'creating'} dataset {ref}")
+            self.say(f"{'a new version of' if found else 'creating'} dataset {ref}: uploading {_size(folder)}")
             if found:
                 send = partial(self.kaggle.create_version, ref, folder, notes)
             else:
@@ -188,7 +187,7 @@ class Pusher:
         version = self._saved(ref)
         if version and version != self.state["refused"] and not again:
             self.say(f"notebook {ref} v{version} has this content")
-        elif self.rehearsal:
+        elif self.dry_run:
             self.say(
                 f"would save notebook {ref}, which runs it for up to {self.release.manifest['smoke_budget_s']:.0f} s"
             )
@@ -328,9 +327,9 @@ class Pusher:
             raise UserError(
                 f"no submission to {competition} is left now: try again tomorrow (UTC), if the rules allow more"
             )
-        if self.rehearsal or not yes:
+        if self.dry_run or not yes:
             self.say(f"would enter {competition} with {ref} v{version}")
-            if self.rehearsal:
+            if self.dry_run:
                 raise UserError("nothing was sent, because of --dry-run")
             raise UserError("a submission cannot be taken back: give --yes to make it")
         said = f"arc_solver {self._description(version)}"
@@ -367,6 +366,11 @@ class Pusher:
             )
         self.say(f"submission {number}: score {found.score}")
         return found
+
+
+def _size(folder: Path) -> str:
+    sizes = [file.stat().st_size for file in folder.iterdir() if file.name not in NOT_DATA]
+    return f"{len(sizes)} files, {sum(sizes) / 1e6:.1f} MB"
 
 
 def _end(log: str) -> str:

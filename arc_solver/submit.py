@@ -118,7 +118,7 @@ def _check(release: Release, config: Config, args: Any, say: Say) -> dict[str, A
         raise UserError("; ".join(report.complaints))
     for line in str(report).splitlines():
         say(line)
-    return {"check": asdict(report)}
+    return {"check": report.to_json()}
 
 
 def _rehearse(release: Release, config: Config, args: Any, say: Say) -> dict[str, Any]:
