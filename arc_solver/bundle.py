@@ -19,7 +19,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from . import __version__
-from .config import MACHINES, PACKAGE_DIR, Config, MachineError, TasksConfig, UserError, duration_s, first_line
+from .config import MACHINES, PACKAGE_DIR, Config, MachineError, Say, TasksConfig, UserError, duration_s, first_line
 from .files import commit, sha256
 from .image import download, read_image
 
@@ -35,8 +35,6 @@ CHECKOUT = PACKAGE_DIR.parent
 NOBODY = "your-account"  # stands for the owner until one is known
 EPOCH = "315532800"  # the time of all files in our wheel, 1980-01-01: the first that a zip archive can say
 NOT_DATA = ("dataset-metadata.json",)  # is for Kaggle, and is not among the files of the dataset
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,9 @@ class MachineError(Exception):
     """What the machine could not do, such as writing to a full disk, as one sentence. Commands exit with code 1."""
 
 
+Say = Callable[[str], None]  # takes a line for the person at the keyboard
+
+
 def duration_s(text: str) -> float:
     """Seconds of a duration such as 11h30m, 40m, 1.5h or 90s.
 

@@ -17,7 +17,7 @@ from tempfile import mkdtemp
 from typing import Any
 
 from .bundle import NOBODY, NOT_DATA, Release, dataset_content
-from .config import MachineError, UserError
+from .config import MachineError, Say, UserError
 from .files import write_json
 from .kaggle_client import Dataset, Kaggle, Refused, Submitted, Unsure
 from .submission import read_submission
@@ -88,7 +88,7 @@ class Pusher:
     kaggle: Kaggle
     owner: str
     waiting: Waiting
-    say: Callable[[str], None]
+    say: Say
     public: bool = False
     dry_run: bool = False
 

@@ -4,7 +4,6 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,24 @@ from rich.console import Console
 
 from .bundle import Release, build
 from .check import check
-from .config import BUNDLED_DIR, Config, MachineError, Parser, TasksConfig, UserError, duration_s, load_config, run_main
+from .config import (
+    BUNDLED_DIR,
+    Config,
+    MachineError,
+    Parser,
+    Say,
+    TasksConfig,
+    UserError,
+    duration_s,
+    load_config,
+    run_main,
+)
 from .kaggle_client import connect
 from .kaggle_wire import Patience
 from .leaks import leak_audit, read_training_data
 from .push import Pusher, TimedOut, Waiting
-from .rehearsal import Failed, Layout, Mode, Terms, competition_files, image_python, rehearse
+from .rehearsal import Failed, Layout, Mode, Terms, competition_files, rehearse
+from .replica import image_python
 from .tasks import TaskSet, load_tasks, smallest
 
 RELEASES = Path("runs/submit")
@@ -28,8 +39,6 @@ SHOWN = "arc-agi-1/training", "arc-agi-1/evaluation"  # tasks of the rehearsed c
 CLOCK = 1 / 240  # of the rehearsed scored run: 12 h become 3 minutes
 KAGGLE_GIB = 30.0  # memory of a machine without GPUs or with two T4
 FAILED, LATE = 3, 4  # exit codes: a dry run that failed; Kaggle takes longer than we wait
-
-Say = Callable[[str], None]
 
 
 def main(arguments: list[str]) -> int:

@@ -9,8 +9,8 @@ SENTENCE = """
     config files tasks report augment encode counting sources leaks corpus stream attention decoder model pretrained
     adapters lora kv_cache token_tree drafter block engine vllm_engine engines validate optimize devices memory
     checkpoints training_log run training_report train adapt candidates predict vote submission revote executors
-    worker journal budget schedule status solve image bundle check sandbox run_notebook rehearsal kaggle_wire
-    kaggle_client push submit bench_field bench_field_solve bench_solve bench_train bench_schedule bench
+    worker journal budget schedule status solve image bundle check replica sandbox run_notebook rehearsal
+    kaggle_wire kaggle_client push submit bench_field bench_field_solve bench_solve bench_train bench_schedule bench
 """
 ROWS = tuple(SENTENCE.split())
 HOMES = {  # heavy imports and the only modules that may have them

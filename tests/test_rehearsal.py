@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-import arc_solver.rehearsal
+import arc_solver.replica
 from arc_solver.config import PACKAGE_DIR, MachineError, UserError
 from arc_solver.rehearsal import (
     CHALLENGES,
@@ -26,9 +26,9 @@ from arc_solver.rehearsal import (
     Rehearsal,
     Terms,
     competition_files,
-    image_python,
     rehearse,
 )
+from arc_solver.replica import image_python
 from arc_solver.sandbox import USER_NAMESPACE, namespaces
 from arc_solver.tasks import TasksConfig, TaskSet, load_tasks, read_file, same_grid
 
@@ -470,7 +470,7 @@ def test_the_image_is_made_once(bench, monkeypatch):
     def fail(*_: object) -> None:
         raise AssertionError("it is made again")
 
-    monkeypatch.setattr(arc_solver.rehearsal, "_choose_base", fail)
+    monkeypatch.setattr(arc_solver.replica, "_choose_base", fail)
     folder = bench.python.parent.parent
     again = image_python(folder, print, ("nbclient", "ipykernel"), folder.parent / "image.txt")
     assert again == (bench.python, bench.differences)
