@@ -30,10 +30,12 @@ from . import __version__
 from .config import MACHINES, PACKAGE_DIR, Config, MachineError, Say, TasksConfig, UserError, duration_s, first_line
 from .files import commit, sha256
 from .image import download, read_image
+from .tasks import read_json
 
 CHECKOUT = PACKAGE_DIR.parent
 NOBODY = "your-account"  # stands for the owner until one is known
 EPOCH = "315532800"  # the time of all files in our wheel, 1980-01-01: the first that a zip archive can say
+PARTS = ("datasets", "kernel", "SHA256SUMS")  # of a release: what `build` makes
 NOT_DATA = ("dataset-metadata.json",)  # is for Kaggle, and is not among the files of the dataset
 
 
@@ -46,11 +48,18 @@ class Release:
     @cached_property
     def content(self) -> str:
         """What it is, as a hash."""
-        return sha256(next(self.folder.glob("datasets/*/manifest.json")))
+        return sha256(self._manifest)
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
-        return json.loads(next(self.folder.glob("datasets/*/manifest.json")).read_text())
+        return read_json(self._manifest)
+
+    @property
+    def _manifest(self) -> Path:
+        found = next(self.folder.glob("datasets/*/manifest.json"), None)
+        if not found:
+            raise UserError(f"{self.folder} has no manifest.json any more: build it again from its config")
+        return found
 
     @cached_property
     def notebook(self) -> dict[str, Any]:
@@ -88,14 +97,28 @@ def build(config: Config, releases: Path, say: Say) -> Release:
         with TemporaryDirectory(dir=releases, prefix=".part-") as name:
             release = _make(config, Path(name) / "release", releases / ".wheels", say)
             folder = releases / f"{config.kaggle.name}-{release.content[:12]}"
-            if folder.exists():
-                say(f"{folder} is built already")
-            else:
+            if not folder.exists():
                 release.folder.rename(folder)
                 say(f"built {folder}")
+            elif _travelling(folder) == _travelling(release.folder):
+                say(f"{folder} is built already")
+            else:
+                for part in PARTS:
+                    _replace(folder / part, release.folder / part)
+                say(f"{folder} was changed since, and is built again")
     except OSError as error:
         raise MachineError(f"{releases} cannot be written: {first_line(error)}") from None
     return Release(folder)
+
+
+def _travelling(folder: Path) -> list[tuple[str, str]]:
+    return [line for line in _hashes(folder) if line[0].startswith(PARTS)]
+
+
+def _replace(old: Path, new: Path) -> None:
+    if old.is_dir():
+        shutil.rmtree(old)
+    new.rename(old)
 
 
 def _make(config: Config, folder: Path, cache: Path, say: Say) -> Release:

@@ -79,6 +79,7 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+SESSION_S = 12 * 3600  # after which Kaggle ends a notebook
 MIN_BUDGET_S = 20  # below that, a run is mostly its own start
 
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of Llama and its kin
@@ -399,9 +400,12 @@ class KaggleConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "KaggleConfig":
-        for text in (self.time_budget, self.smoke_budget):
-            if duration_s(text) < MIN_BUDGET_S:
-                raise ValueError(f"a time budget is at least {MIN_BUDGET_S} s, got {text}")
+        for key in ("time_budget", "smoke_budget"):
+            if not MIN_BUDGET_S <= duration_s(getattr(self, key)) < SESSION_S:
+                raise ValueError(
+                    f"kaggle.{key} is at least {MIN_BUDGET_S} s and under 12 h, after which Kaggle ends a notebook; got"
+                    f" {getattr(self, key)}"
+                )
         return self
 
 

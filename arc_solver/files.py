@@ -1,11 +1,12 @@
 """Files that are never there in part, and the commit that the code is of."""
 
+import fcntl
 import hashlib
 import json
 import os
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from .config import PACKAGE_DIR
 
@@ -31,6 +32,21 @@ def write_whole(file: Path, text: str, sync: bool = True) -> None:
 
 def write_json(file: Path, content: Any) -> None:
     write_whole(file, json.dumps(content, indent=1) + "\n")
+
+
+def lock(file: Path) -> IO[str] | None:
+    """An open file that one process at a time can have; the system takes it back when that ends. None: another has it.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    stream = file.open("a")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        stream.close()
+        return None
+    return stream
 
 
 def sha256(file: Path) -> str:

@@ -11,7 +11,6 @@
 Files are written under another name first and then renamed, so there is none that is half written.
 """
 
-import fcntl
 import hashlib
 import json
 import math
@@ -31,7 +30,7 @@ from .adapt import Adaptation
 from .adapters import load_adapter, save_adapter
 from .candidates import STAGES, Predictions
 from .config import Config, MachineError, UserError, first_line, load_config
-from .files import commit, write_json, write_whole
+from .files import commit, lock, write_json, write_whole
 from .revote import parse_predictions
 from .submission import blank_submission, candidate_grids, solved, write_submission
 from .tasks import Attempts, Task, TaskSet, challenge, read_json
@@ -263,7 +262,7 @@ def open_journal(run_dir: Path, found: TaskSet, config: Config, weights: Sequenc
     if not continued:
         _make(run_dir, found, config, facts)
     with ExitStack() as stack:
-        lock = stack.enter_context(_locked(run_dir))
+        held = stack.enter_context(_locked(run_dir))
         if continued:
             _refuse_another(run_dir, config, facts)
         try:
@@ -271,23 +270,19 @@ def open_journal(run_dir: Path, found: TaskSet, config: Config, weights: Sequenc
                 write_whole(run_dir / "config.json", config_text(config))
         except OSError as error:
             raise UserError(f"{run_dir} cannot be written ({error.strerror}): give another --out") from None
-        journal = Journal(run_dir, found, config, continued, lock)
+        journal = Journal(run_dir, found, config, continued, held)
         stack.pop_all()
     return journal
 
 
 def _locked(run_dir: Path) -> IO[str]:
-    """An open file that is there for one process at a time; the system takes it back when that ends."""
     try:
-        lock = (run_dir / "lock").open("a")
+        held = lock(run_dir / "lock")
     except OSError as error:
         raise UserError(f"{run_dir} cannot be written ({error.strerror}): give another --out") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        raise UserError(f"another process works on {run_dir}: wait for it, or give another --out") from None
-    return lock
+    if not held:
+        raise UserError(f"another process works on {run_dir}: wait for it, or give another --out")
+    return held
 
 
 def _make(run_dir: Path, found: TaskSet, config: Config, facts: Mapping[str, str]) -> None:

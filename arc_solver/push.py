@@ -153,10 +153,14 @@ class Pusher:
 
     def _ready(self, ref: str, notes: str = "") -> Dataset:
         """The dataset, once its current version is ready; and is the one with these notes, which may show late."""
+        shown = "READY"
         for _ in self.waiting.looks(f"dataset {ref}"):
             found = self.kaggle.dataset(ref)
             if found and found.status == "READY" and notes in found.notes:
                 return found
+            if found and found.status != shown:
+                shown = found.status
+                self.say(f"dataset {ref}: {_words(shown)}")
             if found and found.status in ("FAILED", "DELETED"):
                 raise MachineError(
                     f"Kaggle could not take in dataset {ref} ({found.status}): give the same command again"
@@ -184,7 +188,8 @@ class Pusher:
             again: save it once more although it is there, as its run failed for a reason that passes.
         """
         ref = self.notebook_ref
-        version = self._saved(ref)
+        version, known = self._saved(ref), self.state["notebook"] or {}
+        again = again and bool(self.state["run"]) and version == known.get("version")  # else that has been done
         if version and version != self.state["refused"] and not again:
             self.say(f"notebook {ref} v{version} has this content")
         elif self.dry_run:
@@ -229,7 +234,7 @@ class Pusher:
         for _ in self.waiting.looks(f"the run of {ref} v{version}"):
             status, why = self.kaggle.run(ref, version)
             if status != shown:
-                self.say(f"run of {ref} v{version}: {status.lower().replace('_', ' ')}")
+                self.say(f"run of {ref} v{version}: {_words(status)}")
                 shown = status
             if status in ENDED:
                 break
@@ -256,7 +261,7 @@ class Pusher:
             raise MachineError(f"the run of {ref} v{version} left no submission.json. The end of its log:\n{_end(log)}")
         if f"content {self.release.content[:12]}" not in log:
             raise MachineError(
-                f"the run of {ref} v{version} was of another content: see {folder}/log.txt, and push again"
+                f"the run of {ref} v{version} was of another content: see {folder}/log.txt; push with --again"
             )
         try:
             answers = read_submission(file, tasks)
@@ -288,8 +293,8 @@ class Pusher:
 
     # ---- the submission ----
 
-    def submit(self, yes: bool) -> Submitted:
-        """Enters the competition with this version of the notebook, once; waits for its score.
+    def submit(self, yes: bool) -> Submitted | None:
+        """Enters the competition with this version of the notebook, once; waits for its score. None: a dry run.
 
         Raises:
             UserError: without `yes`; without a run that ended well; entered before; or none is allowed now.
@@ -304,7 +309,12 @@ class Pusher:
         if known.get("status"):
             outcome = f"score {known['score']}" if known["score"] else f"not scored ({known['error']})"
             raise UserError(f"{ref} v{version} was entered already: submission {known['ref']}, {outcome}; push another")
-        number = known.get("ref") or self._entered(version) or self._enter(ref, version, yes)
+        number = known.get("ref") or self._entered(version)
+        if not number:
+            self._allow(ref, version, yes)
+            if self.dry_run:
+                return None
+            number = self._enter(ref, version)
         self.state.note(submission={"ref": number})
         return self._scored(number)
 
@@ -319,19 +329,27 @@ class Pusher:
     def _description(self, version: int) -> str:
         return f"content={self.release.content[:16]} v{version}"
 
-    def _enter(self, ref: str, version: int, yes: bool) -> int:
+    def _allow(self, ref: str, version: int, yes: bool) -> None:
+        """Says what would be done.
+
+        Raises:
+            UserError: it may not be done.
+        """
         competition = self.release.competition
         allowed = self.kaggle.limits(competition)
-        self.say(f"{competition}: {allowed.left} submissions left, {allowed.today} made today, {allowed.total} in all")
+        self.say(
+            f"submissions to {competition}: {allowed.left} left, {allowed.today} made today, {allowed.total} in all"
+        )
         if allowed.left <= 0:
             raise UserError(
                 f"no submission to {competition} is left now: try again tomorrow (UTC), if the rules allow more"
             )
-        if self.dry_run or not yes:
-            self.say(f"would enter {competition} with {ref} v{version}")
-            if self.dry_run:
-                raise UserError("nothing was sent, because of --dry-run")
+        self.say(f"{'would enter' if self.dry_run else 'to enter'} {competition} with {ref} v{version}")
+        if not yes and not self.dry_run:
             raise UserError("a submission cannot be taken back: give --yes to make it")
+
+    def _enter(self, ref: str, version: int) -> int:
+        competition = self.release.competition
         said = f"arc_solver {self._description(version)}"
         send = partial(self.kaggle.submit, competition, ref, version, "submission.json", said)
         try:
@@ -353,7 +371,7 @@ class Pusher:
         for _ in self.waiting.looks(f"submission {number}"):
             found = self.kaggle.submission(number)
             if found.status != shown:
-                self.say(f"submission {number}: {found.status.lower()}")
+                self.say(f"submission {number}: {_words(found.status)}")
                 shown = found.status
             if found.status != "PENDING":
                 break
@@ -366,6 +384,10 @@ class Pusher:
             )
         self.say(f"submission {number}: score {found.score}")
         return found
+
+
+def _words(status: str) -> str:
+    return status.lower().replace("_", " ")
 
 
 def _size(folder: Path) -> str:

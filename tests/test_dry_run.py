@@ -28,6 +28,7 @@ def test_from_a_config_to_a_scored_submission(tmp_path):
     rehearsed = json.loads(done.stdout)["rehearsal"]
     commit, rerun = rehearsed["commit"], rehearsed["rerun"]
     assert commit["tasks"] == rerun["tasks"] == 12
+    assert (commit["answered"], rerun["answered"]) == (2, 12)
     assert commit["score"]["tasks"] == rerun["score"]["tasks"] == 12
     assert commit["score"]["outputs_solved"] <= 2  # the others have placeholders
     assert rerun["seconds"] < 12 * 3600 * 0.002

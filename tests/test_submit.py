@@ -12,6 +12,7 @@ import pytest
 from kaggle_server import CLIENTS, COMPETITION, KEY, SIGNATURE, Request, Server, client_path, environment
 
 from arc_solver.bundle import CHECKOUT, Release, build
+from arc_solver.check import check
 from arc_solver.config import load_config
 
 NAME = "arc-solver-cpu"
@@ -55,7 +56,7 @@ class Command:
         self.env = environment(server, folder / "client", client_path(client))
 
     def start(self, *words: str) -> subprocess.Popen[str]:
-        steps = [str(self.release.folder), *words, "--poll", "0.02s", "--timeout", "20s"]
+        steps = [str(self.release.folder), "--poll", "0.02s", "--timeout", "20s", *words]
         return subprocess.Popen(
             [sys.executable, "-P", "-m", "arc_solver.submit", *steps],
             env=self.env,
@@ -118,7 +119,7 @@ def test_from_an_empty_account_to_a_score(client, server, release, tmp_path):
     assert not {*after} & {*MUTATING, "StartBlobUpload", "PUT"}
 
     said = command("submit", expect=2)
-    assert "1 submissions left" in said
+    assert "1 left" in said
     assert "--yes" in said
     assert not server.entries
     assert "score 12.5" in command("submit", "--yes")
@@ -263,6 +264,11 @@ def test_a_run_that_failed_is_shown_and_is_pushed_again_only_when_asked(ending, 
         assert "--again" in said
     assert made(server)["notebooks"] == 1
     assert "not ended with a whole submission" in command("submit", "--yes", expect=2)
+    ended, server._ended = server._ended, lambda saved: False
+    for _ in range(2):
+        command("push", "--again", "--timeout", "1s", expect=4)
+        assert made(server)["notebooks"] == 2
+    server._ended = ended
     command("push", "--again")
     assert made(server)["notebooks"] == 2
 
@@ -308,7 +314,7 @@ def test_no_submission_is_left(command, server):
     command("push")
     server.left_today = 0
     said = command("submit", "--yes", expect=2)
-    assert "0 submissions left" in said
+    assert "0 left" in said
     assert "tomorrow" in said
     assert not server.calls("CreateCodeSubmission")
 
@@ -350,7 +356,7 @@ def test_ctrl_c_says_how_to_go_on(command, server):
     server.hook = interrupt
     said = process.communicate(timeout=120)[0]
     assert process.returncode == 1
-    assert "the same command goes on" in said
+    assert "the same command again" in said
     assert "Traceback" not in said
 
 
@@ -360,7 +366,7 @@ def test_dry_runs_send_nothing(command, server):
     assert "would save notebook ada/arc-solver-cpu" in said
     assert not {request.call for request in server.journal} & {*MUTATING, "StartBlobUpload", "PUT"}
     command("push")
-    said = command("submit", "--dry-run", expect=2)
+    said = command("submit", "--dry-run")
     assert f"would enter {COMPETITION}" in said
     assert not server.entries
 
@@ -382,6 +388,41 @@ def test_a_public_dataset_is_not_used_for_what_is_private(command, server):
     assert "is to be private, and is public" in command("push", expect=2)
 
 
+def test_an_error_is_one_object_too(command, server):
+    server.fault("SaveKernel", "error", words="Maximum batch GPU session count of 2 reached.")
+    said = command("push", "--json", expect=1).splitlines()
+    (found,) = [json.loads(line) for line in said if line.startswith("{")]
+    assert "session count" in found["error"]
+
+
+def test_two_do_not_work_on_one_release(command, server):
+    server.polls = 100_000
+    first = command.start("push")
+    try:
+        while not server.calls("GetDatasetStatus"):
+            assert first.poll() is None
+        assert "another bin/submit works on" in command("push", expect=2)
+    finally:
+        first.kill()
+        first.communicate()
+
+
+@pytest.mark.parametrize("damage", ["changed", "gone", "more"])
+def test_a_damaged_release_is_refused_and_built_again(damage, command, server, releases):
+    wheels = command.release.folder / "datasets" / f"{NAME}-wheels"
+    if damage == "gone":
+        (wheels / "manifest.json").unlink()
+    else:
+        (wheels / ("config.json" if damage == "changed" else "more.txt")).write_text("{}")
+    for step in ("check", "push"):
+        command(step, expect=2)
+    assert not server.journal
+    shutil.copytree(command.release.folder, make(releases), dirs_exist_ok=True)
+    whole = Release(make(releases))
+    assert not (whole.folder / "datasets" / f"{NAME}-wheels" / "more.txt").exists()
+    assert check(whole.folder, load_config(CHECKOUT / "configs" / "kaggle-cpu.toml")).complaints == ()
+
+
 def test_a_release_that_was_never_pushed_is_not_submitted(command, server):
     assert "not pushed yet" in command("submit", "--yes", expect=2)
 
@@ -390,12 +431,16 @@ def test_a_release_that_was_never_pushed_is_not_submitted(command, server):
     ("words", "says"),
     [
         (["none.toml"], "none.toml does not exist"),
-        (["{cpu}", "pull"], "is not understood"),
+        (["{cpu}", "pull"], "pull is no step; they are build, check, dry-run, push, submit"),
+        ([], "bin/submit needs a config"),
+        (["."], "is no folder that bin/submit built"),
+        (["{cpu}", "push", "--poll", "0s"], "more than 0s"),
+        (["{cpu}", "build", "kaggle.time_budget=13h"], "kaggle.time_budget is at least 20 s and under 12 h"),
         (["{cpu}", "push", "--timeout", "soon"], "is no duration"),
         (["{cpu}", "dry-run", "--clock", "0"], "--clock"),
         (["{cpu}", "build", "kaggle.machine=H200"], "kaggle.machine"),
         (["{cpu}", "build", "kaggle.name=Arc_Solver"], "kaggle.name"),
-        (["status"], "bin/submit status RUN"),
+        (["status"], "needs the folder of a release"),
         (["status", "nowhere"], "no folder that bin/submit built"),
     ],
 )
