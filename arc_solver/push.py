@@ -198,10 +198,10 @@ class Pusher:
             )
             return
         else:
-            before, metadata = version or 0, self.release.notebook
-            metadata["id"] = ref
-            metadata["dataset_sources"] = [self._owned(each) for each in metadata["dataset_sources"]]
+            before, about = version or 0, self.release.notebook
+            sources = [self._owned(each) for each in about["dataset_sources"]]
             self.say(f"saving notebook {ref}")
+            metadata = {**about, "id": ref, "dataset_sources": sources}
             save = partial(self.kaggle.save_notebook, metadata, self.release.source)
             try:
                 saved = self._once(save, lambda: (self._saved(ref) or 0) > before, f"notebook {ref}")
