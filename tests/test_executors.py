@@ -1,5 +1,6 @@
 """One behaviour wherever jobs run: every job is answered, whatever became of its worker, and nothing stays."""
 
+import itertools
 import os
 import secrets
 import signal
@@ -173,10 +174,11 @@ def test_a_job_that_never_ends_does_not_hold_a_run(open_executor, tmp_path):
 @elsewhere
 def test_leaving_ends_what_runs(open_executor, tmp_path):
     """By an exception in the middle of the loop."""
+    jobs = itertools.chain([("stay", tmp_path)], itertools.repeat(("double", 1)))
     with pytest.raises(ZeroDivisionError), open_executor() as executor:
-        for _ in executor.map_unordered(iter([("stay", tmp_path), ("double", 1)])):
-            until(lambda: any(tmp_path.glob("pid*")))
-            raise ZeroDivisionError
+        for _ in executor.map_unordered(jobs):
+            if any(tmp_path.glob("pid*")):  # not waited for here: it is the loop that gives a worker its first job
+                raise ZeroDivisionError
     (pid,) = [int(file.read_text()) for file in tmp_path.iterdir()]
     until(lambda: not is_alive(pid))
 
