@@ -28,8 +28,8 @@ from typing import Any
 
 from . import __version__
 from .config import MACHINES, PACKAGE_DIR, Config, MachineError, Say, TasksConfig, UserError, duration_s, first_line
-from .files import commit, sha256
-from .image import download, read_image
+from .files import commit, sha256, write_json
+from .image import KAGGLE_DIR, download, read_image
 from .tasks import read_json
 
 CHECKOUT = PACKAGE_DIR.parent
@@ -64,7 +64,7 @@ class Release:
     @cached_property
     def notebook(self) -> dict[str, Any]:
         """The content of kernel-metadata.json."""
-        return json.loads((self.folder / "kernel" / "kernel-metadata.json").read_text())
+        return read_json(self.folder / "kernel" / "kernel-metadata.json")
 
     @property
     def source(self) -> str:
@@ -100,7 +100,7 @@ def build(config: Config, releases: Path, say: Say) -> Release:
             if not folder.exists():
                 release.folder.rename(folder)
                 say(f"built {folder}")
-            elif _travelling(folder) == _travelling(release.folder):
+            elif _is_whole(folder, (release.folder / "SHA256SUMS").read_text()):
                 say(f"{folder} is built already")
             else:
                 for part in PARTS:
@@ -111,8 +111,15 @@ def build(config: Config, releases: Path, say: Say) -> Release:
     return Release(folder)
 
 
-def _travelling(folder: Path) -> list[tuple[str, str]]:
-    return [line for line in _hashes(folder) if line[0].startswith(PARTS)]
+def _is_whole(folder: Path, sums: str) -> bool:
+    file = folder / "SHA256SUMS"
+    return file.is_file() and file.read_text() == sums == _sums(folder)
+
+
+def _sums(release: Path) -> str:
+    """The content of SHA256SUMS: of what travels, and not of what rehearsals and runs left beside it."""
+    found = ((f"{part}/{name}", digest) for part in ("datasets", "kernel") for name, digest in _hashes(release / part))
+    return "".join(f"{digest}  {name}\n" for name, digest in found)
 
 
 def _replace(old: Path, new: Path) -> None:
@@ -126,14 +133,14 @@ def _make(config: Config, folder: Path, cache: Path, say: Say) -> Release:
     owner, slugs = kaggle.owner or NOBODY, {"wheels": f"{kaggle.name}-wheels"}
     wheels = folder / "datasets" / slugs["wheels"]
     wheels.mkdir(parents=True)
-    _collect_wheels(CHECKOUT / "kaggle" / f"requirements{'-vllm' * kaggle.vllm}.txt", wheels, cache, say)
-    for part, path, names in (("weights", config.model.path, _WEIGHTS), ("adapter", config.model.adapter, _ADAPTER)):
-        if path:
+    _collect_wheels(KAGGLE_DIR / f"requirements{'-vllm' * kaggle.vllm}.txt", wheels, cache, say)
+    for part, key, names in (("weights", "path", _WEIGHTS), ("adapter", "adapter", _ADAPTER)):
+        if path := getattr(config.model, key):
             slugs[part] = f"{kaggle.name}-{part}"
-            _copy_weights(Path(path), folder / "datasets" / slugs[part], names, f"model.{_SETTING[part]}")
+            _copy_weights(Path(path), folder / "datasets" / slugs[part], names, f"model.{key}")
     there = config.model_copy(update={"tasks": TasksConfig(), "model": config.model.model_copy(update=_NOWHERE)})
-    _write_json(wheels / "config.json", there.model_dump(mode="json", exclude={"kaggle"}))
-    source = (CHECKOUT / "kaggle" / "notebook.py").read_text()
+    write_json(wheels / "config.json", there.model_dump(mode="json", exclude={"kaggle"}))
+    source = (KAGGLE_DIR / "notebook.py").read_text()
     manifest = {
         "commit": commit(),
         "versions": {"arc_solver": __version__, **dict(sorted(map(_name_and_version, wheels.glob("*.whl"))))},
@@ -148,27 +155,26 @@ def _make(config: Config, folder: Path, cache: Path, say: Say) -> Release:
         "notebook": hashlib.sha256(source.encode()).hexdigest(),
         "files": dict(_hashes(folder / "datasets")),
     }
-    _write_json(wheels / "manifest.json", manifest)
+    write_json(wheels / "manifest.json", manifest)
     for slug in slugs.values():
         about = {"title": _title(slug), "id": f"{owner}/{slug}", "licenses": [{"name": kaggle.licence}]}
-        _write_json(folder / "datasets" / slug / "dataset-metadata.json", about)
+        write_json(folder / "datasets" / slug / "dataset-metadata.json", about)
     facts = {
         "content": sha256(wheels / "manifest.json"),
         "datasets": list(slugs.values()),
         "competition": kaggle.competition,
     }
     (folder / "kernel").mkdir()
-    _write_json(folder / "kernel" / "main.ipynb", _notebook(source, facts))
+    write_json(folder / "kernel" / "main.ipynb", _notebook(source, facts))
     about = _notebook_metadata(config, [f"{owner}/{slug}" for slug in slugs.values()])
-    _write_json(folder / "kernel" / "kernel-metadata.json", about)
-    (folder / "SHA256SUMS").write_text("".join(f"{digest}  {name}\n" for name, digest in _hashes(folder)))
+    write_json(folder / "kernel" / "kernel-metadata.json", about)
+    (folder / "SHA256SUMS").write_text(_sums(folder))
     return Release(folder)
 
 
 # What a checkpoint and an adapter are made of, and no training state beside them.
 _WEIGHTS = r".*\.(safetensors|json|jinja|model|txt)"
 _ADAPTER = r"adapter_config\.json|adapter_model\.safetensors|training_data\.json"
-_SETTING = {"weights": "path", "adapter": "adapter"}
 _NOWHERE = {"path": "", "adapter": ""}  # where they are there, the notebook finds out
 
 
@@ -291,7 +297,3 @@ def _name_and_version(wheel: Path) -> tuple[str, str]:
 def _title(slug: str) -> str:
     """A title of which Kaggle makes this slug."""
     return slug.replace("-", " ")
-
-
-def _write_json(file: Path, content: Any) -> None:
-    file.write_text(json.dumps(content, indent=1) + "\n")

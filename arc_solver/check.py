@@ -11,8 +11,9 @@ are left out of that search, as they are public and their hashes are locked; our
 import json
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,6 +22,8 @@ from packaging.utils import canonicalize_name
 from .config import MACHINES, Config, UserError, first_line
 from .files import sha256
 from .image import IMAGE_FILE, Changes, Wheel, read_image, read_lock, read_wheel, simulate
+
+Digest = Callable[[Path], str]  # of a file: its SHA-256
 
 MAX_SOURCE = 1_000_000  # bytes of a notebook
 MAX_DATASETS = 100 * 2**30  # bytes: what an account has for all its private datasets
@@ -117,14 +120,15 @@ def check(release: Path, config: Config, image_file: Path = IMAGE_FILE) -> Repor
     if not (release / "kernel").is_dir() or not (release / "datasets").is_dir():
         raise UserError(f"{release} is no release: make one with bin/submit CONFIG.toml build")
     datasets = sorted(folder for folder in (release / "datasets").iterdir() if folder.is_dir())
-    changes, of_wheels = _wheels(datasets, image_file)
+    digest = cache(sha256)  # some files are looked up in three lists, and may have gigabytes
+    changes, of_wheels = _wheels(datasets, image_file, digest)
     wrong = [
         *_kernel(release, config, [folder.name for folder in datasets]),
         *(complaint for folder in datasets for complaint in _dataset(folder, config)),
         *_strays(release / "datasets"),
         *of_wheels,
-        *_sums(release),
-        *_manifest(release, datasets),
+        *_sums(release, digest),
+        *_manifest(release, datasets, digest),
         *_credentials(release),
     ]
     sizes = {folder.name: sum(file.stat().st_size for file in _files(folder)) for folder in datasets}
@@ -310,7 +314,7 @@ def _strays(datasets: Path) -> Iterator[str]:
 # ---- wheels ---------------------------------------------------------------------------------------------------------
 
 
-def _wheels(datasets: list[Path], image_file: Path) -> tuple[Changes, list[str]]:
+def _wheels(datasets: list[Path], image_file: Path, digest: Digest) -> tuple[Changes, list[str]]:
     """What the wheels change in the image, and what is wrong with them."""
     files = [file for folder in datasets for file in sorted(folder.glob("*.whl"))]
     wheels, wrong = [], []
@@ -324,11 +328,11 @@ def _wheels(datasets: list[Path], image_file: Path) -> tuple[Changes, list[str]]
     if not any(wheel.name == "arc-solver" for wheel in wheels):
         wrong.append("no dataset has our own wheel, arc_solver-*.whl")
     for folder in sorted({file.parent for file in files}):
-        wrong += _locked(folder, [wheel for wheel in wheels if (folder / wheel.file).is_file()])
+        wrong += _locked(folder, [wheel for wheel in wheels if (folder / wheel.file).is_file()], digest)
     return changes, wrong
 
 
-def _locked(folder: Path, wheels: list[Wheel]) -> Iterator[str]:
+def _locked(folder: Path, wheels: list[Wheel], digest: Digest) -> Iterator[str]:
     """Whether the wheels of a folder are exactly those that its requirements.lock lets pip install."""
     try:
         lock = read_lock(folder / "requirements.lock")
@@ -339,7 +343,7 @@ def _locked(folder: Path, wheels: list[Wheel]) -> Iterator[str]:
         version, hashes = lock.pop(wheel.name, (None, frozenset()))
         if version is None:
             yield f"{folder.name}/{wheel.file} is not in requirements.lock, so it would not be installed"
-        elif version != wheel.version or sha256(folder / wheel.file) not in hashes:
+        elif version != wheel.version or digest(folder / wheel.file) not in hashes:
             yield f"{folder.name}/{wheel.file} is not the {wheel.name} {version} whose hash requirements.lock has"
     for name, (version, _) in lock.items():
         yield f"{folder.name}: requirements.lock asks for {name} {version}, and there is no wheel of it"
@@ -348,7 +352,7 @@ def _locked(folder: Path, wheels: list[Wheel]) -> Iterator[str]:
 # ---- sums -----------------------------------------------------------------------------------------------------------
 
 
-def _sums(release: Path) -> Iterator[str]:
+def _sums(release: Path, digest: Digest) -> Iterator[str]:
     """SHA256SUMS has all that travels, and agrees with it."""
     travels = {_name(file, release): file for file in _travelling(release)}
     try:
@@ -356,11 +360,11 @@ def _sums(release: Path) -> Iterator[str]:
     except (OSError, UnicodeDecodeError) as error:
         yield f"SHA256SUMS cannot be read: {first_line(error)}"
         return
-    sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    yield from _disagreements("SHA256SUMS", sums, travels)
+    sums = {name: said for said, _, name in (line.partition("  ") for line in lines)}
+    yield from _disagreements("SHA256SUMS", sums, travels, digest)
 
 
-def _manifest(release: Path, datasets: list[Path]) -> Iterator[str]:
+def _manifest(release: Path, datasets: list[Path], digest: Digest) -> Iterator[str]:
     """The manifest, which travels in one of the datasets, has their files, and the notebook knows which manifest."""
     found = [file for folder in datasets if (file := folder / "manifest.json").is_file()]
     if len(found) != 1:
@@ -374,19 +378,21 @@ def _manifest(release: Path, datasets: list[Path]) -> Iterator[str]:
         return
     besides = {found[0], *(folder / "dataset-metadata.json" for folder in datasets)}
     travels = {f"{f.parent.name}/{f.name}": f for folder in datasets for f in sorted(folder.iterdir()) if f.is_file()}
-    yield from _disagreements("manifest.json", sums, {n: file for n, file in travels.items() if file not in besides})
+    yield from _disagreements(
+        "manifest.json", sums, {n: file for n, file in travels.items() if file not in besides}, digest
+    )
     notebooks = [file.read_text(errors="replace") for file in _files(release / "kernel") if file.suffix == ".ipynb"]
-    if not any(sha256(found[0]) in text for text in notebooks):
+    if not any(digest(found[0]) in text for text in notebooks):
         yield "the notebook does not have the hash of manifest.json: it is of another build"
 
 
-def _disagreements(where: str, sums: Mapping[str, str], files: Mapping[str, Path]) -> Iterator[str]:
+def _disagreements(where: str, sums: Mapping[str, str], files: Mapping[str, Path], digest: Digest) -> Iterator[str]:
     for name in sorted(sums.keys() - files.keys()):
         yield f"{where} has {name}, which is not there"
     for name, file in files.items():
         if name not in sums:
             yield f"{where} lacks {name}"
-        elif sums[name] != sha256(file):
+        elif sums[name] != digest(file):
             yield f"{name} is not what {where} says: it was changed, so build once more"
 
 

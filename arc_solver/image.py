@@ -99,7 +99,7 @@ def read_lock(file: Path) -> dict[str, tuple[Version, frozenset[str]]]:
     for name, version, rest in _pins(file):
         hashes = frozenset(re.findall(r"--hash=sha256:([0-9a-f]{64})(?=\s|$)", rest))
         if not hashes:
-            raise UserError(f"{file.name} has no sha256 for {name}: make it with python -m arc_solver.image lock")
+            raise UserError(f"{file.name} has no sha256 for {name}: make it with python -m arc_solver.image")
         lock[name] = (version, hashes)
     return lock
 

@@ -184,9 +184,8 @@ class Journal:
         """Brings submission.json up to date, whatever it takes."""
         began = time.monotonic()
         with self._writing():
-            write_submission(self._submission, self.run_dir / "submission.json")
-            if self.config.run.submission:
-                write_submission(self._submission, Path(self.config.run.submission))
+            second = [Path(self.config.run.submission)] if self.config.run.submission else []
+            write_submission(self._submission, self.run_dir / "submission.json", *second)
         self._written_at = time.monotonic()
         self._writing_s, self._stale = self._written_at - began, False
 

@@ -71,13 +71,15 @@ def answered(submission: Submission) -> int:
     )
 
 
-def write_submission(submission: Submission, file: Path) -> None:
-    """Writes the file in one go: whoever reads it sees the old submission or the new one, never a part."""
+def write_submission(submission: Submission, *files: Path) -> None:
+    """Writes each file in one go: whoever reads it sees the old submission or the new one, never a part."""
     content = {
         task_id: [{name: grid.tolist() for name, grid in zip(ATTEMPTS, both, strict=True)} for both in outputs]
         for task_id, outputs in submission.items()
     }
-    write_whole(file, json.dumps(content, separators=(",", ":")))
+    text = json.dumps(content, separators=(",", ":"))
+    for file in files:
+        write_whole(file, text)
 
 
 def read_submission(file: Path, tasks: Sequence[Task] | None) -> Submission:
