@@ -116,7 +116,7 @@ class Block:
             ]
         # Padding is on the right: the real ids never see it, and its columns are overwritten by what comes next.
         places = [(b, range(lengths[b] - len(asked[row]), lengths[b])) for b, row in enumerate(rows)]
-        found = self._forward(rows, ids_BT, positions_BT, places, past_key_values=self.cache.prompts(rows))
+        found = self._forward(rows, ids_BT, positions_BT, places, cache=self.cache.prompts(rows))
         for row, log_probabilities_TV in zip(rows, found, strict=True):
             tree = self.trees[row]
             tree.place_prompt()
@@ -152,7 +152,7 @@ class Block:
                 ids_BT,
                 positions_BT,
                 places,
-                past_key_values=self.cache.step(columns_BT, end),
+                cache=self.cache.step(columns_BT, end),
                 mask_BTK=mask_BTK,
             )
         except BaseException:  # their columns were not written

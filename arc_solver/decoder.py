@@ -69,7 +69,7 @@ def run(
     ids_BT: Tensor,
     positions_BT: Tensor,
     rows_N: Tensor | None = None,
-    past_key_values: Any = None,
+    cache: Any = None,
     **masks: Tensor,
 ) -> Tensor:
     """Logits [B, T, V], or [N, V] at the places `rows_N` of the flattened ids alone.
@@ -88,8 +88,8 @@ def run(
         else:
             q, k, v = into.forward(x, _adapters(projections))
         q, k, v = (y.view(batch, -1, y.shape[-2], y.shape[-1]).transpose(1, 2) for y in (q, k, v))
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, i)
+        if cache is not None:
+            k, v = cache.update(k, v, i)
         o = attention(q, k, v, layer.self_attn.scaling, **masks).transpose(1, 2).reshape(len(x), -1)
         x = _OutOfFunction.apply(out, x, o, *_adapters(rest)) if trained else out.forward(x, o, _adapters(rest))
     if rows_N is not None:

@@ -16,10 +16,16 @@ ROOM = 64  # columns of headroom, at least, when buffers are made or grow
 
 
 class Cache(Protocol):
-    """All that attention layers of transformers want of a cache."""
+    """All that models of transformers want of a cache, in any version from 5.0 on."""
 
-    def update(self, k_BGTD: Tensor, v_BGTD: Tensor, layer: int, *_: object) -> tuple[Tensor, Tensor]:
-        """Takes the keys and values of new ids; gives those that they attend to, [B, G, K, D] each."""
+    def update(self, k_BGTD: Tensor, v_BGTD: Tensor, layer: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        """Takes the keys and values of new ids; gives those that they attend to, [B, G, K, D] each.
+
+        What transformers adds to that differs from version to version, and is for caches of other kinds.
+        """
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        """Ids before the new ones, of which transformers makes positions and masks. Ours are given, so none are."""
 
 
 Buffers = dict[int, tuple[Tensor, Tensor]]  # layer -> keys, values [B, G, capacity, D]
@@ -88,23 +94,32 @@ class KvCache:
         return among[layer]
 
 
-class _Prompts:
+class _Stateless:
+    """What makes positions and masks of a cache's length is not asked for them here: see `Cache`."""
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        return 0
+
+
+class _Prompts(_Stateless):
     def __init__(self, cache: KvCache, rows: Sequence[int]):
         self.cache, self.rows = cache, list(rows)
 
-    def update(self, k_BGTD: Tensor, v_BGTD: Tensor, layer: int, *_: object) -> tuple[Tensor, Tensor]:
+    def update(self, k_BGTD: Tensor, v_BGTD: Tensor, layer: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        k_BGTD = k_BGTD.to(v_BGTD.dtype)  # a norm may have widened it under autocast
         columns = k_BGTD.shape[2]
         k, v = self.cache.buffers(layer, k_BGTD, columns, self.cache.all)
         k[self.rows, :, :columns], v[self.rows, :, :columns] = k_BGTD, v_BGTD
         return k_BGTD, v_BGTD
 
 
-class _Step:
+class _Step(_Stateless):
     def __init__(self, cache: KvCache, columns_BT: Tensor, end: int):
         self.cache, self.columns_BT, self.end = cache, columns_BT, end
         self.rows_B1 = torch.arange(len(columns_BT), device=columns_BT.device)[:, None]
 
-    def update(self, k_BGTD: Tensor, v_BGTD: Tensor, layer: int, *_: object) -> tuple[Tensor, Tensor]:
+    def update(self, k_BGTD: Tensor, v_BGTD: Tensor, layer: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        k_BGTD = k_BGTD.to(v_BGTD.dtype)
         among = self.cache.some or self.cache.all
         k, v = self.cache.buffers(layer, k_BGTD, self.end, among)
         k[self.rows_B1, :, self.columns_BT] = k_BGTD.transpose(1, 2)

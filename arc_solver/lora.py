@@ -89,9 +89,14 @@ def continue_lora(model: Model, folder: Path, base_dir: Path) -> Any:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """PEFT 0.21 asks transformers 5.23 for something by its old name; a user can do nothing about the warning."""
+    """Without two warnings that a user can do nothing about.
+
+    PEFT 0.21 asks transformers 5.23 for something by its old name. And PEFT 0.19 goes by a model's class where it warns
+    of tied weights, whatever `_untie` has done.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`", UserWarning)
         yield
 
 

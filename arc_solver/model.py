@@ -6,9 +6,11 @@ a tiny tokenizer for those who want to see the ids as text. `pretrained.py` make
 """
 
 import hashlib
+import inspect
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +59,22 @@ class Model:
             through: the module to call instead of the language model itself: what makes several processes train it.
             rows_N: indexes into the flattened ids, int64.
             attention: `ends_S`, where packed sequences end (B must be 1), or `mask_BTK`, True where a key may be seen,
-                with `past_key_values` to keep keys and values. None of them: plain causal attention.
+                with a `cache` to keep keys and values (`kv_cache`). None of them: plain causal attention.
         """
         if through is None and decoder.runs(self.lm):
             return decoder.run(self.lm, ids_BT, positions_BT, rows_N, **attention).float()
-        keeps = "past_key_values" in attention
-        out = (through or self.lm)(input_ids=ids_BT, position_ids=positions_BT, use_cache=keeps, **attention)
+        module = through or self.lm
+        if keeps := "cache" in attention:
+            attention[_cache_parameter(type(self.lm).forward)] = attention.pop("cache")
+        out = module(input_ids=ids_BT, position_ids=positions_BT, use_cache=keeps, **attention)
         logits_BTV = out.logits.float()
         return logits_BTV if rows_N is None else logits_BTV.flatten(0, 1)[rows_N]
+
+
+@cache
+def _cache_parameter(forward: Callable[..., Any]) -> str:
+    """What an architecture calls the cache: transformers 5.24 has a new name, and warns of the old one."""
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
 
 def packed_loss(

@@ -8,14 +8,17 @@ original's; softmax and head cost nothing any more; and nothing downstream knows
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import decoder
 from .config import FormatConfig, UserError, first_line
 from .encode import END, INPUT, NEWLINE, NUMBER, OUTPUT, PAD, VOCABULARY
+from .kv_cache import KvCache
 from .leaks import NOTHING
 from .model import ATTENTION, Model, has_weights, is_ours, load_model, read_weights
 from .tasks import COLOURS, MAX_SIDE
@@ -191,7 +194,9 @@ def _check_windows(lm: Any, path: str) -> None:
 
 
 def check_attention(lm: Any, path: str, length: int = 48) -> None:
-    """Checks that our attention gives what the model's own gives, and that packed sequences do not see each other.
+    """Checks that our attention gives what the model's own gives, packed and with a KV cache.
+
+    In both ways in which a model may be run here: by transformers, and by hand.
 
     Raises:
         UserError: they differ, or it does not run: the architecture does something that packed training cannot.
@@ -207,22 +212,31 @@ def check_attention(lm: Any, path: str, length: int = 48) -> None:
 
 @torch.no_grad()
 def _attention_agrees(lm: Any, length: int) -> bool:
+    model = Model(lm, FormatConfig(positions="token"), None)
     ids_BT = torch.randint(VOCABULARY, (1, length), generator=torch.Generator().manual_seed(0))
     positions_BT = torch.arange(length)[None]
     half = length // 2
-
-    def logits(ids: Tensor, positions: Tensor, **attention: Tensor) -> Tensor:
-        return lm(input_ids=ids, position_ids=positions, use_cache=False, **attention).logits.float()
-
-    ours = logits(ids_BT, positions_BT)
-    twice = logits(
-        ids_BT[:, :half].repeat(1, 2), positions_BT[:, :half].repeat(1, 2), ends_S=torch.tensor([half, length])
-    )
     lm.set_attn_implementation("eager")
     try:
-        own = logits(ids_BT, positions_BT)
+        own = lm(input_ids=ids_BT, position_ids=positions_BT, use_cache=False).logits.float()
     finally:
         lm.set_attn_implementation(ATTENTION)
+    found = []
+    for through in (lm, None) if decoder.runs(lm) else (lm,):
+        logits = partial(model.logits, through=through)
+        whole = logits(ids_BT, positions_BT)
+        twice = logits(
+            ids_BT[:, :half].repeat(1, 2), positions_BT[:, :half].repeat(1, 2), ends_S=torch.tensor([half, length])
+        )
+        cache = KvCache(1)
+        logits(ids_BT[:, :half], positions_BT[:, :half], cache=cache.prompts([0]))
+        continued = logits(
+            ids_BT[:, half:],
+            positions_BT[:, half:],
+            cache=cache.step(torch.arange(half, length)[None], length),
+            mask_BTK=torch.ones(1, length - half, length, dtype=torch.bool).tril(half),
+        )
+        found += [(whole, own), (twice[:, :half], own[:, :half]), (twice[:, half:], own[:, :half])]
+        found.append((continued, own[:, half:]))
     tolerance = 1e-3 * float(own.std())
-    compared = ((ours, own), (twice[:, :half], ours[:, :half]), (twice[:, half:], ours[:, :half]))
-    return all(float((found - expected).abs().max()) <= tolerance for found, expected in compared)
+    return all(float((ours - expected).abs().max()) <= tolerance for ours, expected in found)

@@ -81,10 +81,10 @@ def test_a_cache_continues_a_sequence(model):
     cache = KvCache(1)
     with torch.no_grad():
         whole = model.logits(ids_BT, positions_BT)
-        first = model.logits(ids_BT[:, :12], positions_BT[:, :12], past_key_values=cache.prompts([0]))
+        first = model.logits(ids_BT[:, :12], positions_BT[:, :12], cache=cache.prompts([0]))
         mask_BTK = torch.ones(1, 8, 20, dtype=torch.bool).tril(12)
         step = cache.step(torch.arange(12, 20)[None], 20)
-        second = model.logits(ids_BT[:, 12:], positions_BT[:, 12:], past_key_values=step, mask_BTK=mask_BTK)
+        second = model.logits(ids_BT[:, 12:], positions_BT[:, 12:], cache=step, mask_BTK=mask_BTK)
     torch.testing.assert_close(torch.cat([first, second], 1), whole, atol=2e-5, rtol=1e-5)
 
 
