@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .adapters import Adapter, LoraBank, attached, fresh_adapter
+from .attention import Packing
 from .augment import Augmentation, ColourPolicy, random_augmentation
 from .config import AdaptConfig, FormatConfig, named_rng
 from .encode import IGNORE, OUTPUT, Sample, encode_sample, sample_tokens
-from .model import Model
+from .model import Model, sent
 from .optimize import make_optimizers, take_step
 from .stream import pack
 from .tasks import Pair, Task
@@ -256,7 +257,6 @@ def _ask(
     ends_S = torch.cat([batch.ends_S + i * longest for i, batch in enumerate(batches)])
     rows_N = (labels_T[1:] != IGNORE).nonzero()[:, 0]  # nothing is learnt at a sequence's first id
     device = model.device
-    logits_NV = model.logits(
-        ids_T[None].to(device), positions_T[None].to(device), rows_N=rows_N.to(device), ends_S=ends_S.to(device)
-    )
-    return logits_NV, labels_T[rows_N + 1].to(device), (rows_N // longest).to(device)
+    ids_BT, positions_BT, on_device_N = (sent(x, device) for x in (ids_T[None], positions_T[None], rows_N))
+    logits_NV = model.logits(ids_BT, positions_BT, rows_N=on_device_N, packing=Packing.of(ends_S, device))
+    return logits_NV, labels_T[rows_N + 1], rows_N // longest

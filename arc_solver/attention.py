@@ -6,12 +6,98 @@ transformers, which therefore builds none.
 """
 
 import inspect
-from functools import cache, lru_cache, partial
+import math
+from dataclasses import dataclass
+from functools import cache, cached_property, lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+HALF = (torch.bfloat16, torch.float16)
+FLASH_SIZES = range(8, 257, 8)  # of a head
+AMPERE = 8, 0  # the compute capability from which on flash attention runs
+MOST_UNEVEN = 2  # longest by shortest of sequences that are padded to one length
+
+
+@dataclass(frozen=True, eq=False)
+class Packing:
+    """Where packed sequences end, in the forms in which attention wants to know it.
+
+    Made once for a pass, as asking the GPU in every layer would make it wait.
+    """
+
+    ends_S: Tensor  # int64, on the CPU
+    starts_S1: Tensor  # int32, on the model's device: a 0 before the ends
+    longest: int  # tokens; rounded up to a power of two, so that few values occur
+    flash: tuple[str, ...]  # the parameters of flash attention; empty where the device has none
+
+    @staticmethod
+    def of(ends_S: Tensor, device: torch.device) -> "Packing":
+        """Of the ends of sequences, on the CPU, int64."""
+        assert ends_S.device.type == "cpu", ends_S.device
+        starts_S1 = F.pad(ends_S, (1, 0)).to(torch.int32).to(device, non_blocking=True)
+        for ends in (ends_S, starts_S1):
+            torch._dynamo.maybe_mark_dynamic(ends, 0)  # the number of sequences differs from batch to batch
+        longest = int(ends_S.diff(prepend=ends_S.new_zeros(1)).max())
+        return Packing(ends_S, starts_S1, 1 << (longest - 1).bit_length(), _flash_parameters(device))
+
+    @cached_property
+    def padded(self) -> "Padded":
+        """The sequences as padded batches, on the device."""
+        lengths_S = self.ends_S.diff(prepend=self.ends_S.new_zeros(1))
+        starts_S = self.ends_S - lengths_S
+        groups = _alike(lengths_S.tolist())
+        rows, places_T, begin = [], torch.empty(int(self.ends_S[-1]), dtype=torch.int64), 0
+        for group in groups:
+            columns_L = torch.arange(int(lengths_S[group[0]]))
+            is_real_GL = columns_L < lengths_S[group, None]
+            rows_GL = starts_S[group, None] + columns_L * is_real_GL
+            places_T[rows_GL[is_real_GL]] = begin + is_real_GL.flatten().nonzero()[:, 0]
+            rows.append(rows_GL.flatten())
+            begin += rows_GL.numel()
+        device = self.starts_S1.device
+        moved = tuple(rows_N.to(device, non_blocking=True) for rows_N in rows)
+        return Padded(moved, tuple(map(len, groups)), places_T.to(device, non_blocking=True))
+
+
+@dataclass(frozen=True, eq=False)
+class Padded:
+    """Packed sequences as batches of like length. What pads a sequence is its first token, which no one asks about."""
+
+    rows: tuple[Tensor, ...]  # of each batch: the tokens, sequence by sequence
+    counts: tuple[int, ...]  # sequences of each batch
+    places_T: Tensor  # where each token is in what comes of all batches
+
+
+def _alike(lengths: list[int]) -> list[list[int]]:
+    """The indexes of sequences, longest first, in groups that are not too uneven to be padded to one length."""
+    groups: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if groups and lengths[groups[-1][0]] <= MOST_UNEVEN * lengths[i]:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+@cache
+def _flash_parameters(device: torch.device) -> tuple[str, ...]:
+    """Of PyTorch's flash attention for packed sequences; none where the device has no such attention.
+
+    `scale` and `window_size` are known from 2.11 on, `enable_gqa` from 2.13 on.
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < AMPERE:
+        return ()
+    from torch.nn.attention.varlen import varlen_attn  # takes seconds
+
+    return tuple(inspect.signature(varlen_attn).parameters)
+
+
+def packs_in_one_graph(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether one compiled graph serves every way of packing, with matrix products in this type."""
+    return device.type == "cpu" or (bool(_flash_parameters(device)) and dtype in HALF)
 
 
 def attend(
@@ -21,13 +107,13 @@ def attend(
     v_BGKD: Tensor,
     attention_mask: None,
     scaling: float | None = None,
-    ends_S: Tensor | None = None,
+    packing: Packing | None = None,
     mask_BTK: Tensor | None = None,
     **unused: Any,
 ) -> tuple[Tensor, None]:
     """The function that transformers calls in every layer. Returns [B, T, H, D]."""
     q_BHTD, k_BGKD = q_BHTD.to(v_BGKD.dtype), k_BGKD.to(v_BGKD.dtype)  # norms may have widened them under autocast
-    return attention(q_BHTD, k_BGKD, v_BGKD, scaling, ends_S, mask_BTK).transpose(1, 2), None
+    return attention(q_BHTD, k_BGKD, v_BGKD, scaling, packing, mask_BTK).transpose(1, 2), None
 
 
 def attention(
@@ -35,58 +121,82 @@ def attention(
     k_BGKD: Tensor,
     v_BGKD: Tensor,
     scaling: float | None = None,
-    ends_S: Tensor | None = None,
+    packing: Packing | None = None,
     mask_BTK: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention with H query heads in G groups, [B, H, T, D].
 
     Args:
-        ends_S: where packed sequences end; each sees itself only, causally, and B must be 1.
+        packing: where packed sequences end; each sees itself only, causally, and B must be 1.
         mask_BTK: True where a key may be seen. Without either: plain causal.
     """
-    groups = q_BHTD.shape[1] // k_BGKD.shape[1]
-    if ends_S is None:
-        mask = mask_BTK[:, None] if mask_BTK is not None else None
-        return F.scaled_dot_product_attention(
-            q_BHTD, k_BGKD, v_BGKD, mask, is_causal=mask is None, scale=scaling, enable_gqa=groups > 1
-        )
-    if not q_BHTD.is_cpu:
-        return _packed_on_gpu(q_BHTD, k_BGKD, v_BGKD, ends_S, scaling)
-    if groups > 1:  # the CPU kernel wants as many key as query heads
-        k_BGKD, v_BGKD = (x.repeat_interleave(groups, 1) for x in (k_BGKD, v_BGKD))
-    out, _ = _packed(q_BHTD, k_BGKD, v_BGKD, ends_S, scaling or q_BHTD.shape[-1] ** -0.5)
-    return out
+    scale = scaling or q_BHTD.shape[-1] ** -0.5
+    if packing is None:
+        if mask_BTK is not None:
+            return _masked(q_BHTD, k_BGKD, v_BGKD, mask_BTK, scale)
+        return _causal(q_BHTD, k_BGKD, v_BGKD, scale)
+    if q_BHTD.is_cpu:
+        out, _ = _packed(q_BHTD, *_as_many_heads(q_BHTD, k_BGKD, v_BGKD), packing.ends_S, scale)
+        return out
+    if packing.flash and q_BHTD.dtype in HALF and q_BHTD.shape[-1] in FLASH_SIZES:
+        return _flash(q_BHTD, k_BGKD, v_BGKD, packing, scale)
+    return _padded(q_BHTD, k_BGKD, v_BGKD, packing, scale)
 
 
-def _packed_on_gpu(q: Tensor, k: Tensor, v: Tensor, ends_S: Tensor, scaling: float | None) -> Tensor:
-    """Causal attention inside each sequence: one flash kernel for all where there is one (16 bit), else a loop."""
-    groups = q.shape[1] // k.shape[1]
-    flash = q.dtype in (torch.bfloat16, torch.float16) and torch.cuda.get_device_capability(q.device) >= (8, 0)
-    if not (flash and _has_varlen()):
-        lengths = ends_S.diff(prepend=ends_S.new_zeros(1)).tolist()
-        pieces = zip(*(x.split(lengths, dim=2) for x in (q, k, v)), strict=True)
-        attend = partial(F.scaled_dot_product_attention, is_causal=True, scale=scaling, enable_gqa=groups > 1)
-        return torch.cat([attend(*piece) for piece in pieces], dim=2)
+def _as_many_heads(q_BHTD: Tensor, *keys_and_values: Tensor) -> list[Tensor]:
+    """Keys and values repeated for the query heads of their group."""
+    groups = q_BHTD.shape[1] // keys_and_values[0].shape[1]
+    return [x if groups == 1 else x.repeat_interleave(groups, 1) for x in keys_and_values]
+
+
+def _masked(q_BHTD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, mask_BTK: Tensor, scale: float) -> Tensor:
+    """The queries of a group are rows of one head: with a mask and groups PyTorch's fast kernels for GPUs decline."""
+    batch, heads, length, size = q_BHTD.shape
+    groups = k_BGKD.shape[1]
+    repeats = heads // groups
+    mask = mask_BTK[:, None] if length == 1 or repeats == 1 else mask_BTK.repeat(1, repeats, 1)[:, None]
+    q = q_BHTD.reshape(batch, groups, repeats * length, size)
+    return F.scaled_dot_product_attention(q, k_BGKD, v_BGKD, mask, scale=scale).view(q_BHTD.shape)
+
+
+def _causal(q_BHTD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, scale: float) -> Tensor:
+    grouped = q_BHTD.shape[1] != k_BGKD.shape[1]
+    if grouped and not q_BHTD.is_cpu and q_BHTD.dtype not in HALF:  # only flash attention knows groups on a GPU
+        (k_BGKD, v_BGKD), grouped = _as_many_heads(q_BHTD, k_BGKD, v_BGKD), False
+    return F.scaled_dot_product_attention(q_BHTD, k_BGKD, v_BGKD, is_causal=True, scale=scale, enable_gqa=grouped)
+
+
+def _flash(q_BHTD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, packing: Packing, scale: float) -> Tensor:
+    """Causal attention inside each sequence by one flash kernel, in the words of this PyTorch."""
     from torch.nn.attention.varlen import varlen_attn
 
-    starts = F.pad(ends_S, (1, 0)).to(torch.int32)
-    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))
-    longest = int(q.shape[0])  # an upper bound; the exact length would cost a transfer from the GPU
-    out = varlen_attn(
-        q, k, v, starts, starts, longest, longest, scale=scaling, window_size=(-1, 0), enable_gqa=groups > 1
-    )
+    options: dict[str, Any] = {}
+    if "enable_gqa" in packing.flash:
+        options["enable_gqa"] = q_BHTD.shape[1] != k_BGKD.shape[1]
+    else:
+        k_BGKD, v_BGKD = _as_many_heads(q_BHTD, k_BGKD, v_BGKD)
+    if "scale" in packing.flash:
+        options["scale"] = scale
+    elif (factor := scale * math.sqrt(q_BHTD.shape[-1])) != 1:
+        q_BHTD = q_BHTD * factor
+    options |= {"window_size": (-1, 0)} if "window_size" in packing.flash else {"is_causal": True}
+    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (q_BHTD, k_BGKD, v_BGKD))
+    starts, longest = packing.starts_S1, packing.longest
+    out = varlen_attn(q, k, v, starts, starts, longest, longest, **options)
     assert isinstance(out, Tensor)
     return out.transpose(0, 1)[None]
 
 
-@cache
-def _has_varlen() -> bool:
-    """Whether this PyTorch has flash attention for packed sequences with the arguments that we need (2.13 has)."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return False
-    return {"scale", "window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters)
+def _padded(q_BHTD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, packing: Packing, scale: float) -> Tensor:
+    """The same where flash attention is not to be had: a kernel for each batch of sequences of like length."""
+    padded = packing.padded
+    all_THD = [x[0].transpose(0, 1) for x in (q_BHTD, *_as_many_heads(q_BHTD, k_BGKD, v_BGKD))]
+    outs = []
+    for rows_N, count in zip(padded.rows, padded.counts, strict=True):
+        q, k, v = (x.index_select(0, rows_N).unflatten(0, (count, -1)).transpose(1, 2) for x in all_THD)
+        out_SHLD = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        outs.append(out_SHLD.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outs).index_select(0, padded.places_T).transpose(0, 1)[None]
 
 
 SHORT = 512  # tokens; up to here bf16 matrix products beat the CPU's flash kernel in the backward pass

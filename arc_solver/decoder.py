@@ -70,7 +70,7 @@ def run(
     positions_BT: Tensor,
     rows_N: Tensor | None = None,
     cache: Any = None,
-    **masks: Tensor,
+    **masks: Any,
 ) -> Tensor:
     """Logits [B, T, V], or [N, V] at the places `rows_N` of the flattened ids alone.
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import decoder
-from .attention import attend
+from .attention import Packing, attend
 from .config import BUNDLED_DIR, FormatConfig, ModelConfig, UserError, first_line
 from .encode import END, IGNORE, PAD, TOKENS, VOCABULARY
 from .leaks import DATA_FILE, TrainingData, read_training_data
@@ -58,7 +58,7 @@ class Model:
             ids_BT, positions_BT: int64.
             through: the module to call instead of the language model itself: what makes several processes train it.
             rows_N: indexes into the flattened ids, int64.
-            attention: `ends_S`, where packed sequences end (B must be 1), or `mask_BTK`, True where a key may be seen,
+            attention: `packing`, where packed sequences end (B must be 1), or `mask_BTK`, True where a key may be seen,
                 with a `cache` to keep keys and values (`kv_cache`). None of them: plain causal attention.
         """
         if through is None and decoder.runs(self.lm):
@@ -87,15 +87,17 @@ def packed_loss(
 
     `logits_of` is `model.logits`, or that compiled.
     """
-    ids_BT, positions_BT, ends_S = (
-        x.to(model.device) for x in (batch.ids_T[None], batch.positions_T[None], batch.ends_S)
-    )
-    torch._dynamo.maybe_mark_dynamic(ends_S, 0)  # the number of sequences differs from batch to batch
-    logits_TV = (logits_of or model.logits)(ids_BT, positions_BT, ends_S=ends_S)[0]
+    device = model.device
+    ids_T, positions_T, labels_T = (sent(x, device) for x in (batch.ids_T, batch.positions_T, batch.labels_T))
+    packing = Packing.of(batch.ends_S, device)
+    logits_TV = (logits_of or model.logits)(ids_T[None], positions_T[None], packing=packing)[0]
     # Nothing is learnt at a sequence's first id, so the shift by one crosses no border.
-    return F.cross_entropy(
-        logits_TV[:-1], batch.labels_T[1:].to(model.device), ignore_index=IGNORE, reduction=reduction
-    )
+    return F.cross_entropy(logits_TV[:-1], labels_T[1:], ignore_index=IGNORE, reduction=reduction)
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on the device, without waiting for what the device is doing."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def new_model(config: ModelConfig, format: FormatConfig, seed: int, trained_on: TrainingData | None = None) -> Model:
@@ -271,11 +273,26 @@ def pick_device(name: str) -> torch.device:
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it (GPUs from Ampere on, CPUs with AMX), else float32."""
+    """What weights are held and multiplied in: bfloat16 where the hardware multiplies it, else float32."""
+    return torch.bfloat16 if _bf16_by(device) else torch.float32
+
+
+def precision_of(device: torch.device) -> str:
+    """The same in words, and why."""
+    if unit := _bf16_by(device):
+        return f"bf16 ({unit})"
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return torch.bfloat16 if has_amx and has_amx() else torch.float32
+        return "fp32 (the GPU does not multiply bf16, and fp16 overflows in some models)"
+    return "fp32 (the CPU has neither AMX nor AVX512_BF16)"
+
+
+@cache
+def _bf16_by(device: torch.device) -> str:
+    """What multiplies bfloat16: GPUs from Ampere on, x86 CPUs with AMX or AVX512_BF16. "" = nothing does."""
+    if device.type == "cuda":
+        return "tensor cores" if torch.cuda.is_bf16_supported(including_emulation=False) else ""
+    asks = {"AMX": "_is_amx_tile_supported", "AVX512_BF16": "_is_avx512_bf16_supported"}
+    return next((unit for unit, ask in asks.items() if hasattr(torch.cpu, ask) and getattr(torch.cpu, ask)()), "")
 
 
 def prepare_transformers() -> None:

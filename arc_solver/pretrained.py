@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import decoder
+from .attention import Packing
 from .config import FormatConfig, UserError, first_line
 from .encode import END, INPUT, NEWLINE, NUMBER, OUTPUT, PAD, VOCABULARY
 from .kv_cache import KvCache
@@ -216,6 +217,7 @@ def _attention_agrees(lm: Any, length: int) -> bool:
     ids_BT = torch.randint(VOCABULARY, (1, length), generator=torch.Generator().manual_seed(0))
     positions_BT = torch.arange(length)[None]
     half = length // 2
+    packing = Packing.of(torch.tensor([half, length]), ids_BT.device)
     lm.set_attn_implementation("eager")
     try:
         own = lm(input_ids=ids_BT, position_ids=positions_BT, use_cache=False).logits.float()
@@ -225,9 +227,7 @@ def _attention_agrees(lm: Any, length: int) -> bool:
     for through in (lm, None) if decoder.runs(lm) else (lm,):
         logits = partial(model.logits, through=through)
         whole = logits(ids_BT, positions_BT)
-        twice = logits(
-            ids_BT[:, :half].repeat(1, 2), positions_BT[:, :half].repeat(1, 2), ends_S=torch.tensor([half, length])
-        )
+        twice = logits(ids_BT[:, :half].repeat(1, 2), positions_BT[:, :half].repeat(1, 2), packing=packing)
         cache = KvCache(1)
         logits(ids_BT[:, :half], positions_BT[:, :half], cache=cache.prompts([0]))
         continued = logits(

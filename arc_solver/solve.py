@@ -42,7 +42,7 @@ from .engines import check_engine, engine_kind
 from .executors import Executor, cores, make_executor
 from .journal import Journal, open_journal, saved_config
 from .leaks import TrainingData, leak_audit
-from .model import checkpoint_dir, pick_device
+from .model import checkpoint_dir, pick_device, precision_of
 from .report import save_picture, task_picture
 from .schedule import Finished, Schedule
 from .status import Meter
@@ -331,7 +331,7 @@ def main(arguments: list[str]) -> int:
         journal = stack.enter_context(open_journal(run_dir, found, config, weights))
         plain(
             f"{_count(len(found.tasks), 'task')} from {found.name}; model of {parameters:,} parameters on"
-            f" {device}, {_count(executor.count, 'worker')}; engine {kind} ({why}); run directory {run_dir}"
+            f" {device} in {precision_of(device)}, {_count(executor.count, 'worker')}; engine {kind} ({why}); run directory {run_dir}"
         )
         if journal.continued:
             plain(f"continued: {len(journal.standings)} of {len(found.tasks)} tasks have an answer")

@@ -9,6 +9,7 @@ from test_adapters import random_adapter
 
 from arc_solver import decoder
 from arc_solver.adapters import attached
+from arc_solver.attention import Packing
 from arc_solver.config import AdaptConfig, FormatConfig
 from arc_solver.encode import VOCABULARY
 from arc_solver.kv_cache import KvCache
@@ -60,7 +61,7 @@ def test_logits(model, by_transformers):
     mask_BTK = torch.rand(2, 20, 20, generator=torch.Generator().manual_seed(1)) < 0.5
     mask_BTK |= torch.eye(20, dtype=torch.bool)
     ways = [{}, {"mask_BTK": mask_BTK}]
-    packed = {"ends_S": batch.ends_S}
+    packed = {"packing": Packing.of(batch.ends_S, model.device)}
     with torch.no_grad():
         assert decoder.runs(model.lm)
         ours = [model.logits(ids_BT, positions_BT, **way) for way in ways]

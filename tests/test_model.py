@@ -5,7 +5,7 @@ import torch
 from conftest import TOY, random_grid
 from safetensors.torch import load_file, save_file
 
-import arc_solver.attention
+from arc_solver.attention import Packing
 from arc_solver.config import FormatConfig, ModelConfig, UserError
 from arc_solver.encode import IGNORE, encode_sample
 from arc_solver.leaks import NOTHING, TrainingData
@@ -31,58 +31,15 @@ def samples(rng, format, count=4):
     ]
 
 
-def test_the_gpu_path_equals_the_cpu_path(monkeypatch):
-    """The loop that serves GPUs without a varlen kernel, run on the CPU; with one, on the GPU if there is one."""
-    q, k, v = (torch.randn(1, heads, 30, 16, requires_grad=True) for heads in (4, 2, 2))
-    ends = torch.tensor([7, 8, 30])
-    monkeypatch.setattr(arc_solver.attention, "_has_varlen", lambda: False)
-    looped = arc_solver.attention._packed_on_gpu(q, k, v, ends, 0.25)
-    whole, _ = torch.ops.arc_solver.packed_attention(q, *(x.repeat_interleave(2, 1) for x in (k, v)), ends, 0.25)
-    torch.testing.assert_close(looped, whole, atol=1e-5, rtol=1e-4)
-    for a, b in zip(
-        torch.autograd.grad(looped.sum(), (q, k, v)), torch.autograd.grad(whole.sum(), (q, k, v)), strict=True
-    ):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_varlen_on_a_gpu_equals_the_loop(monkeypatch):
-    q, k, v = (torch.randn(1, heads, 30, 64, device="cuda", dtype=torch.bfloat16) for heads in (4, 2, 2))
-    ends = torch.tensor([7, 8, 30], device="cuda")
-    kernel = arc_solver.attention._packed_on_gpu(q, k, v, ends, 0.125)
-    monkeypatch.setattr(arc_solver.attention, "_has_varlen", lambda: False)
-    looped = arc_solver.attention._packed_on_gpu(q, k, v, ends, 0.125)
-    torch.testing.assert_close(kernel, looped, atol=2e-2, rtol=2e-2)
-
-
-def test_gradients_of_attention_in_bf16():
-    """Sequences of one block, of several, and long ones, against plain softmax attention in float32."""
-    ends, generator = torch.tensor([1, 33, 230, 560, 1100]), torch.Generator().manual_seed(0)
-    drawn = [torch.randn(1, 2, 1100, 32, generator=generator).bfloat16() for _ in range(4)]
-    q, k, v = (x.clone().requires_grad_() for x in drawn[:3])
-    out = arc_solver.attention.attention(q, k, v, 0.2, ends)
-    found = torch.autograd.grad(out, (q, k, v), drawn[3])
-    whole = [x.float().requires_grad_() for x in drawn[:3]]
-    start = 0
-    for end in ends.tolist():
-        seen = torch.ones(end - start, end - start, dtype=torch.bool).tril()
-        one, two, three = (x[:, :, start:end] for x in whole)
-        plain = (one @ two.transpose(2, 3) * 0.2).masked_fill(~seen, -torch.inf).softmax(-1) @ three
-        expected = torch.autograd.grad(plain, whole, drawn[3][:, :, start:end].float())
-        for mine, theirs in zip(found, expected, strict=True):
-            part = theirs[:, :, start:end]
-            error = (mine[:, :, start:end] - part).norm() / part.norm().clamp_min(1e-6)
-            assert error < 0.02 or part.norm() < 1e-6, (start, end, error)
-        start = end
-
-
 @pytest.mark.parametrize("kv_heads", [1, 2])
 def test_packed_samples_do_not_see_each_other(kv_heads, rng):
     """Logits of a packed sample equal those of the sample alone, and gradients those of the samples one by one."""
     model = new_model(TOY.model_copy(update={"kv_heads": kv_heads}), FormatConfig(), seed=0)
     alone = samples(rng, model.format)
     batch = pack(alone, sum(map(len, alone)) + 7)
-    together = model.logits(batch.ids_T[None], batch.positions_T[None], ends_S=batch.ends_S)[0]
+    together = model.logits(batch.ids_T[None], batch.positions_T[None], packing=Packing.of(batch.ends_S, model.device))[
+        0
+    ]
     together[:-7].square().sum().backward()
     packed_grads = [p.grad.clone() for p in model.lm.parameters()]
     model.lm.zero_grad()

@@ -16,6 +16,7 @@ from checkpoints import KINDS, make_checkpoint, make_tokenizer
 
 import arc_solver.attention
 import arc_solver.pretrained
+from arc_solver.attention import Packing
 from arc_solver.config import FormatConfig, UserError
 from arc_solver.encode import END, INPUT, NEWLINE, NUMBER, OUTPUT, PAD, TOKENS, VOCABULARY
 from arc_solver.model import Model, load_model, save_model
@@ -190,7 +191,9 @@ def test_a_saved_cut_loads_anywhere(kind, tied, tmp_path, rng):
     alone = [random_text(rng, 1, length) for length in lengths]
     positions_BT = torch.cat([torch.arange(length) for length in lengths])[None]
     with torch.no_grad():
-        packed = again.logits(torch.cat(alone, 1), positions_BT, ends_S=torch.tensor(lengths).cumsum(0))[0]
+        packed = again.logits(
+            torch.cat(alone, 1), positions_BT, packing=Packing.of(torch.tensor(lengths).cumsum(0), again.device)
+        )[0]
     for piece, ids in zip(packed.split(lengths), alone, strict=True):
         torch.testing.assert_close(piece, logits_of(stock, ids)[0], atol=1e-5, rtol=1e-5)
 
@@ -354,7 +357,7 @@ def test_attention_that_ours_does_not_reproduce_is_refused(tmp_path, monkeypatch
     def sharper(module, q, k, v, mask, **rest):
         return attend(module, 2 * q, k, v, mask, **rest)
 
-    def unpacked(module, q, k, v, mask, ends_S=None, **rest):
+    def unpacked(module, q, k, v, mask, packing=None, **rest):
         return attend(module, q, k, v, mask, **rest)
 
     def failing(module, q, k, v, mask, **rest):
