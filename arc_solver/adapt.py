@@ -7,6 +7,7 @@ Tasks of like length are adapted at once, each with its own adapter, optimizer, 
 base: the loss is the sum of the tasks' means, so nothing of one reaches another.
 """
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,22 +17,28 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
+from torch.optim import AdamW
 
 from .adapters import Adapter, LoraBank, attached, fresh_adapter
 from .attention import Packing
 from .augment import Augmentation, ColourPolicy, random_augmentation
 from .config import AdaptConfig, FormatConfig, named_rng
 from .encode import IGNORE, OUTPUT, Sample, encode_sample, sample_tokens
+from .memory import kept_per_token
 from .model import Model, sent
-from .optimize import make_optimizers, take_step
+from .optimize import step_rate
 from .stream import pack
 from .tasks import Pair, Task
+
+log = logging.getLogger(__name__)
 
 CPU_GROUP_TOKENS, GPU_GROUP_TOKENS = 2048, 32_768
 CPU_GROUPS = 8  # there are at least, if there are as many tasks, so that all cores have work
 CHECKS = 10  # how often in a run "leave-one-out" looks
+STEP_SHARE = 0.7  # of the free memory may go into what a forward pass keeps; the backward pass needs some besides
+ADAPTER_SHARE = 0.25  # of all memory may go into the adapters of a group
+ADAPTER_BYTES = 18  # a number of an adapter: itself, its gradient, AdamW's two moments; and once more in 16 bit
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,11 +102,18 @@ def _step_tokens(task: Task, config: AdaptConfig) -> int:
     return min(task.tokens, config.max_tokens) * config.batch_size
 
 
-def group_by_length(tasks: Sequence[Task], config: AdaptConfig, device: torch.device) -> list[list[Task]]:
-    """The tasks that are adapted at once: of like length, so that little is padding. Longest first."""
+def group_by_length(
+    tasks: Sequence[Task], config: AdaptConfig, device: torch.device, most: int = 0
+) -> list[list[Task]]:
+    """The tasks that are adapted at once: of like length, so that little is padding. Longest first.
+
+    Args:
+        most: tasks in a group for which there is memory; 0: it does not matter.
+    """
     on_cpu = device.type == "cpu"
     room = config.group_tokens or (CPU_GROUP_TOKENS if on_cpu else GPU_GROUP_TOKENS)
-    most = config.together or (max(1, len(tasks) // CPU_GROUPS) if on_cpu else len(tasks))
+    wanted = config.together or (max(1, len(tasks) // CPU_GROUPS) if on_cpu else len(tasks))
+    most = min(wanted, most or wanted)
     groups: list[list[Task]] = []
     for task in sorted(tasks, key=lambda task: (-_step_tokens(task, config), task.id)):
         longest = _step_tokens(groups[-1][0], config) if groups else 0
@@ -111,6 +125,12 @@ def group_by_length(tasks: Sequence[Task], config: AdaptConfig, device: torch.de
     return groups
 
 
+def most_together(adapter: Adapter, memory: int) -> int:
+    """How many adapters like this one may be trained at once in so many bytes, of which the model needs most."""
+    numbers = sum(a.numel() + b.numel() for a, b in adapter.weights.values())
+    return max(1, int(ADAPTER_SHARE * memory) // (ADAPTER_BYTES * numbers))
+
+
 def adapt(
     tasks: Sequence[Task],
     model: Model,
@@ -119,6 +139,7 @@ def adapt(
     start: Adapter | None = None,
     on_step: Callable[[], None] = lambda: None,
     deadline: float = math.inf,
+    memory: float = math.inf,
 ) -> list[Adaptation]:
     """Fine-tunes an adapter for each task on its demonstrations. The base model is left as it was.
 
@@ -127,6 +148,8 @@ def adapt(
         start: the adapter that all continue; None: a fresh one for each.
         on_step: called after each step.
         deadline: of `time.monotonic()`. No step begins after it, and the learning rate falls in time for it.
+        memory: bytes that are free. What has no room in one pass goes through the model part by part; the gradients
+            are the same.
     """
     began = time.monotonic()
     starts = [start or fresh_adapter(model, config, rng) for rng in rngs]
@@ -134,15 +157,14 @@ def adapt(
         learners = [
             _Learner(k, *each, bank, config, model.format) for k, each in enumerate(zip(tasks, rngs, strict=True))
         ]
+        passes = Passes.planned(model, config, memory)
         while live := [learner for learner in learners if not learner.ended]:
             spent = (time.monotonic() - began) / max(1e-9, deadline - began)
             if spent >= 1:
                 for learner in live:
                     learner.ended = "deadline"
                 break
-            _step(model, bank, live)
-            for learner in live:
-                learner.step(starts[learner.k], spent)
+            _step(model, bank, live, starts, passes, spent)
             on_step()
             if config.stop == "leave-one-out":
                 _stop_where_all_is_right(model, bank, [x for x in live if not x.ended and x.is_due()])
@@ -152,9 +174,57 @@ def adapt(
     return [x.result(adapter, seconds * x.tokens / tokens) for x, adapter in zip(learners, adapters, strict=True)]
 
 
+Part = list[tuple[int, Sequence[Sample]]]  # learners, by index, each with samples that go through the model together
+
+
+@dataclass(eq=False)
+class Passes:
+    """How much goes through the model at once."""
+
+    room: float = math.inf  # tokens, padding included
+    recompute: bool = False  # activations are computed again in the backward pass instead of kept
+
+    @staticmethod
+    def planned(model: Model, config: AdaptConfig, memory: float) -> "Passes":
+        """For so many free bytes, under adapters: recomputing where not even one of the longest samples has room."""
+        if memory == math.inf:
+            return Passes(recompute=config.recompute == "yes")
+        kept, recomputed = kept_per_token(model)
+        room = STEP_SHARE * memory / kept
+        recompute = config.recompute == "yes" or (config.recompute == "auto" and room < config.max_tokens)
+        return Passes(STEP_SHARE * memory / recomputed if recompute else room, recompute)
+
+    def parts(self, samples: Sequence[Sequence[Sample]]) -> list[Part]:
+        """Learners in parts for which there is room; one that has none by itself, sample by sample."""
+        pieces: Part = []
+        for i, own in enumerate(samples):
+            fits = sum(map(len, own)) <= self.room
+            pieces += [(i, own)] if fits else [(i, [sample]) for sample in own]
+        parts: list[Part] = []
+        for piece in pieces:
+            together = [*parts[-1], piece] if parts else [piece]
+            padded = len(together) * max(sum(map(len, own)) for _, own in together)
+            if parts and padded <= self.room and parts[-1][-1][0] != piece[0]:
+                parts[-1] = together
+            else:
+                parts.append([piece])
+        return parts
+
+    def shrink(self, samples: Sequence[Sequence[Sample]]) -> bool:
+        """Less at once, after memory ran out with these; false: there is nothing less."""
+        used = max(sum(len(sample) for _, own in part for sample in own) for part in self.parts(samples))
+        smallest = max(len(sample) for own in samples for sample in own)
+        if used <= smallest:
+            if self.recompute:
+                return False
+            self.recompute = True
+        self.room = max(smallest, used // 2)
+        return True
+
+
 @dataclass(eq=False)
 class _Learner:
-    """One task of a group: its samples, its slice of the bank, its optimizer, and how far it is."""
+    """One task of a group: its samples, its row of the bank, its optimizer, and how far it is."""
 
     k: int
     task: Task
@@ -166,33 +236,39 @@ class _Learner:
     tokens: int = 0
     dropped: int = 0
     ended: str = ""
-    parameters: list[nn.Parameter] = field(init=False)
-    optimizers: list[Optimizer] = field(init=False)
+    optimizer: AdamW = field(init=False)
     samples: Iterator[tuple[Sample, int]] = field(init=False)
+    drawn: list[Sample] = field(init=False)  # for the next step
 
     def __post_init__(self) -> None:
-        self.config = self.config.model_copy(update={"steps": planned_steps(self.task, self.config)})
-        self.samples = held_out_samples(self.task, self.config, self.format, self.rng)
-        self.parameters = self.bank.slice(self.k)
-        self.optimizers = make_optimizers([(f"lora.{i}", p) for i, p in enumerate(self.parameters)], self.config)
+        self.config = config = self.config.model_copy(update={"steps": planned_steps(self.task, self.config)})
+        self.samples = held_out_samples(self.task, config, self.format, self.rng)
+        self.optimizer = AdamW(
+            [self.bank.row(self.k)], config.lr, config.betas, weight_decay=config.weight_decay, fused=True
+        )
+        self.draw()
 
     @property
     def steps(self) -> int:
         return len(self.losses)
 
-    def draw(self) -> list[Sample]:
-        chosen = [next(self.samples)[0] for _ in range(self.config.batch_size)]
-        self.tokens += sum(map(len, chosen))
-        shown = min(int((sample.ids_T == OUTPUT).sum()) for sample in chosen)
-        self.dropped = max(self.dropped, len(self.task.train) - shown)
-        return chosen
+    def draw(self) -> None:
+        self.drawn = [next(self.samples)[0] for _ in range(self.config.batch_size)]
 
-    def step(self, start: Adapter, spent: float) -> None:
-        """One step of its own optimizer; the loss is the last one noted. `spent`: share of the time that is over."""
-        progress = max((self.steps - 1) / self.config.steps, spent)
-        self.bank.take_gradients(self.k, self.parameters)
-        norm, _ = take_step(self.parameters, self.optimizers, self.config, progress)
-        if not math.isfinite(norm + self.losses[-1]):
+    def step(self, spent: float) -> None:
+        """A step of the optimizer, from the gradients in the bank. `spent`: share of the time that is over."""
+        progress = max(self.steps / self.config.steps, spent)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.lr * step_rate(progress, self.config)
+        self.optimizer.step()
+
+    def note(self, used: Sequence[Sample], loss: float, norm: float, start: Adapter) -> None:
+        """What came of a step with these samples. Where it is not finite, the adapter is what it was at the start."""
+        self.losses.append(loss)
+        self.tokens += sum(map(len, used))
+        shown = min(int((sample.ids_T == OUTPUT).sum()) for sample in used)
+        self.dropped = max(self.dropped, len(self.task.train) - shown)
+        if not math.isfinite(norm + loss):
             self.bank.set(self.k, start)
             self.ended = "diverged"
         elif self.steps == self.config.steps:
@@ -218,16 +294,54 @@ class _Learner:
         return Adaptation(adapter, self.steps, self.tokens, first, last, seconds, self.dropped, self.ended)
 
 
-def _step(model: Model, bank: LoraBank, live: Sequence[_Learner]) -> None:
-    """Forward and backward for all: leaves the gradients in the bank, and notes each one's loss."""
-    bank.drop_gradients()
-    logits_NV, labels_N, owners_N = _ask(model, bank, live, [learner.draw() for learner in live])
-    losses_N = F.cross_entropy(logits_NV, labels_N, reduction="none")
-    counts_L = owners_N.bincount(minlength=len(live))
-    losses_L = losses_N.new_zeros(len(live)).index_add(0, owners_N, losses_N) / counts_L
-    losses_L.sum().backward()
-    for learner, loss in zip(live, losses_L.tolist(), strict=True):
-        learner.losses.append(loss)
+def _step(
+    model: Model,
+    bank: LoraBank,
+    live: Sequence[_Learner],
+    starts: Sequence[Adapter],
+    passes: Passes,
+    spent: float,
+) -> None:
+    """A step of all. What a GPU does is not waited for until the samples of the next step are drawn."""
+    samples = [learner.drawn for learner in live]
+    losses_L = _backward(model, bank, live, samples, passes)
+    norms_K = bank.clip(live[0].config.clip)
+    for learner in live:
+        learner.step(spent)
+    for learner in live:
+        learner.draw()
+    noted = torch.cat((losses_L, norms_K)).tolist()
+    for i, (learner, used) in enumerate(zip(live, samples, strict=True)):
+        learner.note(used, noted[i], noted[len(live) + learner.k], starts[learner.k])
+
+
+def _backward(
+    model: Model, bank: LoraBank, live: Sequence[_Learner], samples: Sequence[Sequence[Sample]], passes: Passes
+) -> Tensor:
+    """Leaves the gradients of each one's mean loss in the bank; the losses, [L]."""
+    counts = [sum(int((sample.labels_T != IGNORE).sum()) for sample in own) for own in samples]
+    counts_L = sent(torch.tensor(counts, dtype=torch.float32), model.device)
+    while True:
+        bank.zero_gradients()
+        losses_L = torch.zeros(len(live), device=model.device)
+        try:
+            for part in passes.parts(samples):
+                members, own = [i for i, _ in part], [some for _, some in part]
+                logits_NV, labels_N, owners_N = _ask(
+                    model, bank, [live[i] for i in members], own, recompute=passes.recompute
+                )
+                losses_N = F.cross_entropy(logits_NV, labels_N, reduction="none")
+                members_M = sent(torch.tensor(members), model.device)
+                sums_M = losses_N.new_zeros(len(members)).index_add(0, owners_N, losses_N)
+                means_M = sums_M / counts_L.index_select(0, members_M)
+                bank.backward(means_M.sum())
+                losses_L.index_add_(0, members_M, means_M.detach())
+            return losses_L
+        except torch.OutOfMemoryError:
+            if not passes.shrink(samples):
+                raise
+            log.warning("out of memory: going on with %d tokens at once", passes.room)
+        torch.cuda.empty_cache()  # once what held the memory is gone
 
 
 @torch.no_grad()
@@ -242,7 +356,11 @@ def _stop_where_all_is_right(model: Model, bank: LoraBank, asked: Sequence[_Lear
 
 
 def _ask(
-    model: Model, bank: LoraBank, learners: Sequence[_Learner], samples: Sequence[Sequence[Sample]]
+    model: Model,
+    bank: LoraBank,
+    learners: Sequence[_Learner],
+    samples: Sequence[Sequence[Sample]],
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Each learner's samples through its adapter.
 
@@ -256,7 +374,12 @@ def _ask(
     )
     ends_S = torch.cat([batch.ends_S + i * longest for i, batch in enumerate(batches)])
     rows_N = (labels_T[1:] != IGNORE).nonzero()[:, 0]  # nothing is learnt at a sequence's first id
-    device = model.device
-    ids_BT, positions_BT, on_device_N = (sent(x, device) for x in (ids_T[None], positions_T[None], rows_N))
-    logits_NV = model.logits(ids_BT, positions_BT, rows_N=on_device_N, packing=Packing.of(ends_S, device))
-    return logits_NV, labels_T[rows_N + 1], rows_N // longest
+    device, packing = model.device, Packing.of(ends_S, model.device)
+    logits_NV = model.logits(
+        sent(ids_T[None], device),
+        sent(positions_T[None], device),
+        rows_N=sent(rows_N, device),
+        packing=packing,
+        recompute=recompute,
+    )
+    return logits_NV, sent(labels_T[rows_N + 1], device), sent(rows_N // longest, device)

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .config import AdaptConfig, UserError
-from .decoder import LoraLinear
-from .model import Model
+from .decoder import Blocks, LoraLinear
+from .model import Model, sent
 
 PEFT_PREFIX = "base_model.model."
 
@@ -46,39 +46,69 @@ def _adapter_of(rank: int, alpha: float, arrays: Mapping[str, tuple[np.ndarray, 
     return Adapter(rank, alpha, weights)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class LoraBank:
-    """The adapters that are attached to a model."""
+    """The adapters that are attached to a model.
+
+    All numbers of an adapter are one row of `weights_KP`, and the layers' matrices are views of it; their gradients
+    are views of `gradients_KP`. So a norm, a clip or a step is one operation, however many layers there are.
+    """
 
     rank: int
     alpha: float
     layers: Mapping[str, LoraLinear]  # name of the linear layer -> its wrapper
+    weights_KP: Tensor  # float32
+    gradients_KP: Tensor | None = None  # None: nobody has asked for any yet
+    live: tuple[int, ...] = ()  # the adapters that the next batches are for; (): all
 
     @property
     def count(self) -> int:
-        return len(next(iter(self.layers.values())).A_KRI)
+        return len(self.weights_KP)
 
     def parameters(self) -> list[nn.Parameter]:
         return [p for layer in self.layers.values() for p in (layer.A_KRI, layer.B_KOR)]
 
-    def slice(self, k: int) -> list[nn.Parameter]:
-        """The parameters of adapter k alone: views, so that an optimizer of its own changes the bank."""
-        return [nn.Parameter(p.data[k]) for p in self.parameters()]
+    def zero_gradients(self) -> Tensor:
+        """Where `backward` adds up gradients from now on: [K, P]."""
+        if self.gradients_KP is None:
+            self.gradients_KP = torch.empty_like(self.weights_KP)
+        return self.gradients_KP.zero_()
 
-    def take_gradients(self, k: int, slice: Sequence[nn.Parameter]) -> None:
-        """Gives the views of adapter k their gradients."""
-        for view, p in zip(slice, self.parameters(), strict=True):
-            view.grad = None if p.grad is None else p.grad[k]
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradients of a loss."""
+        assert self.gradients_KP is not None
+        parameters = self.parameters()
+        views = _views(self.gradients_KP, parameters)
+        torch._foreach_add_(views, torch.autograd.grad(loss, parameters))
 
-    def drop_gradients(self) -> None:
-        for p in self.parameters():
-            p.grad = None
+    def clip(self, most: float) -> Tensor:
+        """Scales gradients so that no adapter's have a norm above this. The norms before, [K]."""
+        assert self.gradients_KP is not None
+        norms_K = torch.linalg.vector_norm(self.gradients_KP, dim=1)
+        self.gradients_KP.mul_((most / (norms_K + 1e-6)).clamp_max(1)[:, None])
+        return norms_K
+
+    def row(self, k: int) -> nn.Parameter:
+        """All of adapter k as one parameter, with its gradients: an optimizer of its own changes the bank. [P]"""
+        p = nn.Parameter(self.weights_KP[k])
+        p.grad = self.zero_gradients()[k]
+        return p
 
     def use(self, live: Sequence[int]) -> None:
         """The next batches are for these adapters, in this order, in equal blocks of rows."""
-        everyone = list(live) == list(range(self.count))
+        wanted = () if list(live) == list(range(self.count)) else tuple(live)
+        if wanted != self.live:
+            self.live = wanted
+            live_L = sent(torch.tensor(wanted), self.weights_KP.device) if wanted else None
+            for layer in self.layers.values():
+                layer.live_L = live_L
+
+    def use_rows(self, rows_K: Sequence[int], length: int) -> None:
+        """How many rows of the next batches, of so many ids, belong to each adapter, one after another."""
+        equal = len(set(rows_K)) == 1
+        blocks = None if equal else Blocks.of([rows * length for rows in rows_K], self.weights_KP.device)
         for layer in self.layers.values():
-            layer.live_L = None if everyone else torch.tensor(live, device=layer.A_KRI.device)
+            layer.blocks = blocks
 
     @torch.no_grad()
     def set(self, k: int, adapter: Adapter) -> None:
@@ -87,11 +117,6 @@ class LoraBank:
             layer.A_KRI[k].copy_(adapter.weights[name][0])
             layer.B_KOR[k].copy_(adapter.weights[name][1])
 
-    def use_rows(self, rows_K: Sequence[int] | None) -> None:
-        """How many rows of the next batches belong to each adapter, one after another; None: equally many."""
-        for layer in self.layers.values():
-            layer.rows_K = rows_K
-
     def export(self, k: int) -> Adapter:
         """A copy of adapter k."""
         weights = {
@@ -99,6 +124,12 @@ class LoraBank:
             for name, layer in self.layers.items()
         }
         return Adapter(self.rank, self.alpha, weights)
+
+
+def _views(whole_KP: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Parts of the second dimension in the shapes of these tensors, whose first is K."""
+    parts = whole_KP.split([x[0].numel() for x in like], 1)
+    return [part.unflatten(1, x.shape[1:]) for part, x in zip(parts, like, strict=True)]
 
 
 @contextmanager
@@ -111,14 +142,14 @@ def attached(model: Model, adapters: Sequence[Adapter]) -> Iterator[LoraBank]:
     first = adapters[0]
     if any((a.rank, a.alpha, set(a.weights)) != (first.rank, first.alpha, set(first.weights)) for a in adapters):
         raise UserError("adapters that are used together must have the same rank, alpha and target layers")
-    modules = dict(model.lm.named_modules())
-    layers: dict[str, LoraLinear] = {}
-    for name, (a, b) in first.weights.items():
-        base = modules.get(name)
-        if not isinstance(base, nn.Linear) or (a.shape[1], b.shape[0]) != (base.in_features, base.out_features):
-            raise UserError(f"the adapter does not fit this model: no linear layer {name} of that size")
-        layers[name] = LoraLinear(base, len(adapters), first.rank, first.alpha)
-    bank = LoraBank(first.rank, first.alpha, layers)
+    bases = _bases(model, first)
+    like = [x[None] for pair in first.weights.values() for x in pair]
+    weights_KP = torch.empty(len(adapters), sum(x.numel() for x in like), device=model.device)
+    views = iter(_views(weights_KP, like))
+    layers = {
+        name: LoraLinear(base, next(views), next(views), first.alpha / first.rank) for name, base in bases.items()
+    }
+    bank = LoraBank(first.rank, first.alpha, layers, weights_KP)
     for k, adapter in enumerate(adapters):
         bank.set(k, adapter)
     frozen = [p for p in model.lm.parameters() if p.requires_grad]
@@ -133,6 +164,17 @@ def attached(model: Model, adapters: Sequence[Adapter]) -> Iterator[LoraBank]:
             _replace(model.lm, name, layer.base)
         for p in frozen:
             p.requires_grad_(True)
+
+
+def _bases(model: Model, adapter: Adapter) -> dict[str, nn.Linear]:
+    """The layers that an adapter is for."""
+    modules, found = dict(model.lm.named_modules()), {}
+    for name, (a, b) in adapter.weights.items():
+        base = modules.get(name)
+        if not isinstance(base, nn.Linear) or (a.shape[1], b.shape[0]) != (base.in_features, base.out_features):
+            raise UserError(f"the adapter does not fit this model: no linear layer {name} of that size")
+        found[name] = base
+    return found
 
 
 def fresh_adapter(model: Model, config: AdaptConfig, rng: np.random.Generator) -> Adapter:

@@ -16,7 +16,7 @@ from torch import Tensor
 from .adapters import LoraBank
 from .encode import PAD, longest_reply
 from .kv_cache import KvCache, bytes_per_token
-from .model import Model
+from .model import Model, sent
 from .token_tree import TokenTree
 
 log = logging.getLogger(__name__)
@@ -143,8 +143,8 @@ class Block:
                 for t, node in enumerate(nodes):
                     tree.see(node, seen_BTR[b, t])
         end = _rounded(int(starts_B.max()) + longest)
-        columns_BT = torch.from_numpy(starts_B[:, None] + np.arange(longest)).to(device)
-        mask_BTK = _mask(torch.from_numpy(prompts_B).to(device), torch.from_numpy(seen_BTR).to(device), end)
+        columns_BT = sent(torch.from_numpy(starts_B[:, None] + np.arange(longest)), device)
+        mask_BTK = _mask(sent(torch.from_numpy(prompts_B), device), sent(torch.from_numpy(seen_BTR), device), end)
         places = [(rows.index(row), range(len(nodes))) for row, nodes in asked.items()]
         try:
             found = self._forward(
@@ -174,9 +174,10 @@ class Block:
         """One pass. Log-probabilities of the next id at these places, a row and its columns each, [T, V] each."""
         device = self.model.device
         if self.bank:
-            self.bank.use_rows(np.bincount(self.adapters[rows], minlength=self.bank.count).tolist())
-        rows_N = torch.tensor([b * ids_BT.shape[1] + t for b, columns in places for t in columns], device=device)
-        ids, positions = (torch.from_numpy(x).to(device) for x in (ids_BT, positions_BT))
+            rows_K = np.bincount(self.adapters[rows], minlength=self.bank.count).tolist()
+            self.bank.use_rows(rows_K, ids_BT.shape[1])
+        rows_N = sent(torch.tensor([b * ids_BT.shape[1] + t for b, columns in places for t in columns]), device)
+        ids, positions = (sent(torch.from_numpy(x), device) for x in (ids_BT, positions_BT))
         found = torch.log_softmax(self.model.logits(ids, positions, rows_N=rows_N, **attention), -1).cpu().numpy()
         return np.split(found, np.cumsum([len(columns) for _, columns in places])[:-1])
 

@@ -328,6 +328,9 @@ class AdaptConfig(OptimConfig):
     # and 32,768; on a CPU an eighth of the tasks, so that all cores have work, and 2,048, as more hardly helps.
     together: NonNegativeInt = 0
     group_tokens: NonNegativeInt = 0
+    # Whether activations are computed again in the backward pass instead of kept: far less memory, a third more time.
+    # auto = where not even one of the longest sequences has room otherwise.
+    recompute: Literal["auto", "yes", "no"] = "auto"
     max_tokens: PositiveInt = 2048  # longest sequence; demonstrations are dropped until it fits
     budget_tokens: PositiveInt = 600_000  # tokens a task may train on; fewer steps for long tasks
     keep_background: Share = 0.8
@@ -348,7 +351,8 @@ class EngineConfig(Section):
 
 class PredictConfig(Section):
     views: PositiveInt = 16  # augmented copies of the task that are asked
-    batch_tokens: PositiveInt = 8192  # of prompts, or of what is asked after them: rows x the longest, in one pass
+    # Of prompts, or of their continuations: rows x the longest, in one pass. 0 = 8,192 on a CPU, 32,768 on a GPU.
+    batch_tokens: NonNegativeInt = 0
     # Longest prompt: demonstrations are dropped until it fits, but the last one stays, however long it is.
     max_tokens: PositiveInt = 16_384
     keep_background: Share = 0.8

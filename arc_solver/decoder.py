@@ -7,6 +7,8 @@ whenever it can; other architectures, and weights that are trained themselves, g
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,26 +20,41 @@ from .attention import attention
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """Blocks of unequal length, one for each adapter, padded to the longest: one product then serves them all."""
+
+    rows_N: Tensor  # which row of the input is in each place, block by block
+    places_N: Tensor  # in which place each row is
+
+    @staticmethod
+    def of(lengths_K: Sequence[int], device: torch.device) -> "Blocks":
+        lengths = torch.tensor(lengths_K)
+        columns = torch.arange(int(lengths.max()))
+        is_real_KC = columns < lengths[:, None]
+        rows_KC = ((lengths.cumsum(0) - lengths)[:, None] + columns) * is_real_KC
+        places_N = is_real_KC.flatten().nonzero()[:, 0]
+        return Blocks(*(x.to(device, non_blocking=True) for x in (rows_KC.flatten(), places_N)))
+
+
 class LoraLinear(nn.Module):
     """A frozen linear layer with K adapters: block k of the input's rows goes through adapter k.
 
     Attributes:
         live_L: the adapters that the input is for, if not all of them.
-        rows_K: how long the blocks are, if not equal.
+        blocks: the blocks, if they are not of equal length. For decoding only.
     """
 
     live_L: Tensor | None = None
-    rows_K: Sequence[int] | None = None
+    blocks: Blocks | None = None
 
-    def __init__(self, base: nn.Linear, count: int, rank: int, alpha: float):
+    def __init__(self, base: nn.Linear, A_KRI: Tensor, B_KOR: Tensor, scale: float):
         super().__init__()
-        self.base, self.scale = base, alpha / rank
-        device = base.weight.device
-        self.A_KRI = nn.Parameter(torch.zeros(count, rank, base.in_features, device=device))
-        self.B_KOR = nn.Parameter(torch.zeros(count, base.out_features, rank, device=device))
+        self.base, self.scale = base, scale
+        self.A_KRI, self.B_KOR = nn.Parameter(A_KRI), nn.Parameter(B_KOR)
 
     def forward(self, x: Tensor) -> Tensor:
-        (y,), _ = _project(x.reshape(-1, x.shape[-1]), [self], _adapters([self]), len(x))
+        (y,), _ = _project(x.reshape(-1, x.shape[-1]), [self], _adapters([self]))
         return y.view(*x.shape[:-1], -1)
 
 
@@ -70,32 +87,48 @@ def run(
     positions_BT: Tensor,
     rows_N: Tensor | None = None,
     cache: Any = None,
+    recompute: bool = False,
     **masks: Any,
 ) -> Tensor:
     """Logits [B, T, V], or [N, V] at the places `rows_N` of the flattened ids alone.
 
     Gradients flow to adapters only. The other arguments are those of `Model.logits`.
     """
-    batch, trained = len(ids_BT), torch.is_grad_enabled()
     tables = _rotations(lm, positions_BT)
     x = F.embedding(ids_BT.flatten(), lm.model.embed_tokens.weight)
     for i, layer in enumerate(lm.model.layers):
         linears = _linears(layer)
-        projections, rest = linears[:3], linears[3:]
-        into, out = _Into(layer, projections, tables, batch), _OutOf(layer, rest, batch)
-        if trained:
-            q, k, v = _IntoFunction.apply(into, x, *_adapters(projections))
-        else:
-            q, k, v = into.forward(x, _adapters(projections))
-        q, k, v = (y.view(batch, -1, y.shape[-2], y.shape[-1]).transpose(1, 2) for y in (q, k, v))
-        if cache is not None:
-            k, v = cache.update(k, v, i)
-        o = attention(q, k, v, layer.self_attn.scaling, **masks).transpose(1, 2).reshape(len(x), -1)
-        x = _OutOfFunction.apply(out, x, o, *_adapters(rest)) if trained else out.forward(x, o, _adapters(rest))
+        through = partial(_layer, layer, linears, i, tables, len(ids_BT), cache, masks)
+        recomputed = recompute and torch.is_grad_enabled()
+        adapters = _adapters(linears)
+        x = _RecomputedFunction.apply(through, x, *adapters) if recomputed else through(x, *adapters)
     if rows_N is not None:
         x = x[rows_N]
     logits = F.linear(_Norm.apply(x, lm.model.norm), lm.lm_head.weight, lm.lm_head.bias)
     return logits if rows_N is not None else logits.view(*ids_BT.shape, -1)
+
+
+def _layer(
+    layer: Any,
+    linears: list[nn.Module],
+    index: int,
+    tables: tuple[Tensor, Tensor],
+    batch: int,
+    cache: Any,
+    masks: dict[str, Any],
+    x: Tensor,
+    *adapters: Tensor | None,
+) -> Tensor:
+    """One layer of the decoder, [N, D] to [N, D]."""
+    trained = torch.is_grad_enabled()
+    into, out = _Into(layer, linears[:3], tables), _OutOf(layer, linears[3:])
+    first, rest = adapters[:6], adapters[6:]
+    q, k, v = _IntoFunction.apply(into, x, *first) if trained else into.forward(x, first)
+    q, k, v = (y.view(batch, -1, y.shape[-2], y.shape[-1]).transpose(1, 2) for y in (q, k, v))
+    if cache is not None:
+        k, v = cache.update(k, v, index)
+    o = attention(q, k, v, layer.self_attn.scaling, **masks).transpose(1, 2).reshape(len(x), -1)
+    return _OutOfFunction.apply(out, x, o, *rest) if trained else out.forward(x, o, rest)
 
 
 # ---- one layer: up to attention, and from there on -----------------------------------------------------------------
@@ -104,14 +137,14 @@ def run(
 class _Into:
     """x -> queries, keys and values, rotated: [N, heads, D] each."""
 
-    def __init__(self, layer: Any, linears: list[nn.Module], tables: tuple[Tensor, Tensor], batch: int):
-        self.layer, self.linears, self.tables, self.batch = layer, linears, tables, batch
+    def __init__(self, layer: Any, linears: list[nn.Module], tables: tuple[Tensor, Tensor]):
+        self.layer, self.linears, self.tables = layer, linears, tables
         self.saved: tuple[Any, ...] = ()
 
     def forward(self, x: Tensor, adapters: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
         attend = self.layer.self_attn
         normed, *norm = _norm(x, self.layer.input_layernorm)
-        flat, projected = _project(normed, self.linears, adapters, self.batch)
+        flat, projected = _project(normed, self.linears, adapters)
         q, k, v = (y.view(len(x), -1, attend.head_dim) for y in flat)
         norms = []
         if hasattr(attend, "q_norm"):
@@ -137,16 +170,16 @@ class _Into:
 class _OutOf:
     """x and what attention gave -> the layer's output, [N, D]."""
 
-    def __init__(self, layer: Any, linears: list[nn.Module], batch: int):
-        self.layer, self.linears, self.batch = layer, linears, batch
+    def __init__(self, layer: Any, linears: list[nn.Module]):
+        self.layer, self.linears = layer, linears
         self.saved: tuple[Any, ...] = ()
 
     def forward(self, x: Tensor, o: Tensor, adapters: Sequence[Tensor | None]) -> Tensor:
-        (h,), o_saved = _project(o, self.linears[:1], adapters[:2], self.batch, onto=x)
+        (h,), o_saved = _project(o, self.linears[:1], adapters[:2], onto=x)
         normed, *norm = _norm(h, self.layer.post_attention_layernorm)
-        (gate, up), in_saved = _project(normed, self.linears[1:3], adapters[2:6], self.batch)
+        (gate, up), in_saved = _project(normed, self.linears[1:3], adapters[2:6])
         silu = F.silu(gate)
-        (y,), out_saved = _project(silu * up, self.linears[3:], adapters[6:], self.batch, onto=h)
+        (y,), out_saved = _project(silu * up, self.linears[3:], adapters[6:], onto=h)
         self.saved = o_saved, norm, in_saved, (gate, up, silu), out_saved
         return y
 
@@ -190,16 +223,50 @@ class _OutOfFunction(torch.autograd.Function):
         return None, dx, do, *dadapters
 
 
+class _RecomputedFunction(torch.autograd.Function):
+    """A layer of which nothing but the input is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, through: Any, *inputs: Tensor | None) -> Tensor:
+        ctx.through = through
+        ctx.save_for_backward(*inputs)
+        return through(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad[1:]
+        inputs = [x if x is None else x.detach() for x in ctx.saved_tensors]
+        wanted = [x.requires_grad_() for x, n in zip(inputs, needs, strict=True) if n and x is not None]
+        with torch.enable_grad():
+            y = ctx.through(*inputs)
+        grads = iter(torch.autograd.grad(y, wanted, dy))
+        return None, *(next(grads) if n else None for n in needs)
+
+
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, norm: Any) -> Tensor:
-        y, ctx.xhat, ctx.rate = _norm(x, norm)
+        y, xhat, rate = _norm(x, norm)
         ctx.norm = norm
+        ctx.save_for_backward(xhat, rate)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        return _norm_backward(dy, ctx.norm, ctx.xhat, ctx.rate), None
+        return _norm_backward(dy, ctx.norm, *ctx.saved_tensors), None
+
+
+def kept(node: Any) -> list[Tensor]:
+    """What a node of the graph of gradients keeps by itself, and PyTorch does not know of."""
+    found: list[Tensor] = []
+    open_ = [getattr(getattr(node, "part", None), "saved", ())]
+    while open_:
+        some = open_.pop()
+        if isinstance(some, Tensor):
+            found.append(some)
+        elif isinstance(some, list | tuple):
+            open_ += some
+    return found
 
 
 # ---- the operations ------------------------------------------------------------------------------------------------
@@ -214,7 +281,7 @@ def _adapters(linears: Sequence[nn.Module]) -> list[Tensor | None]:
         elif linear.live_L is None:
             found += [linear.A_KRI, linear.B_KOR]
         else:
-            found += [linear.A_KRI[linear.live_L], linear.B_KOR[linear.live_L]]
+            found += [x.index_select(0, linear.live_L) for x in (linear.A_KRI, linear.B_KOR)]
     return found
 
 
@@ -222,7 +289,6 @@ def _project(
     x_NI: Tensor,
     linears: Sequence[nn.Module],
     adapters: Sequence[Tensor | None],
-    batch: int,
     onto: Tensor | None = None,
 ) -> tuple[list[Tensor], tuple[Any, ...]]:
     """Linear layers of one input, with their adapters, added to `onto` if there is one; and what backward needs."""
@@ -232,15 +298,14 @@ def _project(
     if not adapted:
         return ys, ()
     loras: list[Any] = [linears[i] for i in adapted]
-    rows_K, scale = loras[0].rows_K, loras[0].scale
+    blocks, scale = loras[0].blocks, loras[0].scale
     As, Bs = ([x.to(x_NI.dtype) for i in adapted if (x := adapters[2 * i + of]) is not None] for of in (0, 1))
     A = torch.cat(As, 1)  # [K, all ranks, I]
-    if rows_K is not None and len(set(rows_K)) > 1:
-        lengths = [rows * (len(x_NI) // batch) for rows in rows_K]
-        blocks = zip(*(y.split(lengths) for y in (x_NI, *(ys[i] for i in adapted))), strict=True)
-        for k, (x, *targets) in enumerate(blocks):
-            for low, B, y in zip((x @ A[k].T).chunk(len(Bs), 1), Bs, targets, strict=True):
-                y.addmm_(low, B[k].T, alpha=scale)
+    if blocks is not None:
+        low = torch.bmm(x_NI.index_select(0, blocks.rows_N).view(len(A), -1, x_NI.shape[-1]), A.transpose(1, 2))
+        for i, B, part in zip(adapted, Bs, low.chunk(len(Bs), 2), strict=True):
+            change = torch.bmm(part, B.transpose(1, 2)).flatten(0, 1)
+            ys[i].add_(change.index_select(0, blocks.places_N), alpha=scale)
         return ys, ()
     x_KNI = x_NI.view(len(A), -1, x_NI.shape[-1])
     low = torch.bmm(x_KNI, A.transpose(1, 2))

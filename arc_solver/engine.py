@@ -26,6 +26,7 @@ from .model import Model
 from .token_tree import Grammar, TokenTree
 
 MOST_PADDING = 0.5, 256  # of a prompt in a cache: as a share of its length, and ids besides
+BATCH_TOKENS = {"cpu": 8192, "cuda": 32_768}  # a GPU waits for launches unless a pass is large
 MASK_CELLS = 1 << 25  # queries x keys of a scoring pass
 
 
@@ -119,13 +120,14 @@ class TorchEngine:
     Answers do not depend on the two limits, up to ties that are closer than rounding.
 
     Args:
-        batch_tokens: rows x longest row that go through the model together, padding included.
+        batch_tokens: rows x longest row that go through the model together, padding included; 0: what suits the device.
         cache_bytes: what keys and values may take. Prompts for which it is too little are answered one part after
             another, and computed again when they are asked again; one part may take more if its replies branch much.
     """
 
     def __init__(self, model: Model, batch_tokens: int, cache_bytes: int = 4 << 30):
-        self.model, self.batch_tokens, self.cache_bytes = model, batch_tokens, cache_bytes
+        self.model, self.cache_bytes = model, cache_bytes
+        self.batch_tokens = batch_tokens or BATCH_TOKENS[model.device.type]
         self.deadline = math.inf
         self.on_step: Callable[[], None] = lambda: None
 

@@ -10,11 +10,14 @@ from .adapters import Adapter, fresh_adapter
 from .config import Config, named_rng
 from .encode import longest_reply
 from .engine import Engine, TorchEngine
+from .memory import free_memory
 from .model import Model, checkpoint_dir, save_model
 from .vllm_engine import VLLMEngine, check_positions, import_vllm
 
 # Below this many parameters a step of vLLM is mostly scheduling on the CPU, and lockstep decoding is no slower.
 PAYS_FROM = 300_000_000
+CACHE_SHARE = 1 / 3  # of the free memory; what is computed needs the rest
+CPU_CACHE_BYTES = 4 << 30
 
 
 def engine_kind(model: Model, config: Config, device: torch.device) -> tuple[str, str]:
@@ -45,10 +48,17 @@ def check_engine(model: Model, config: Config, device: torch.device) -> None:
         import_vllm()
 
 
-def make_engine(model: Model, start: Adapter | None, config: Config) -> Engine:
+def _cache_bytes(device: torch.device, neighbours: int) -> int:
+    """What keys and values may take: a part of the memory that is free once the model is there."""
+    free = int(CACHE_SHARE * free_memory(device, neighbours))
+    return free if device.type == "cuda" else min(free, CPU_CACHE_BYTES)
+
+
+def make_engine(model: Model, start: Adapter | None, config: Config, neighbours: int = 1) -> Engine:
     """The engine of a run.
 
     Args:
+        neighbours: workers that share the memory of a CPU.
         model: the checkpoint at `model.path`, with `model.adapter` merged in unless that is `start`.
         start: what the adapters of tasks continue; None: they start with fresh ones.
 
@@ -56,7 +66,7 @@ def make_engine(model: Model, start: Adapter | None, config: Config) -> Engine:
         UserError: it is to be vLLM, and that is not installed or cannot serve this model.
     """
     if engine_kind(model, config, model.device)[0] == "torch":
-        return TorchEngine(model, config.predict.batch_tokens)
+        return TorchEngine(model, config.predict.batch_tokens, _cache_bytes(model.device, neighbours))
     like = start or (fresh_adapter(model, config.adapt, named_rng(0)) if config.adapt.enabled else None)
     context = config.predict.max_tokens + longest_reply(model.format)
     if start or not config.model.adapter:

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .model import Model
+from .model import Model, sent
 
 ROOM = 64  # columns of headroom, at least, when buffers are made or grow
 
@@ -26,6 +26,13 @@ class Cache(Protocol):
 
     def get_seq_length(self, layer: int = 0) -> int:
         """Ids before the new ones, of which transformers makes positions and masks. Ours are given, so none are."""
+
+
+def _index(rows: Sequence[int], device: torch.device) -> slice | Tensor:
+    """Rows as an index that is made once, so that no layer waits for it: a slice where they follow each other."""
+    if list(rows) == list(range(rows[0], rows[0] + len(rows))):
+        return slice(rows[0], rows[0] + len(rows))
+    return sent(torch.tensor(rows), device)
 
 
 Buffers = dict[int, tuple[Tensor, Tensor]]  # layer -> keys, values [B, G, capacity, D]
@@ -70,13 +77,15 @@ class KvCache:
         self._write_back()
         if 2 * len(wanted) <= self.count:
             self.rows = list(wanted)
-            self.some = {layer: (k[self.rows], v[self.rows]) for layer, (k, v) in self.all.items()}
+            at = _index(self.rows, next(iter(self.all.values()))[0].device)
+            self.some = {layer: (k[at].clone(), v[at].clone()) for layer, (k, v) in self.all.items()}
 
     def _write_back(self) -> None:
+        at = _index(self.rows, next(iter(self.some.values()))[0].device) if self.some else slice(0)
         for layer, copies in self.some.items():
             capacity = copies[0].shape[2]
             for buffer, copy in zip(self.buffers(layer, copies[0], capacity, self.all), copies, strict=True):
-                buffer[self.rows, :, :capacity] = copy
+                buffer[at, :, :capacity] = copy
         self.some, self.rows = {}, list(range(self.count))
 
     def buffers(self, layer: int, like_BGTD: Tensor, columns: int, among: Buffers) -> tuple[Tensor, Tensor]:
@@ -103,13 +112,16 @@ class _Stateless:
 
 class _Prompts(_Stateless):
     def __init__(self, cache: KvCache, rows: Sequence[int]):
-        self.cache, self.rows = cache, list(rows)
+        self.cache, self.rows = cache, rows
+        self.at: slice | Tensor | None = None
 
     def update(self, k_BGTD: Tensor, v_BGTD: Tensor, layer: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         k_BGTD = k_BGTD.to(v_BGTD.dtype)  # a norm may have widened it under autocast
         columns = k_BGTD.shape[2]
         k, v = self.cache.buffers(layer, k_BGTD, columns, self.cache.all)
-        k[self.rows, :, :columns], v[self.rows, :, :columns] = k_BGTD, v_BGTD
+        if self.at is None:
+            self.at = _index(self.rows, k.device)
+        k[self.at, :, :columns], v[self.at, :, :columns] = k_BGTD, v_BGTD
         return k_BGTD, v_BGTD
 
 

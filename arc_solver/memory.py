@@ -4,6 +4,7 @@ What is kept for the backward pass depends on the architecture, on what is train
 So it is measured and not derived: two short batches are run forward, and the bytes kept are extrapolated to a batch.
 """
 
+import os
 import re
 import resource
 import sys
@@ -15,8 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import decoder
+from .attention import Packing
 from .config import TrainConfig
 from .devices import Devices
+from .model import Model
 from .stream import Batch
 
 
@@ -88,8 +92,53 @@ def _kept_bytes(lm: nn.Module, probe: Callable[[int], Tensor], tokens: int) -> i
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         loss = probe(tokens)
-    del loss
+    seen, open_ = set(), [loss.grad_fn]
+    while open_:
+        if (node := open_.pop()) is not None and node not in seen:
+            seen.add(node)
+            open_ += [before for before, _ in node.next_functions]
+            for tensor in decoder.kept(node):
+                note(tensor)
     return sum(kept.values())
+
+
+def kept_per_token(model: Model, few: int = 64, many: int = 128) -> tuple[float, float]:
+    """Bytes of a token at the peak of a step of adapters, which must be attached: kept, and if recomputed."""
+
+    def probe(tokens: int) -> Tensor:
+        ids_BT = torch.zeros(1, tokens, dtype=torch.int64, device=model.device)
+        packing = Packing.of(torch.tensor([tokens]), model.device)
+        return model.logits(ids_BT, torch.arange(tokens, device=model.device)[None], packing=packing).sum()
+
+    kept_few, kept_many = (_kept_bytes(model.lm, probe, tokens) for tokens in (few, many))
+    text, size = model.lm.config.get_text_config(), next(model.lm.parameters()).element_size()
+    whole = (kept_many - kept_few) / (many - few)
+    return whole, whole / text.num_hidden_layers + text.num_hidden_layers * text.hidden_size * size
+
+
+def free_memory(device: torch.device, processes: int = 1) -> int:
+    """Bytes that this process can have now on the device; of a CPU's an equal share for each of so many processes."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return _meminfo("MemAvailable") // processes
+
+
+def whole_memory(device: torch.device, processes: int = 1) -> int:
+    """Bytes that the device has, whoever uses them; of a CPU's an equal share."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return _meminfo("MemTotal") // processes
+
+
+def _meminfo(name: str) -> int:
+    """What Linux says of a CPU's memory; elsewhere half of all of it."""
+    try:
+        found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    except OSError:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    assert found, name
+    return int(found[1]) * 1024
 
 
 def resident_memory() -> int:

@@ -8,7 +8,8 @@ a tiny tokenizer for those who want to see the ids as text. `pretrained.py` make
 import hashlib
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -50,6 +51,7 @@ class Model:
         positions_BT: Tensor,
         through: nn.Module | None = None,
         rows_N: Tensor | None = None,
+        recompute: bool = False,
         **attention: Any,
     ) -> Tensor:
         """Next-id logits, [B, T, V] float32; or [N, V], of the places `rows_N` alone.
@@ -58,15 +60,17 @@ class Model:
             ids_BT, positions_BT: int64.
             through: the module to call instead of the language model itself: what makes several processes train it.
             rows_N: indexes into the flattened ids, int64.
+            recompute: whether activations are computed again in the backward pass instead of kept.
             attention: `packing`, where packed sequences end (B must be 1), or `mask_BTK`, True where a key may be seen,
                 with a `cache` to keep keys and values (`kv_cache`). None of them: plain causal attention.
         """
         if through is None and decoder.runs(self.lm):
-            return decoder.run(self.lm, ids_BT, positions_BT, rows_N, **attention).float()
+            return decoder.run(self.lm, ids_BT, positions_BT, rows_N, recompute=recompute, **attention).float()
         module = through or self.lm
         if keeps := "cache" in attention:
             attention[_cache_parameter(type(self.lm).forward)] = attention.pop("cache")
-        out = module(input_ids=ids_BT, position_ids=positions_BT, use_cache=keeps, **attention)
+        with _recomputing(self.lm) if recompute else nullcontext():
+            out = module(input_ids=ids_BT, position_ids=positions_BT, use_cache=keeps, **attention)
         logits_BTV = out.logits.float()
         return logits_BTV if rows_N is None else logits_BTV.flatten(0, 1)[rows_N]
 
@@ -246,6 +250,19 @@ def recompute_activations(lm: Any) -> None:
     # Named anew in transformers 5.23; the old name warns there.
     enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+
+
+@contextmanager
+def _recomputing(lm: Any) -> Iterator[None]:
+    """The same for the passes made meanwhile. transformers does it for a model in training only."""
+    trains = lm.training
+    recompute_activations(lm.train())
+    try:
+        yield
+    finally:
+        disable = getattr(lm, "activation_checkpointing_disable", None) or lm.gradient_checkpointing_disable
+        disable()
+        lm.train(trains)
 
 
 def fingerprint(folder: Path) -> str:

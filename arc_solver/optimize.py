@@ -1,7 +1,7 @@
 """The one training loop: schedules, optimizers, `take_step`, `fit`.
 
 `fit` knows optimizers, schedules and the clock; it does not know tasks. It serves the offline run in `train.py`.
-Test-time training in `adapt.py` takes the same steps, `take_step`, for many tasks at once.
+Test-time training in `adapt.py` follows the same schedules.
 """
 
 import math

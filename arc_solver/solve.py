@@ -25,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from . import revote, status
-from .adapt import group_by_length
+from .adapt import group_by_length, most_together
 from .adapters import fresh_adapter
 from .budget import Budget
 from .config import (
@@ -42,13 +42,14 @@ from .engines import check_engine, engine_kind
 from .executors import Executor, cores, make_executor
 from .journal import Journal, open_journal, saved_config
 from .leaks import TrainingData, leak_audit
+from .memory import whole_memory
 from .model import checkpoint_dir, pick_device, precision_of
 from .report import save_picture, task_picture
 from .schedule import Finished, Schedule
 from .status import Meter
 from .tasks import Task, TaskSet, load_tasks, smallest
 from .vote import rank
-from .worker import asked_together, load_base, make_worker
+from .worker import asked_together, load_base, make_worker, neighbours
 
 # What of a time budget is kept for the end: for jobs that come a step late, the summary, and the end of all processes.
 MARGIN_S, MARGIN_SHARE = 4.0, 0.01
@@ -313,15 +314,17 @@ def main(arguments: list[str]) -> int:
     run_dir = out or default_run_dir(found)
     device = pick_device(config.run.device)
     model, start_adapter = load_base(config, torch.device("cpu"))
-    if config.adapt.enabled and not start_adapter:
-        fresh_adapter(model, config.adapt, named_rng(0))  # refuses targets that the model lacks before any work is done
+    most = 0
+    if config.adapt.enabled:  # this refuses targets that the model lacks before any work is done
+        adapter = start_adapter or fresh_adapter(model, config.adapt, named_rng(0))
+        most = most_together(adapter, whole_memory(device, neighbours(config, device)))
     config = config.model_copy(update={"format": model.format})  # the checkpoint's, whatever the config says
     kind, why = engine_kind(model, config, device)
     check_engine(model, config, device)
     parameters, trained_on = model.parameters_count, model.trained_on
     del model, start_adapter  # workers have their own
     chosen = smallest(found.tasks, config.run.smoke) if config.run.smoke else found.tasks
-    groups = group_by_length(chosen, config.adapt, device)
+    groups = group_by_length(chosen, config.adapt, device, most)
     make = partial(make_worker, config)
     weights = [checkpoint_dir(config.model.path), *([Path(config.model.adapter)] if config.model.adapter else [])]
     count = worker_count(config, len(groups))
@@ -330,8 +333,9 @@ def main(arguments: list[str]) -> int:
         signal.signal(signal.SIGTERM, _interrupt)  # once more: Ray has put its own there
         journal = stack.enter_context(open_journal(run_dir, found, config, weights))
         plain(
-            f"{_count(len(found.tasks), 'task')} from {found.name}; model of {parameters:,} parameters on"
-            f" {device} in {precision_of(device)}, {_count(executor.count, 'worker')}; engine {kind} ({why}); run directory {run_dir}"
+            f"{_count(len(found.tasks), 'task')} from {found.name}; model of {parameters:,} parameters on {device} in"
+            f" {precision_of(device)}, {_count(executor.count, 'worker')}; engine {kind} ({why}); run directory"
+            f" {run_dir}"
         )
         if journal.continued:
             plain(f"continued: {len(journal.standings)} of {len(found.tasks)} tasks have an answer")

@@ -19,9 +19,9 @@ from .adapters import Adapter
 from .config import Config, PredictConfig, UserError, named_rng
 from .devices import keep_freed_memory
 from .engines import make_engine
-from .executors import Watchdog
+from .executors import Watchdog, cores
 from .lora import with_adapter, with_start
-from .memory import peak_memory
+from .memory import free_memory, peak_memory
 from .model import Model, checkpoint_dir, fast_dtype, load_model, pick_device
 from .predict import predict_tasks
 from .tasks import Task
@@ -107,7 +107,8 @@ class Worker:
     def _adapt(self, job: AdaptJob) -> list[Any]:
         rngs = [self._rng(task, "adapt", job.round) for task in job.tasks]
         deadline = time.monotonic() + job.seconds
-        return adapt(job.tasks, self.model, self.config.adapt, rngs, self.start, self.beat, deadline)
+        memory = free_memory(self.model.device, neighbours(self.config, self.model.device))
+        return adapt(job.tasks, self.model, self.config.adapt, rngs, self.start, self.beat, deadline, memory)
 
     def _ask(self, job: AskJob) -> list[Any]:
         rngs = [self._rng(task, "predict", job.round) for task in job.tasks]
@@ -126,9 +127,15 @@ def make_worker(config: Config, number: int = 0) -> Worker:
         torch.set_num_threads(1)  # one core a worker; and results then depend on no thread count
         keep_freed_memory(256 << 20)
     model, start = load_base(config, device)
+    engine = make_engine(model, start, config, neighbours(config, device))
     watched = config.run.executor != "inprocess"  # where it would end the run itself
     watchdog = Watchdog(60 * config.run.watchdog_minutes if watched else 0)
-    return Worker(model, start, config, make_engine(model, start, config), watchdog.beat, watchdog.rest)
+    return Worker(model, start, config, engine, watchdog.beat, watchdog.rest)
+
+
+def neighbours(config: Config, device: torch.device) -> int:
+    """Workers that share the memory of a device, at most."""
+    return config.run.workers or cores() if device.type == "cpu" else 1
 
 
 def load_base(config: Config, device: torch.device) -> tuple[Model, Adapter | None]:

@@ -8,11 +8,13 @@ from conftest import TOY, flip_task
 from scipy.stats import chisquare
 from test_adapters import random_adapter
 
+import arc_solver.decoder
 from arc_solver import adapt as adapt_module
 from arc_solver.adapt import Adaptation, adapt, group_by_length, held_out_samples, planned_steps
 from arc_solver.adapters import attached, fresh_adapter
 from arc_solver.config import AdaptConfig, FormatConfig, named_rng
 from arc_solver.encode import IGNORE, INPUT, encode_sample
+from arc_solver.memory import kept_per_token
 from arc_solver.model import Model, load_model, new_model
 from arc_solver.optimize import step_rate
 from arc_solver.tasks import Pair, Task
@@ -187,8 +189,8 @@ def test_a_neighbour_that_diverges_is_reset_and_reported(tasks, toy_model, monke
     expected = adapted(tasks, toy_model)
     real, calls = adapt_module._ask, []
 
-    def poisoned(model, bank, learners, samples):
-        logits_NV, labels_N, owners_N = real(model, bank, learners, samples)
+    def poisoned(model, bank, learners, samples, recompute):
+        logits_NV, labels_N, owners_N = real(model, bank, learners, samples, recompute)
         calls.append(len(learners))
         if len(calls) == 6:
             logits_NV = logits_NV + torch.where(owners_N == 1, torch.nan, 0.0)[:, None]
@@ -206,6 +208,84 @@ def test_a_neighbour_that_diverges_is_reset_and_reported(tasks, toy_model, monke
     for name, (a, b) in diverged.adapter.weights.items():
         assert torch.equal(a, start.weights[name][0])
         assert not b.any()
+
+
+# ---- memory --------------------------------------------------------------------------------------------------------
+
+
+def test_what_has_no_room_goes_through_the_model_part_by_part(tasks, toy_model, monkeypatch):
+    """All learners in a pass, two, one, and sample by sample, with and without recomputing: the same adapters."""
+    real, seen = adapt_module._ask, []
+
+    def watched(model, bank, learners, samples, recompute=False):
+        seen.append((len(learners), sum(map(len, samples)), recompute))
+        return real(model, bank, learners, samples, recompute)
+
+    monkeypatch.setattr(adapt_module, "_ask", watched)
+    config = CONFIG.model_copy(update={"steps": 3})
+    expected = adapted(tasks, toy_model, config)
+    one = config.batch_size * max(task.tokens for task in tasks)
+    for room, recompute in ((2 * one, False), (one, False), (1, False), (one, True), (1, True)):
+        seen.clear()
+        monkeypatch.setattr(adapt_module.Passes, "planned", lambda *_, r=room, c=recompute: adapt_module.Passes(r, c))
+        found = adapted(tasks, toy_model, config)
+        assert len(seen) > 3
+        assert max(samples for _, samples, _ in seen) == (1 if room == 1 else 4 if room == 2 * one else 2)
+        assert {again for _, _, again in seen} == {recompute}
+        for task in tasks:
+            assert_same(found[task.id], expected[task.id])
+
+
+def test_recomputing_by_transformers_too(tasks, toy_model, monkeypatch):
+    config = CONFIG.model_copy(update={"steps": 2})
+    expected = adapted(tasks, toy_model, config)
+    monkeypatch.setattr(arc_solver.decoder, "runs", lambda lm: False)
+    found = adapted(tasks, toy_model, config.model_copy(update={"recompute": "yes"}))
+    for task in tasks:
+        assert_same(found[task.id], expected[task.id])
+    assert not toy_model.lm.training
+
+
+def test_memory_that_runs_out_halves_what_goes_through_at_once(tasks, toy_model, monkeypatch, caplog):
+    real, refused = adapt_module._ask, []
+    most = CONFIG.batch_size * max(task.tokens for task in tasks)
+
+    def small(model, bank, learners, samples, recompute):
+        tokens = sum(len(sample) for own in samples for sample in own)
+        if tokens > most / 2:
+            refused.append(tokens)
+            raise torch.OutOfMemoryError("no room")
+        return real(model, bank, learners, samples, recompute)
+
+    expected = adapted(tasks, toy_model)
+    monkeypatch.setattr(adapt_module, "_ask", small)
+    found = adapted(tasks, toy_model)
+    assert 1 <= len(refused) <= 4, "a room that was found to be too large is not tried again"
+    assert "out of memory" in caplog.text
+    for task in tasks:
+        assert_same(found[task.id], expected[task.id])
+
+    def smaller(model, bank, learners, samples, recompute):
+        raise torch.OutOfMemoryError("no room at all")
+
+    monkeypatch.setattr(adapt_module, "_ask", smaller)
+    with pytest.raises(torch.OutOfMemoryError):
+        adapted(tasks, toy_model)
+
+
+def test_the_plan_follows_from_free_memory(toy_model):
+    config = AdaptConfig(rank=4, max_tokens=1000)
+    with attached(toy_model, [random_adapter(toy_model, 0, config)]):
+        kept, recomputed = kept_per_token(toy_model)
+        assert 0 < recomputed < kept
+        plenty, little = (adapt_module.Passes.planned(toy_model, config, n * kept) for n in (10_000, 1000))
+    assert (plenty.room, plenty.recompute) == (pytest.approx(7000), False)
+    assert (little.room, little.recompute) == (pytest.approx(700 * kept / recomputed), True)
+
+
+def test_groups_are_no_larger_than_their_adapters_may_be(arc):
+    groups = group_by_length(arc["training"].tasks, AdaptConfig(), torch.device("cuda"), most=3)
+    assert max(map(len, groups)) == 3
 
 
 def test_all_can_continue_one_adapter(tasks, toy_model):

@@ -103,9 +103,9 @@ def test_tasks_with_different_numbers_of_rows_share_a_batch(toy_model, ids_BT):
     adapters = [random_adapter(toy_model, seed) for seed in range(3)]
     with attached(toy_model, adapters) as bank:
         expected = ask(toy_model, ids_BT)
-        bank.use_rows((2, 0, 1))
+        bank.use_rows((2, 0, 1), ids_BT.shape[1])
         mixed = ask(toy_model, torch.stack([ids_BT[0], ids_BT[0], ids_BT[2]]))
-        bank.use_rows(None)
+        bank.use_rows((1, 1, 1), ids_BT.shape[1])
         assert torch.equal(ask(toy_model, ids_BT), expected)
     torch.testing.assert_close(mixed, expected[[0, 0, 2]], atol=1e-5, rtol=0)
 
