@@ -24,6 +24,7 @@ from .lora import with_adapter, with_start
 from .memory import free_memory, peak_memory
 from .model import Model, checkpoint_dir, fast_dtype, load_model, pick_device
 from .predict import predict_tasks
+from .preflight import preflight
 from .tasks import Task
 
 
@@ -121,13 +122,19 @@ class Worker:
 
 
 def make_worker(config: Config, number: int = 0) -> Worker:
-    """A worker in this process, which becomes its own: PyTorch's threads and memory are set to serve it."""
+    """A worker in this process, which becomes its own: PyTorch's threads and memory are set to serve it.
+
+    Raises:
+        UserError: model or engine cannot be used.
+        MachineError: they do not work together on this device.
+    """
     device = pick_device(config.run.device)
     if device.type == "cpu":
         torch.set_num_threads(1)  # one core a worker; and results then depend on no thread count
         keep_freed_memory(256 << 20)
     model, start = load_base(config, device)
     engine = make_engine(model, start, config, neighbours(config, device))
+    preflight(model, engine, start, config)
     watched = config.run.executor != "inprocess"  # where it would end the run itself
     watchdog = Watchdog(60 * config.run.watchdog_minutes if watched else 0)
     return Worker(model, start, config, engine, watchdog.beat, watchdog.rest)
