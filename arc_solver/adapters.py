@@ -15,15 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .config import AdaptConfig, UserError
 from .decoder import Blocks, LoraLinear
 from .model import Model, sent
-
-PEFT_PREFIX = "base_model.model."
+from .peft_format import CONFIG_FILE, PREFIX, WEIGHTS_FILE, check_adapter, layer_alphas
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,6 +189,8 @@ def fresh_adapter(model: Model, config: AdaptConfig, rng: np.random.Generator) -
             bound = 1 / math.sqrt(module.in_features)
             a = (torch.rand(config.rank, module.in_features, generator=generator) * 2 - 1) * bound
             weights[name] = (a, torch.zeros(module.out_features, config.rank))
+        if module is model.lm.get_output_embeddings() and name in weights:
+            raise UserError(f"adapt.targets: {name} is the head, which is not adapted to tasks; leave it out")
     found = {name.rpartition(".")[2] for name in weights}
     if missing := set(config.targets) - found:
         raise UserError(f"adapt.targets: the model has no linear layer named {', '.join(sorted(missing))}")
@@ -200,15 +201,15 @@ def peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
     """The weights under PEFT's names."""
     tensors: dict[str, Tensor] = {}
     for name, (a, b) in adapter.weights.items():
-        tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = a
-        tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = b
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = a
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = b
     return tensors
 
 
 def save_adapter(adapter: Adapter, folder: Path) -> None:
     """Writes the two files of a PEFT adapter."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(peft_tensors(adapter), folder / "adapter_model.safetensors")
+    save_file(peft_tensors(adapter), folder / WEIGHTS_FILE)
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -218,14 +219,7 @@ def save_adapter(adapter: Adapter, folder: Path) -> None:
         "bias": "none",
         "target_modules": sorted({name.rpartition(".")[2] for name in adapter.weights}),
     }
-    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=1) + "\n")
-
-
-def require_adapter(folder: Path) -> None:
-    """Refuses a folder without the two files of a PEFT adapter."""
-    for needed in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / needed).is_file():
-            raise UserError(f"{folder} holds no adapter: {needed} is missing")
+    (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=1) + "\n")
 
 
 def load_adapter(folder: Path) -> Adapter:
@@ -234,32 +228,31 @@ def load_adapter(folder: Path) -> Adapter:
     Raises:
         UserError: there is none, or it is not plain LoRA.
     """
-    require_adapter(folder)
-    try:
-        settings = json.loads((folder / "adapter_config.json").read_text())
-        tensors = load_file(folder / "adapter_model.safetensors")
-    except (ValueError, SafetensorError) as error:
-        raise UserError(f"the adapter in {folder} is damaged, copy or make it again: {error}") from error
+    settings, layers = check_adapter(folder)
+    tensors = load_file(folder / WEIGHTS_FILE)
     weights: dict[str, tuple[Tensor, Tensor]] = {}
-    for key, a in tensors.items():
-        b = tensors.get(key.replace(".lora_A.", ".lora_B."))
-        if key.endswith(".lora_A.weight") and b is not None:
-            weights[key.removeprefix(PEFT_PREFIX).removesuffix(".lora_A.weight")] = (a.float(), b.float())
-    # Embeddings, DoRA and whole layers have tensors of other names.
-    if settings.get("peft_type") != "LORA" or settings.get("use_dora") or len(tensors) != 2 * len(weights):
-        raise UserError(f"{folder} is not a plain LoRA adapter")
-    rank = settings.get("r")
-    if settings.get("rank_pattern") or settings.get("alpha_pattern"):
-        raise UserError(f"{folder} gives layers ranks or scales of their own, which is not plain LoRA")
-    if any(len(a) != rank or b.shape[1] != rank for a, b in weights.values()):
-        raise UserError(
-            f"the adapter in {folder} is damaged, copy or make it again: its weights are not of rank {rank}"
-        )
-    if not all(bool(x.isfinite().all()) for pair in weights.values() for x in pair):
-        raise UserError(f"the adapter in {folder} is damaged, copy or make it again: some weights are not finite")
-    # rsLoRA scales by alpha / sqrt(rank), we by alpha / rank (Kalajdzievski 2023, arXiv 2312.03732).
-    alpha = settings["lora_alpha"] * (math.sqrt(rank) if settings.get("use_rslora") else 1)
-    return Adapter(rank, alpha, weights)
+    for name in sorted(layers):
+        a, b = (tensors.get(f"{PREFIX}{name}.lora_{half}.weight") for half in "AB")
+        if a is None or b is None or a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1]:
+            raise UserError(f"the adapter in {folder} is damaged, copy or make it again: {name} is not whole")
+        if not (a.isfinite().all() and b.isfinite().all()):
+            raise UserError(f"the adapter in {folder} is damaged, copy or make it again: some weights are not finite")
+        weights[name] = (a.float(), b.float())
+    if not weights:
+        raise UserError(f"the adapter in {folder} is damaged, copy or make it again: it has no weights")
+    return _of_one_rank(weights, layer_alphas(folder, settings, {name: len(a) for name, (a, _) in weights.items()}))
+
+
+def _of_one_rank(weights: Mapping[str, tuple[Tensor, Tensor]], alphas: Mapping[str, float]) -> Adapter:
+    """An adapter with one rank and alpha for all layers: zeros fill up a rank, B takes up what a scale has less."""
+    rank = max(len(a) for a, _ in weights.values())
+    alpha = max(alphas[name] * (rank / len(a)) for name, (a, _) in weights.items())
+    alike: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, (a, b) in weights.items():
+        missing = rank - len(a)
+        share = alphas[name] * (rank / len(a)) / alpha
+        alike[name] = (F.pad(a, (0, 0, 0, missing)), F.pad(b * share, (0, missing)))
+    return Adapter(rank, alpha, alike)
 
 
 @torch.no_grad()

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from .adapters import PEFT_PREFIX, Adapter, attached, load_adapter, merge, require_adapter
-from .config import LoraConfig, UserError, first_line
+from .adapters import Adapter, attached, load_adapter, merge
+from .config import LoraConfig, UserError
 from .leaks import TrainingData
 from .model import DATA_FILE, Model, fingerprint, load_model
+from .peft_format import CONFIG_FILE, PREFIX, WEIGHTS_FILE, check_adapter
 
 BASE_FILE = "base.json"
 
@@ -68,22 +69,21 @@ def continue_lora(model: Model, folder: Path, base_dir: Path) -> Any:
     """The adapter in a folder on the model, to be trained on. Answers PEFT's model.
 
     Raises:
-        UserError: there is none, or it is for another base.
+        UserError: there is none, it is for another base, or it is more than PEFT and we can train on.
     """
     from peft import PeftModel, get_peft_model_state_dict
 
-    check_base(folder, base_dir)
-    _untie(model.lm, _targets(folder))
+    _untie(model.lm, check_base(folder, base_dir, by_peft=True))
     try:
         with _quietly():
             lora = PeftModel.from_pretrained(model.lm, str(folder), is_trainable=True)
-        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        with safe_open(folder / WEIGHTS_FILE, "pt") as file:
             foreign = set(get_peft_model_state_dict(lora, save_embedding_layers=False)) ^ set(file.keys())
         if foreign:
             raise ValueError(f"{min(foreign)} is in one of them only")
     except Exception as error:  # PEFT raises many kinds; all of them mean these files
-        first = first_line(error)
-        raise UserError(f"the adapter in {folder} does not fit the model in {base_dir}: {first}") from error
+        *_, last = (str(error).strip() or type(error).__name__).splitlines()  # the first of several is a headline
+        raise UserError(f"the adapter in {folder} does not fit the model in {base_dir}: {last.strip()}") from error
     return lora
 
 
@@ -100,44 +100,46 @@ def _quietly() -> Iterator[None]:
         yield
 
 
-def check_base(folder: Path, base_dir: Path) -> None:
-    """Checks that an adapter is whole, and for a base, as far as it says.
+def check_base(folder: Path, base_dir: Path, by_peft: bool = False) -> frozenset[str]:
+    """Checks that an adapter is whole, one that is used as it is, and for a base, as far as it says.
+
+    Args:
+        by_peft: PEFT is to run it, which knows more than plain LoRA.
+
+    Returns:
+        The names of the layers that it is for.
 
     Raises:
         UserError: it is not, or there is no adapter.
     """
-    require_adapter(folder)
+    _, layers = check_adapter(folder, by_peft)
     file = folder / BASE_FILE
     base = None
     try:
-        _targets(folder)
-        with safe_open(folder / "adapter_model.safetensors", "pt"):
-            pass
         if file.is_file():
             content = json.loads(file.read_text())
             base = content["fingerprint"], content["path"]
-    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"the adapter in {folder} is damaged, copy or make it again: {error}") from error
     if base and base[0] != fingerprint(base_dir):
         raise UserError(
             f"the adapter in {folder} is for another base: it was trained on {base[1]}, and model.path leads to"
             f" {base_dir}"
         )
+    return layers
 
 
-def _targets(folder: Path) -> list[str]:
-    targets = json.loads((folder / "adapter_config.json").read_text())["target_modules"]
-    return [targets] if isinstance(targets, str) else targets
-
-
-def _untie(lm: Any, targets: Iterable[str]) -> None:
+def _untie(lm: Any, layers: Iterable[str]) -> None:
     """Gives the head a weight of its own where it is the embedding's, and an adapter changes one of the two.
 
     Otherwise a merge would change both.
+
+    Args:
+        layers: names, or their last parts, of what is adapted.
     """
     embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
     names = {name.rpartition(".")[2] for name, module in lm.named_modules() if module in (embedding, head)}
-    if head.weight is embedding.weight and names & set(targets):
+    if head.weight is embedding.weight and names & {layer.rpartition(".")[2] for layer in layers}:
         head.weight = nn.Parameter(head.weight.detach().clone())
         lm.config.tie_word_embeddings = False
 
@@ -150,14 +152,14 @@ def save_lora(
     Args:
         state: the model's weights, where it holds but a shard of each.
     """
-    whole = {f"{PEFT_PREFIX}{name}": weight for name, weight in state.items()} if state else None
+    whole = {f"{PREFIX}{name}": weight for name, weight in state.items()} if state else None
     options: dict[str, Any] = {"state_dict": whole} if whole else {}
     lora.save_pretrained(str(folder), save_embedding_layers=False, **options)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form of a model card
     base = {"path": str(base_dir.resolve()), "fingerprint": fingerprint(base_dir)}
-    settings = json.loads((folder / "adapter_config.json").read_text())
+    settings = json.loads((folder / CONFIG_FILE).read_text())
     settings["base_model_name_or_path"] = base["path"]  # not the pretrained one, whose ids mean something else
-    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=1) + "\n")
+    (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=1) + "\n")
     (folder / BASE_FILE).write_text(json.dumps(base, indent=1) + "\n")
     if trained_on:
         (folder / DATA_FILE).write_text(json.dumps(trained_on.to_json()))
@@ -179,10 +181,10 @@ def with_adapter(model: Model, adapter: str, base_dir: Path) -> Model:
     if not adapter:
         return model
     folder = Path(adapter)
-    check_base(folder, base_dir)
-    _untie(model.lm, _targets(folder))
+    _untie(model.lm, check_base(folder, base_dir))
+    adapter_weights = load_adapter(folder)
     try:
-        merge(model, load_adapter(folder))
+        merge(model, adapter_weights)
     except UserError as error:
         raise UserError(f"the adapter in {folder} cannot be merged into the model in {base_dir}: {error}") from error
     return Model(model.lm, model.format, trained_with(model.trained_on, folder))
@@ -196,6 +198,12 @@ def with_start(model: Model, folder: Path, base_dir: Path) -> tuple[Model, Adapt
     """
     check_base(folder, base_dir)
     adapter = load_adapter(folder)
+    heads = {name for name, module in model.lm.named_modules() if module is model.lm.get_output_embeddings()}
+    if changed := sorted(heads & adapter.weights.keys()):
+        raise UserError(
+            f"the adapter in {folder} changes the head, {changed[0]}, which is not adapted to tasks;"
+            ' adapt.start="fresh" merges it into the model'
+        )
     try:
         with attached(model, [adapter]):
             pass

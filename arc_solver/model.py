@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from . import decoder
 from .attention import Packing, attend
+from .checkpoint_format import check_kind, instead_of_checkpoint, read_config
 from .config import BUNDLED_DIR, FormatConfig, ModelConfig, UserError, first_line
 from .encode import END, IGNORE, PAD, TOKENS, VOCABULARY
 from .leaks import DATA_FILE, TrainingData, read_training_data
@@ -144,9 +145,31 @@ def save_model(
     }
     model.lm.config.arc_format = model.format.model_dump()
     model.lm.save_pretrained(folder, state_dict=weights)
+    _say_for_transformers_4(folder / "config.json")
     _save_tokenizer(folder)
     if model.trained_on:
         (folder / DATA_FILE).write_text(json.dumps(model.trained_on.to_json()))
+
+
+def _say_for_transformers_4(file: Path) -> None:
+    """Says once more, where transformers 4 looks for it, how positions are rotated; otherwise it takes its defaults.
+
+    transformers 5 has all of it in `rope_parameters`, and reads the places of old besides. Settings that differ from
+    layer to layer have none there.
+    """
+    config = json.loads(file.read_text())
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" not in rope:
+        return
+    own = {"rope_theta", "partial_rotary_factor"} & rope.keys()
+    names = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}  # GPT-NeoX's for them
+    config |= {names[name] if config["model_type"] == "gpt_neox" else name: rope[name] for name in own}
+    scaling = {name: value for name, value in rope.items() if name not in own}
+    if config["model_type"] == "phi3" and scaling.get("rope_type") == "longrope":
+        scaling = {"type": "longrope"} | {name: scaling[name] for name in ("short_factor", "long_factor")}
+    if scaling.get("rope_type") != "default":
+        config["rope_scaling"] = scaling
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _save_tokenizer(folder: Path) -> None:
@@ -169,6 +192,10 @@ def _save_tokenizer(folder: Path) -> None:
         unk_token=TOKENS[PAD],  # else Qwen2's is added to it
         clean_up_tokenization_spaces=False,
     ).save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # transformers 4 does not know the name that 5 gives it
+    file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Model:
@@ -179,6 +206,8 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torc
     """
     folder = checkpoint_dir(path)
     if not (folder / "config.json").is_file() or not has_weights(folder):
+        if instead := instead_of_checkpoint(folder):
+            raise UserError(f"{folder} holds no checkpoint: {instead}")
         missing = "weights in safetensors" if (folder / "config.json").is_file() else "config.json"
         raise UserError(f"{folder} holds no checkpoint ({missing} missing); make one with bin/train CONFIG --out DIR")
     if not is_ours(folder):
@@ -210,20 +239,18 @@ def is_ours(folder: Path) -> bool:
     Raises:
         UserError: its config.json is no JSON.
     """
-    try:
-        return "arc_format" in json.loads((folder / "config.json").read_text())
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{folder}/config.json is damaged, copy or make it again: {error}") from None
+    return "arc_format" in read_config(folder)
 
 
 def read_weights(folder: Path, dtype: torch.dtype) -> Any:
     """The causal LM in a folder, with our attention.
 
     Raises:
-        UserError: the files are damaged.
+        UserError: the files are damaged, or are no causal LM in 16 or 32 bit.
     """
     from transformers import AutoModelForCausalLM
 
+    check_kind(folder)
     prepare_transformers()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(

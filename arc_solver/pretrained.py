@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from . import decoder
 from .attention import Packing
+from .checkpoint_format import instead_of_checkpoint, refuse_pointers
 from .config import FormatConfig, UserError, first_line
 from .encode import END, INPUT, NEWLINE, NUMBER, OUTPUT, PAD, VOCABULARY
 from .kv_cache import KvCache
@@ -64,7 +65,7 @@ def load_any(
         raise UserError(f'{path} is a pretrained model, which knows token positions only: set format.positions="token"')
     lm = read_weights(folder, torch.float32)
     _check_windows(lm, path)
-    cut = cut_vocabulary(lm, kept_ids(_tokenizer(folder)))
+    cut = cut_vocabulary(lm, kept_ids(_tokenizer(folder), _rows_count(lm, path)))
     check_attention(lm, path)
     for module in lm.modules():
         if isinstance(module, nn.Dropout):
@@ -81,8 +82,11 @@ def checkpoint_dir(path: str) -> Path:
     folder = Path(path)
     if folder.is_dir():
         if not (folder / "config.json").is_file() or not has_weights(folder):
-            raise UserError(f"{path} holds no checkpoint: config.json and model.safetensors are needed")
+            instead = instead_of_checkpoint(folder) or "config.json and model.safetensors are needed"
+            raise UserError(f"{path} holds no checkpoint: {instead}")
         return folder
+    if folder.suffix == ".gguf":
+        raise UserError(f"model.path={path} holds no checkpoint: {instead_of_checkpoint(folder)}")
     if path.count("/") != 1 or path.startswith(("/", ".", "~")) or folder.exists():
         raise UserError(f"model.path={path} is no folder; give a checkpoint's folder, or a hub id such as org/name")
     from huggingface_hub import snapshot_download
@@ -102,24 +106,34 @@ def checkpoint_dir(path: str) -> Path:
     return checkpoint_dir(fetched)
 
 
-def kept_ids(tokenizer: Any) -> list[tuple[int, ...]]:
+def kept_ids(tokenizer: Any, rows: int) -> list[tuple[int, ...]]:
     """Which of a tokenizer's ids stand for ours.
 
+    Args:
+        rows: of the embedding. A tokenizer may name tokens beyond them, as when a token to pad with was added to it.
+
     Raises:
-        UserError: a digit or the newline is not a token of its own.
+        UserError: a digit or the newline is not a token of its own, or a token that is needed has no row.
     """
     digits = [_only_id(tokenizer, str(digit)) for digit in range(COLOURS)]
-    end = tokenizer.eos_token_id
+    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     if end is None:
         raise UserError("the checkpoint's tokenizer names no end token: set eos_token in its tokenizer_config.json")
-    pad: tuple[int, ...] = (end if tokenizer.pad_token_id is None else tokenizer.pad_token_id,)
-    kept = [pad] * VOCABULARY  # the reserved ids stay like padding: never learnt, never asked for
+    if pad is None or pad >= rows:  # padding is never learnt and never asked for
+        pad = end
+    kept: list[tuple[int, ...]] = [(pad,)] * VOCABULARY  # nor are the reserved ids
     kept[:COLOURS] = [(digit,) for digit in digits]
     kept[NEWLINE] = (_only_id(tokenizer, "\n"),)
     kept[INPUT], kept[OUTPUT] = _ids(tokenizer, "input"), _ids(tokenizer, "output")
     kept[END] = (end,)
     for n in range(1, MAX_SIDE + 1):
         kept[NUMBER + n] = tuple(digits[int(digit)] for digit in str(n))
+    if beyond := sorted({i for ids in kept for i in ids if i >= rows}):
+        names = ", ".join(f"{tokenizer.convert_ids_to_tokens(i)!r} (id {i})" for i in beyond)
+        raise UserError(
+            f"the checkpoint's embedding has {rows} rows and none for its tokenizer's {names}: resize it with"
+            " transformers' resize_token_embeddings, or give the tokenizer that the model was trained with"
+        )
     return kept
 
 
@@ -137,6 +151,14 @@ def cut_vocabulary(lm: Any, kept: KeptIds) -> Cut:
         head.bias = _rows(head.bias, kept)
     _rename_ids(lm)
     return Cut(vocabulary, before, sum(p.numel() for p in lm.parameters()))
+
+
+def _rows_count(lm: Any, path: str) -> int:
+    """How many ids embedding and head both have rows for."""
+    embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
+    if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
+        raise UserError(f"{path}: this architecture ({lm.config.model_type}) has no plain embedding and head to cut")
+    return min(len(embedding.weight), len(head.weight))
 
 
 def _rows(weight: Tensor, kept: KeptIds) -> nn.Parameter:
@@ -164,6 +186,7 @@ def _rename_ids(lm: Any) -> None:
 def _tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
+    refuse_pointers(folder)
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # of many kinds; all of them mean these files
@@ -172,13 +195,16 @@ def _tokenizer(folder: Path) -> Any:
 
 
 def _ids(tokenizer: Any, text: str) -> tuple[int, ...]:
-    return tuple(tokenizer(text, add_special_tokens=False).input_ids)
+    ids = tuple(tokenizer(text, add_special_tokens=False).input_ids)
+    if not ids:
+        raise UserError(f"the checkpoint's tokenizer reads nothing in {text!r}: it cannot be cut to digits")
+    return ids
 
 
 def _only_id(tokenizer: Any, text: str) -> int:
     """The id of a one-character text. Some tokenizers put a token for the word's beginning before it."""
     ids = _ids(tokenizer, text)
-    if not ids or tokenizer.decode([ids[-1]]) != text:
+    if tokenizer.decode([ids[-1]]) != text:
         raise UserError(f"the checkpoint's tokenizer has no token for {text!r} alone: it cannot be cut to digits")
     return ids[-1]
 

@@ -19,6 +19,7 @@ from .devices import Devices
 from .leaks import NOTHING
 from .lora import attach_lora, check_targets, continue_lora, trained_with, with_adapter
 from .model import Model, load_model, new_model, save_model
+from .peft_format import check_adapter
 from .pretrained import checkpoint_dir, load_any
 from .stream import Batch, SampleStream
 from .validate import Question, accuracy, questions, validation_batches, validation_loss
@@ -121,6 +122,8 @@ def start_model(
     Raises:
         UserError: model or adapter cannot be used.
     """
+    if config.model.adapter and not checkpoint:
+        check_adapter(Path(config.model.adapter), by_peft=config.lora.enabled)  # before any work is done
     seed = int(named_rng(config.run.seed, "weights").integers(2**31))
     if config.lora.enabled:
         start = _start_lora(config, out_dir, checkpoint, devices, console, seed, begin)

@@ -239,7 +239,7 @@ def test_with_adapter_merges_and_unites_the_training_data(base_dir, tmp_path):
 def test_what_plain_lora_cannot_say_is_not_merged_in_part(base_dir, tmp_path):
     for name, settings in {"dora": {"dora": True}, "embedding": {"targets": ("q_proj", "embed_tokens")}}.items():
         make_adapter(tmp_path / name, base_dir, config(**settings))
-        with pytest.raises(UserError, match=f"{tmp_path / name} .*is not a plain LoRA adapter"):
+        with pytest.raises(UserError, match=f"{tmp_path / name} is not plain LoRA"):
             with_adapter(load_model(base_dir), str(tmp_path / name), base_dir)
 
 
@@ -289,7 +289,7 @@ def test_an_adapter_that_is_not_whole_is_refused(use, name, base_dir, tmp_path):
     whole = file.read_bytes()
     for content in (whole[: len(whole) // 2], whole[:10], b"", b"version https://git-lfs.github.com/spec/v1"):
         file.write_bytes(content)
-        with pytest.raises(UserError, match=f"the adapter in {tmp_path / 'adapter'} is damaged"):
+        with pytest.raises(UserError, match=rf"{tmp_path}/adapter(/{name} is a pointer of git-lfs| is damaged)"):
             use(tmp_path / "adapter", base_dir)
     file.unlink()
     with pytest.raises(UserError, match=f"{tmp_path / 'adapter'} holds no adapter: {name} is missing"):

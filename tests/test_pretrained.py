@@ -96,7 +96,7 @@ def test_the_cut_keeps_the_logits(kind, digits, tied, tmp_path, rng):
 
     folder = make_checkpoint(tmp_path, kind, digits, tied)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    kept = kept_ids(tokenizer)
+    kept = kept_ids(tokenizer, rows=500)
     assert all(len(kept[i]) == 1 for i in EXACT)
     assert [tokenizer.decode(kept[i]) for i in (7, NEWLINE, INPUT, OUTPUT)] == ["7", "\n", "input", "output"]
     original = plain(folder)
@@ -149,17 +149,23 @@ def test_our_ids_in_a_known_tokenizer():
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\d|\n"), "isolated")
     tokenizer.add_special_tokens(["<stop>", "<fill>"])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<stop>", pad_token="<fill>")
-    kept = kept_ids(fast)
+    kept = kept_ids(fast, rows=16)
     assert kept[:10] == [(9 - digit,) for digit in range(10)]
     assert kept[10:15] == [(11,), (12,), (13,), (14,), (15,)]
     assert kept[NUMBER + 7] == (2,)
     assert kept[NUMBER + 30] == (6, 9)
     assert kept[45:] == [(15,)] * 19
     fast.pad_token = None
-    assert kept_ids(fast)[PAD] == (14,)  # the end's, where there is none to pad with
+    assert kept_ids(fast, rows=15)[PAD] == (14,)  # the end's, where there is none to pad with
+    fast.pad_token = "<fill>"
+    assert kept_ids(fast, rows=15)[45:] == [(14,)] * 19  # or one without a row
+    with pytest.raises(UserError, match=r"has 14 rows and none for its tokenizer's '<stop>' \(id 14\): resize"):
+        kept_ids(fast, rows=14)
+    with pytest.raises(UserError, match=r"none for its tokenizer's 'input' \(id 12\), 'output' .id 13., '<stop>'"):
+        kept_ids(fast, rows=12)
     fast.eos_token = None
     with pytest.raises(UserError, match="names no end token"):
-        kept_ids(fast)
+        kept_ids(fast, rows=16)
 
 
 def test_the_ids_in_the_configs_are_ours(kind, tmp_path):
@@ -229,6 +235,28 @@ def test_a_cut_model_is_not_cut_again(tmp_path, rng):
         load_any(tmp_path / "cut", "runs/mine", FormatConfig(positions="token", row_numbers=True))
 
 
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ({"tokenizer_class": "TokenizersBackend", "backend": "tokenizers"}, ""),  # as transformers 5 writes it
+        ({"tokenizer_class": "PreTrainedTokenizerFast"}, ""),
+        ({"pad_token": "<|added|>"}, ""),  # and the embedding was not resized
+        ({"eos_token": "<|added|>"}, r"embedding has \d+ rows and none for its tokenizer's '<\|added\|>' \(id \d+\)"),
+    ],
+    ids=str,
+)
+def test_tokenizers_as_they_come(names, said, tmp_path):
+    """Of a class that transformers 4 or 5 writes, or with tokens that the embedding has no rows for."""
+    folder = make_checkpoint(tmp_path, "llama")
+    add_settings(folder / "tokenizer_config.json", **names)
+    if said:
+        with pytest.raises(UserError, match=said):
+            load_any(folder, "org/name", TOKEN)
+        return
+    rows = load_any(folder, "org/name", TOKEN)[0].lm.get_input_embeddings().weight
+    assert torch.equal(rows[PAD], rows[END])
+
+
 def test_sharded_checkpoints_load(tmp_path, rng):
     whole = make_checkpoint(tmp_path / "whole", "qwen2")
     sharded = make_checkpoint(tmp_path / "sharded", "qwen2", shard_size="100KB")
@@ -263,8 +291,18 @@ def test_folders_without_a_checkpoint_are_refused(tmp_path):
     folder = make_checkpoint(tmp_path / "whole", "smollm")
     assert checkpoint_dir(str(folder)) == folder
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"whole holds no checkpoint: config\.json and model\.safetensors are needed"):
+    with pytest.raises(UserError, match=r"whole holds no checkpoint: pytorch_model\.bin is a pickle, .* convert it"):
         checkpoint_dir(str(folder))
+    for name in ("whole-q4_k_m.gguf", "elsewhere"):
+        (folder / "pytorch_model.bin").rename(folder / name)
+        said = r"whole-q4_k_m\.gguf is in llama\.cpp's format" if name.endswith("gguf") else r"config\.json and model"
+        with pytest.raises(UserError, match=f"whole holds no checkpoint: {said}"):
+            checkpoint_dir(str(folder))
+        with pytest.raises(UserError, match="whole holds no checkpoint"):
+            load_model(folder)
+        (folder / name).rename(folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"x\.gguf holds no checkpoint: x\.gguf is in llama\.cpp's format"):
+        checkpoint_dir("models/x.gguf")
     (folder / "pytorch_model.bin").rename(folder / "model.safetensors")
     (folder / "config.json").unlink()
     with pytest.raises(UserError, match="whole holds no checkpoint"):
@@ -281,7 +319,49 @@ def test_what_is_neither_folder_nor_hub_id_is_refused(path, tmp_path, monkeypatc
         checkpoint_dir(path.format(tmp_path))
 
 
-@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1", b"", None])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_pointers_in_place_of_files_are_named(name, tmp_path):
+    make_checkpoint(tmp_path, "qwen3")
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    for use in (load_model, lambda folder: load_any(folder, "org/name", TOKEN)):
+        with pytest.raises(UserError, match=f"{tmp_path}/{name} is a pointer of git-lfs, .*: run git lfs pull"):
+            use(tmp_path)
+
+
+QUANTISED: list[tuple[str, dict[str, Any], str]] = [
+    ("config.json", {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "bitsandbytes"),
+    ("config.json", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
+    ("config.json", {"quantization_config": {"quant_method": "fp8", "activation_scheme": "dynamic"}}, "fp8"),
+    ("config.json", {"quantization_config": {"load_in_8bit": True}}, "quantization_config"),
+    ("config.json", {"text_config": {"quantization_config": {"quant_method": "awq"}}}, "awq"),
+    ("config.json", {"quantization": {"group_size": 64, "bits": 4}}, "quantization"),
+    ("quantize_config.json", {"bits": 4}, r"quantize_config\.json"),
+]
+
+
+@pytest.mark.parametrize(("name", "settings", "how"), QUANTISED, ids=str)
+def test_a_quantised_checkpoint_is_refused(name, settings, how, tmp_path):
+    make_checkpoint(tmp_path, "qwen3")
+    add_settings(tmp_path / name, **settings)
+    with pytest.raises(UserError, match=rf"{tmp_path} is quantised \({how}\): .* give the one that it was made from"):
+        load_any(tmp_path, "org/name", TOKEN)
+
+
+@pytest.mark.parametrize(
+    "name", ["Qwen3ForSequenceClassification", "BertForMaskedLM", "Gemma3ForConditionalGeneration", "T5EncoderModel"]
+)
+def test_what_is_no_causal_language_model_is_refused(name, tmp_path):
+    make_checkpoint(tmp_path, "qwen3")
+    add_settings(tmp_path / "config.json", architectures=[name])
+    with pytest.raises(UserError, match=f"{tmp_path} is no causal language model: a {name} .*give a ...ForCausalLM"):
+        load_any(tmp_path, "org/name", TOKEN)
+
+
+def add_settings(file: Path, **settings: Any) -> None:
+    file.write_text(json.dumps((json.loads(file.read_text()) if file.exists() else {}) | settings))
+
+
+@pytest.mark.parametrize("content", [b"", None])
 def test_damaged_weights_are_refused(content, tmp_path):
     weights = make_checkpoint(tmp_path, "qwen3") / "model.safetensors"
     whole = weights.read_bytes()
