@@ -12,6 +12,7 @@ from arc_solver.encode import END, NEWLINE
 from arc_solver.model import Model, new_model
 from arc_solver.tasks import Grid, Pair, Task, TasksConfig, TaskSet, challenge, freeze, load_tasks
 
+TRANSFORMERS_4 = Path(__file__).parents[1] / ".venv-transformers4" / "bin" / "python"
 TOY = ModelConfig(layers=2, width=32, heads=2, kv_heads=2, head_dim=16, mlp_width=64)
 FORMATS = [
     FormatConfig(positions=positions, shape_header=header, row_numbers=numbers)
@@ -24,6 +25,8 @@ FORMATS = [
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("vllm") and not find_spec("vllm"):
         pytest.skip("needs vLLM: bin/test --all runs it in an environment of its own")
+    if item.get_closest_marker("transformers4") and not TRANSFORMERS_4.exists():
+        pytest.skip("needs transformers 4 in an environment of its own, which bin/test --all makes")
 
 
 def random_grid(rng: np.random.Generator, largest: int = 30) -> Grid:
