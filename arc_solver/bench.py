@@ -16,12 +16,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from .bench_precision import compare_precisions
 from .bench_schedule import TASKS, overhead_s
 from .bench_solve import RANDOM_TASKS, RANDOM_VIEWS, SCORE_TASKS, SETTINGS, large_tasks, random_model
 from .bench_solve import compare as compare_solving
 from .bench_train import BF16, QWEN_05B, compare, flop_utilisation
 from .config import CorpusConfig, FormatConfig, Parser, UserError, run_main
 from .files import commit
+from .model import pick_device, precision_of
 from .sources import read_source
 from .stream import SampleStream
 from .tasks import TasksConfig, TaskSet, load_tasks
@@ -118,11 +120,19 @@ def bench_schedule() -> list[Row]:
     return [Row("overhead_per_task", 1000 * overhead_s(), None, None, f"ms, {TASKS:,} tasks")]
 
 
+def bench_precision() -> list[Row]:
+    """Adapting and answering in the type that is used here, beside float32 (in the column of the field)."""
+    found = compare_precisions()
+    rows = {"tokens/s": _more, "s": _less}
+    return [rows[compared.unit](compared.name, compared.used, compared.float32, compared.unit) for compared in found]
+
+
 BENCHES: dict[str, Callable[[], list[Row]]] = {
     "stream": bench_stream,
     "train": bench_train,
     "solve": bench_solve,
     "schedule": bench_schedule,
+    "precision": bench_precision,
 }
 
 
@@ -132,10 +142,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     args = parser.parse_args(arguments)
     rows = BENCHES[args.name]()
+    precision = precision_of(pick_device("auto"))
     if args.json:
-        print(json.dumps({"rows": [asdict(row) for row in rows], "machine": cpu_name(), "commit": commit()}))
+        about = {"machine": cpu_name(), "precision": precision, "commit": commit()}
+        print(json.dumps({"rows": [asdict(row) for row in rows], **about}))
         return 0
-    table = Table("what", "ours", "field", "ratio", "unit", title=f"{args.name} on {cpu_name()}")
+    table = Table("what", "ours", "field", "ratio", "unit", title=f"{args.name} on {cpu_name()}, {precision}")
     for row in rows:
         ours = f"{row.ours:,.{0 if row.ours > 100 else 2}f}"
         table.add_row(row.name, ours, *("-" if v is None else f"{v:,.2f}" for v in (row.field, row.ratio)), row.unit)
