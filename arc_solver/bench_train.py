@@ -37,7 +37,7 @@ from .config import (
     TrainConfig,
     run_main,
 )
-from .devices import Devices, compiled
+from .devices import Devices, compiled, compiling
 from .encode import END, IGNORE, PAD, VOCABULARY, Sample
 from .lora import attach_lora
 from .memory import peak_memory
@@ -144,7 +144,8 @@ def train_ours(model_dir: Path, file: Path, device: str, precision: str) -> Side
     cut_vocabulary(lm, KEPT)
     model = Model(lm.to(devices.device).train(), FORMAT, None)
     attach_lora(model, LoraConfig(rank=same.rank, alpha=same.alpha, rslora=False, targets=same.targets), seed=0)
-    logits_of = compiled(model.logits, TrainConfig(), devices)
+    pays = compiling(model.lm, TrainConfig(), devices).pays
+    logits_of = compiled(model.logits) if pays else model.logits
     batches = _packed(file)
     config = same.model_copy(update={"schedule": "constant", "warmup": 0.0})
     spent_s = _timed_fit(devices, model, logits_of, config, batches)
@@ -203,7 +204,7 @@ def flop_utilisation(shape: ModelConfig, train: TrainConfig, steps: int, device:
     source = read_source(SourceConfig(kind="tasks", path="arc-agi-1/training"))
     samples = SampleStream([source], CorpusConfig(max_tokens=MAX_TOKENS), FORMAT, 0, "bench")
     batches = BatchStream(samples, train.batch_tokens)[(0, 0)][: steps + WARM]
-    logits_of = compiled(model.logits, train, devices)
+    logits_of = compiled(model.logits) if compiling(model.lm, train, devices).pays else model.logits
     spent_s = _timed_fit(devices, model, logits_of, train, batches)
     lengths = [batch.ends_S.diff(prepend=torch.zeros(1, dtype=torch.int64)) for batch in batches[WARM:]]
     seen = sum(int((length**2).sum()) for length in lengths)

@@ -7,7 +7,6 @@ checkpoints/step-0001000/model/ or adapter/    the weights, or the adapter that 
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,7 +18,7 @@ from torch.optim import Optimizer
 
 from .config import MachineError, UserError, first_line
 from .devices import Devices
-from .files import write_json
+from .files import sync_folder, write_json
 from .lora import save_lora
 from .model import Model, save_model
 
@@ -34,6 +33,7 @@ class Progress:
     tokens: int = 0  # useful tokens, padding not counted
     spent_s: float = 0.0
     stage_began_s: float = 0.0
+    counted_from_s: float = 0.0  # the stage's schedule counts seconds from there on; see `optimize.Pace`
     loss: float = math.nan  # training loss, averaged over about 20 steps
     validation_loss: float = math.nan
     accuracy: float = math.nan
@@ -75,7 +75,7 @@ def save_checkpoint(
             with (temporary / "optimizers.pt").open("wb") as file:
                 torch.save(states, file)
             write_json(temporary / "progress.json", asdict(progress))
-            os.sync()
+            sync_folder(temporary)
             temporary.rename(folder)
         except Exception as error:  # of many kinds, one for each library that writes
             shutil.rmtree(temporary, ignore_errors=True)

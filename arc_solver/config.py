@@ -288,7 +288,7 @@ class TrainConfig(OptimConfig):
     schedule: Schedule = "wsd"
     batch_tokens: PositiveInt = 8192  # token budget of a packed batch
     batches_per_step: PositiveInt = 1  # shared out over the processes; each takes its share one after another
-    compile: Literal["auto", "yes", "no"] = "auto"  # torch.compile; auto = one process, where a C++ compiler is found
+    compile: Literal["auto", "yes", "no"] = "auto"  # torch.compile; auto = where it pays; the run says why
     # auto = bf16 where the hardware multiplies it, else fp16 on a GPU, else fp32. fp16 scales the loss.
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     checkpointing: bool = False  # gradient checkpointing: activations are computed again instead of kept

@@ -34,6 +34,16 @@ def write_json(file: Path, content: Any) -> None:
     write_whole(file, json.dumps(content, indent=1) + "\n")
 
 
+def sync_folder(folder: Path) -> None:
+    """Waits until all that is in a folder is on the disk, and no longer: what others write may take minutes."""
+    for path in (*folder.rglob("*"), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def lock(file: Path) -> IO[str] | None:
     """An open file that one process at a time can have; the system takes it back when that ends. None: another has it.
 

@@ -1,11 +1,12 @@
 """The one training loop: schedules, optimizers, `take_step`, `fit`.
 
-`fit` knows optimizers, schedules and the clock; it does not know tasks. It serves the offline run in `train.py`.
+`fit` knows optimizers, schedules and time (`Pace`); it does not know tasks. It serves the offline run in `train.py`.
 Test-time training in `adapt.py` follows the same schedules.
 """
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .config import MachineError, OptimConfig
+
+RECENT = 50  # steps, the longest of which says what another may take
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,9 @@ class Step:
     loss: float
     grad_norm: float  # before clipping
     rate: float  # share of the peak learning rate
-    elapsed_s: float
+    began_s: float  # by the clock of the run
+    elapsed_s: float  # by the same clock, at its end
+    until_s: float  # when it had to have ended
 
 
 def rate_at(progress: float, config: OptimConfig) -> float:
@@ -82,6 +87,62 @@ def make_optimizers(parameters: Iterable[tuple[str, nn.Parameter]], config: Opti
     return optimizers
 
 
+class Pace:
+    """Time as `fit` spends it: how far the schedule is by it, and whether there is room for another step.
+
+    The first step compiles and warms up, for minutes maybe. So the schedule is counted from its end, and sees all
+    rates however long that took. With u seconds counted and v left it stands at u / (u + v). A continued run goes on
+    with the seconds that it had counted; its own first step, which compiles again, does not count either.
+
+    Args:
+        now_s: seconds that the run has taken, the same in all processes; None: since this call.
+        ends_s: when the last step must have ended, by what is known now.
+        counted_s: seconds that a continued run had counted.
+        first_s: what the first step is thought to take.
+        step_s: what each of the others is thought to take, until they were measured.
+    """
+
+    def __init__(
+        self,
+        now_s: Callable[[], float] | None = None,
+        ends_s: Callable[[], float] = lambda: math.inf,
+        counted_s: float = 0.0,
+        first_s: float = 0.0,
+        step_s: float = 0.0,
+    ):
+        start = time.monotonic()
+        self.now_s = now_s or (lambda: time.monotonic() - start)
+        self.ends_s, self.first_s, self.step_s = ends_s, first_s, step_s
+        self.counted_from_s = self.now_s() - counted_s  # once the first step is done; see `end`
+        self.counted_s = counted_s  # when the step began
+        self.behind = 0.0  # share of the time, in the middle of the step
+        self.began_s = self.ended_s = self.until_s = math.nan
+        self.recent_s: deque[float] = deque(maxlen=RECENT)  # steps, without the first
+        self.warm = False
+
+    def begin(self) -> bool:
+        """Begins a step, if it can end in time."""
+        self.began_s, self.until_s = self.now_s(), self.ends_s()
+        steps_s = self.recent_s or [self.step_s if self.warm else self.first_s]
+        longest_s, usual_s = max(steps_s), sum(steps_s) / len(steps_s)
+        if self.began_s >= self.until_s or self.began_s + longest_s > self.until_s:
+            return False
+        if self.warm:
+            self.counted_s = self.began_s - self.counted_from_s
+        middle_s = usual_s / 2 if self.warm else 0.0
+        left_s = self.until_s - (longest_s - usual_s) - self.began_s  # the last step is likely to be a usual one
+        # What is kept for the end may turn out to be less than was thought; the schedule never goes back.
+        self.behind = max(self.behind, min(1.0, (self.counted_s + middle_s) / (self.counted_s + left_s)))
+        return True
+
+    def end(self) -> None:
+        self.ended_s = self.now_s()
+        if self.warm:
+            self.recent_s.append(self.ended_s - self.began_s)
+        else:
+            self.warm, self.counted_from_s = True, self.ended_s - self.counted_s
+
+
 def fit(
     parameters: Sequence[nn.Parameter],
     optimizers: Sequence[Optimizer],
@@ -89,12 +150,11 @@ def fit(
     backward_at: Callable[[int], Tensor],
     *,
     first_step: int = 0,
-    clock: Callable[[], float] | None = None,
-    max_s: float = math.inf,
+    pace: Pace | None = None,
     scaler: torch.amp.GradScaler | None = None,
     after_step: Callable[[Step], None] = lambda step: None,
 ) -> None:
-    """Takes gradient steps until `config.steps` are done or `max_s` seconds are over.
+    """Takes gradient steps until `config.steps` are done, or there is no time for another.
 
     The schedule follows whichever is further, steps or time, so a run that is cut by time still ends its decay.
 
@@ -102,26 +162,27 @@ def fit(
         optimizers: from `make_optimizers`.
         backward_at: runs step k (from 0) forward and backward, leaves the gradients, and returns the loss.
         first_step: where a continued run stands.
-        clock: seconds that the run has taken, the same in all processes; None: since this call.
+        pace: the time that there is; None: as much as it takes.
         scaler: what scaled the loss, in fp16; a step whose gradients overflowed changes nothing.
 
     Raises:
         MachineError: gradients are not finite, and it is not the scale of the loss.
     """
-    start = time.monotonic()
-    clock = clock or (lambda: time.monotonic() - start)
+    pace = pace or Pace()
+    half_step = 0.5 / config.steps  # that `step_rate` looks ahead; in time, `Pace` does
     for k in range(first_step, config.steps):
-        spent_s = clock()
-        if spent_s >= max_s:
+        if not pace.begin():
             break
         loss = backward_at(k)
-        norm, rate = take_step(parameters, optimizers, config, max(k / config.steps, spent_s / max_s), scaler)
+        progress = max(k / config.steps, pace.behind - half_step)
+        norm, rate = take_step(parameters, optimizers, config, progress, scaler)
         if not math.isfinite(norm) and not scaler:
             raise MachineError(
                 f"the gradients of step {k + 1} are not finite (loss {loss.item():g}): training diverged; lower lr, or"
                 " use another precision"
             )
-        after_step(Step(k + 1, loss.item(), norm, rate, clock()))
+        pace.end()
+        after_step(Step(k + 1, loss.item(), norm, rate, pace.began_s, pace.ended_s, pace.until_s))
 
 
 def take_step(

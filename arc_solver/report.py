@@ -75,7 +75,8 @@ def loss_curve(log_file: Path, picture: Path) -> None:
         smooth.append(value)
     figure, axes = pyplot.subplots(figsize=(7, 4))
     axes.plot([x for x, _ in training], smooth, label="training, smoothed", linewidth=1)
-    axes.plot(*zip(*validation, strict=True), "o-", label="held-out tasks", markersize=3)
+    if validation:  # a short run may have had no time for it
+        axes.plot(*zip(*validation, strict=True), "o-", label="held-out tasks", markersize=3)
     axes.set(xlabel="million tokens", ylabel="loss, nats a token", yscale="log")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -1,10 +1,13 @@
 """What the parts of an offline run share, and how one starts: which model, which data, where it stands."""
 
 import math
+import os
 import shutil
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +16,17 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from .checkpoints import Progress, save_checkpoint
+from .clock import RunClock
 from .config import Config, UserError, named_rng
 from .corpus import Corpus
 from .devices import Devices
 from .leaks import NOTHING
 from .lora import attach_lora, check_targets, continue_lora, trained_with, with_adapter
-from .model import Model, load_model, new_model, save_model
+from .model import Model, load_model, new_model, packed_loss, save_model
 from .peft_format import check_adapter
 from .pretrained import checkpoint_dir, load_any
 from .stream import Batch, SampleStream
+from .training_log import telling
 from .validate import Question, accuracy, questions, validation_batches, validation_loss
 
 
@@ -42,9 +47,46 @@ class Validation:
     questions: Sequence[Question]
 
 
+class Interrupts:
+    """The first Ctrl-C or SIGTERM asks the run to end between two steps; another one ends it at once.
+
+    Args:
+        alone: of several processes each gets every signal more than once: only the first counts, and the launcher ends
+            what takes too long.
+    """
+
+    def __init__(self, alone: bool):
+        self.alone, self.asked, self.process = alone, False, os.getpid()
+        self.before: dict[signal.Signals, Any] = {}
+
+    def watch(self) -> None:
+        """To be called once there is something to save; until then they end the run at once."""
+        for name in (signal.SIGINT, signal.SIGTERM) if not self.before else ():
+            self.before[name] = signal.signal(name, self._note)
+
+    def __enter__(self) -> "Interrupts":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name, handler in self.before.items():
+            signal.signal(name, handler)
+
+    def _note(self, *_: object) -> None:
+        if os.getpid() != self.process:  # a loader's, forked with this handler
+            os._exit(1)
+        if self.asked and self.alone:
+            raise KeyboardInterrupt
+        if not self.asked:
+            os.write(2, b"\ninterrupted: a checkpoint is saved after this step; once more ends the run at once\n")
+        self.asked = True
+
+
 @dataclass(eq=False)
 class Run:
-    """What the parts of an offline run share."""
+    """What the parts of an offline run share.
+
+    `clock` keeps time for the parts of the end: "checkpoint", "validation", "answers" (generated), and "results".
+    """
 
     config: Config
     out_dir: Path
@@ -53,34 +95,47 @@ class Run:
     start: Start
     module: nn.Module  # to be called instead of the language model: see `Devices.share`
     progress: Progress
-    began: float  # by time.monotonic(), as if the run had never been interrupted
-    max_s: float
+    clock: RunClock
     validation: Validation
+    console: Console
+    interrupts: Interrupts
 
     @property
     def model(self) -> Model:
         return self.start.model
 
-    def clock(self) -> float:
-        """Seconds that the run has taken, the same in all processes."""
-        spent = time.monotonic() - self.began
-        return self.devices.agreed(spent) if self.max_s < math.inf else spent
-
     def save_checkpoint(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-        self.progress.spent_s = self.clock()
-        start = self.start
-        save_checkpoint(self.out_dir, self.devices, start.model, start.lora, start.base_dir, optimizers, self.progress)
+        start, progress = self.start, self.progress
+        with self.clock.measuring("checkpoint"), telling(self.console, "saving a checkpoint"):
+            progress.spent_s = self.clock.now_s()
+            save_checkpoint(self.out_dir, self.devices, start.model, start.lora, start.base_dir, optimizers, progress)
 
-    def validate(self, loss_of: Callable[[Batch], Tensor], answers: bool) -> dict[str, float]:
-        """What validation measures now. All processes measure the same, so none waits for another."""
-        progress, fixed = self.progress, self.validation
-        with self.devices.autocast():
-            progress.validation_loss = validation_loss(loss_of, fixed.batches)
-            measured = {"validation_loss": progress.validation_loss}
-            if answers:
-                progress.accuracy = accuracy(self.model, fixed.questions, self.config.predict.batch_tokens)
-                measured["accuracy"] = progress.accuracy
+    def validate(self, answers: bool, then: tuple[str, ...] | None = None) -> dict[str, float]:
+        """What validation measures now, as far as there is time for it and for what follows; see `RunClock.has_room`.
+
+        It is not compiled: a forward pass alone would be another graph, and take longer to compile than it saves.
+        All processes measure the same, so none waits for another.
+        """
+        measured = {}
+        if self.clock.has_room("validation", then):
+            with self.clock.measuring("validation"), telling(self.console, "validating"), self.devices.autocast():
+                measured["validation_loss"] = validation_loss(self._loss_of, self.validation.batches)
+            self.progress.validation_loss = measured["validation_loss"]
+        if answers and self.clock.has_room("answers", then):
+            with self.clock.measuring("answers"), telling(self.console, "answering"), self.devices.autocast():
+                right = self._accuracy()
+            if not math.isnan(right):
+                self.progress.accuracy = measured["accuracy"] = right
         return measured
+
+    def _loss_of(self, batch: Batch) -> Tensor:
+        return packed_loss(self.model, batch, partial(self.model.logits, through=self.module), reduction="sum")
+
+    def _accuracy(self) -> float:
+        """Nobody knows what the first takes, so it has as long as was guessed. Shards must not part, and have all."""
+        first = self.clock.limited and not self.clock.knows("answers") and not self.devices.shards
+        deadline = time.monotonic() + self.clock.end_s["answers"] if first else math.inf
+        return accuracy(self.model, self.validation.questions, self.config.predict.batch_tokens, deadline)
 
 
 def make_validation(config: Config, corpus: Corpus) -> Validation:

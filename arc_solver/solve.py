@@ -6,7 +6,6 @@ that it is adapted with: the number of workers and interruptions change nothing 
 """
 
 import math
-import os
 import signal
 import sys
 import time
@@ -28,6 +27,7 @@ from . import revote, status
 from .adapt import group_by_length, most_together
 from .adapters import fresh_adapter
 from .budget import Budget
+from .clock import process_age_s
 from .config import (
     Config,
     Parser,
@@ -53,6 +53,8 @@ from .worker import asked_together, load_base, make_worker, neighbours
 
 # What of a time budget is kept for the end: for jobs that come a step late, the summary, and the end of all processes.
 MARGIN_S, MARGIN_SHARE = 4.0, 0.01
+# The interpreter's end takes a quarter of its start, which a busy machine makes long; but that may have installed too.
+END_OF_START, END_MOST = 0.25, 0.05
 INCOMPLETE = 3  # exit code of a run that ended as it should, but not with an answer of the adapted model to every task
 
 
@@ -90,20 +92,12 @@ def worker_count(config: Config, tasks: int) -> int:
     return max(1, min(config.run.workers or cores(), tasks))
 
 
-def _process_age_s() -> float:
-    """Seconds since this process began: importing PyTorch takes some of them. 0 where that cannot be read."""
-    try:
-        started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
-    except (OSError, AttributeError):
-        return 0.0
-
-
 def _deadline(config: Config) -> float:
-    budget = config.run.budget_s
+    budget, age_s = config.run.budget_s, process_age_s()
     if budget == math.inf:
         return budget
-    return time.monotonic() - _process_age_s() + budget - MARGIN_S - MARGIN_SHARE * budget
+    margin_s = MARGIN_S + MARGIN_SHARE * budget + min(END_OF_START * age_s, END_MOST * budget)
+    return time.monotonic() - age_s + budget - margin_s
 
 
 # ---- what the user sees --------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from .checkpoints import (
     load_progress,
     load_states,
 )
+from .clock import RunClock, about, command_age_s
 from .config import (
     Config,
     MachineError,
@@ -42,28 +43,35 @@ from .config import (
     run_main,
 )
 from .corpus import Corpus, make_corpus
-from .devices import Devices, compiled
+from .devices import Compiling, Devices, compiled, compiling
 from .files import write_json
 from .model import packed_loss, recompute_activations
-from .optimize import Step, fit, make_optimizers
-from .run import Run, make_validation, stage_stream, start_model
+from .optimize import Pace, Step, fit, make_optimizers
+from .run import Interrupts, Run, make_validation, stage_stream, start_model
 from .stream import COUNTS, Batch, BatchStream, SampleStream, batches
-from .training_log import TrainingLog
-from .training_report import plot_rates, save_results, show_plan
+from .training_log import REFUSING_S, TrainingLog, telling
+from .training_report import Plan, expect_end, plot_rates, save_results, show_plan
 from .validate import write_partition
 
 
-def train(config: Config, out_dir: Path, max_s: float = math.inf, resume: bool = False) -> None:
+def train(
+    config: Config, out_dir: Path, max_s: float = math.inf, resume: bool = False, began: float | None = None
+) -> None:
     """Trains on the corpus and leaves in `out_dir`: `config.json`, `log.jsonl`, `checkpoints/`, and at last `model/`.
 
     With LoRA it leaves `adapter/` too, and `base/`, the checkpoint it is for, where that had to be cut first.
 
+    Args:
+        max_s: seconds from `began`, and what a continued run had spent, until all of that is there.
+        began: by `time.monotonic()`; None: now.
+
     Raises:
         UserError: what the config names cannot be used, or `out_dir` holds a run and `resume` is false, or the other
-            way round.
+            way round; or there was no time for a single step.
         MachineError: something cannot be written.
     """
-    began = time.monotonic()
+    entered = time.monotonic()
+    began = entered if began is None else began
     checkpoint = _where_to_begin(config, out_dir, resume)
     progress = load_progress(checkpoint) if checkpoint else Progress()
     if progress.spent_s >= max_s:
@@ -73,26 +81,37 @@ def train(config: Config, out_dir: Path, max_s: float = math.inf, resume: bool =
     devices = Devices(config)
     console = Console(stderr=True, quiet=not devices.main, soft_wrap=True, highlight=False)
     try:
-        corpus = make_corpus(config)
-        validation = make_validation(config, corpus)
-        for index, stage in enumerate(config.stages):  # refuses what cannot be drawn before any work is done
-            BatchStream(stage_stream(config, corpus, index), stage.train.batch_tokens)
+        clock = RunClock(began - progress.spent_s, max_s, devices.agreed)
+        with telling(console, "reading the training data", REFUSING_S):
+            corpus = make_corpus(config)
+            validation = make_validation(config, corpus)
+            for index, stage in enumerate(config.stages):  # refuses what cannot be drawn before any work is done
+                BatchStream(stage_stream(config, corpus, index), stage.train.batch_tokens)
         begin = partial(_begin, config, corpus, out_dir, devices)
         try:
-            start = start_model(config, corpus, out_dir, checkpoint, devices, console, begin)
+            with telling(console, "loading the model", REFUSING_S):
+                start = start_model(config, corpus, out_dir, checkpoint, devices, console, begin)
         except UserError:
             if fresh and devices.main:  # the same --out can be given again
                 shutil.rmtree(out_dir, ignore_errors=True)
             raise
-        estimate = show_plan(config, corpus, start.model, devices, console)
+        with telling(console, "trying the model, for the estimates"):
+            plan = show_plan(config, corpus, start.model, devices, console)
         if config.train.checkpointing:
             recompute_activations(start.model.lm)
         module = devices.share(start.model.lm)
         begin()
-        began -= progress.spent_s
-        run = Run(config, out_dir, devices, corpus, start, module, progress, began, max_s, validation)
-        _train_stages(run, checkpoint, console)
-        save_results(run, estimate, console)
+        interrupts = Interrupts(alone=devices.processes == 1)
+        run = Run(config, out_dir, devices, corpus, start, module, progress, clock, validation, console, interrupts)
+        expect_end(run, plan, entered - began)
+        _train_stages(run, plan, checkpoint)
+        with telling(console, "saving the results"):
+            save_results(run, plan.memory, console)
+        if not progress.total_steps:
+            raise UserError(
+                f"--max-minutes {max_s / 60:g} left no time for a single step; {out_dir} has what the run began with:"
+                " give more, with --resume"
+            )
     except (OSError, SafetensorError) as error:
         raise MachineError(cannot_write(out_dir, error)) from error
     finally:
@@ -159,16 +178,17 @@ def _require_same(name: str, before: Any, now: Any) -> None:
 # ---- the stages ----------------------------------------------------------------------------------------------------
 
 
-def _train_stages(run: Run, checkpoint: Path | None, console: Console) -> None:
+def _train_stages(run: Run, plan: Plan, checkpoint: Path | None) -> None:
     """All stages that are not done yet, each from the weights that the one before left."""
-    progress, stages = run.progress, run.config.stages
+    progress, stages, clock = run.progress, run.config.stages, run.clock
     work = [s.train.steps * s.train.batches_per_step * s.train.batch_tokens for s in stages]
     steps = sum(stage.train.steps for stage in stages)
-    with TrainingLog(run.out_dir, progress, steps, run.max_s, console, run.devices.main) as log:
+    log = TrainingLog(run.out_dir, progress, steps, clock.max_s, run.console, run.devices.main)
+    with log, run.interrupts:
         for index in range(progress.stage, len(stages)):
             stage = stages[index]
             if index > progress.stage:
-                progress.stage, progress.step, progress.stage_began_s = index, 0, run.clock()
+                progress.stage, progress.step, progress.stage_began_s = index, 0, clock.now_s()
                 checkpoint = latest_checkpoint(run.out_dir)
             optimizers = make_optimizers(run.model.lm.named_parameters(), stage.train)
             if progress.step:
@@ -177,12 +197,33 @@ def _train_stages(run: Run, checkpoint: Path | None, console: Console) -> None:
             elif stage.start == "weights+optimizer":
                 source = checkpoint or checkpoint_beside(run.config.model.adapter or run.config.model.path)
                 load_states(source, run.devices, run.model, optimizers, moments_only=True)
-            loss_of = _loss_of(run, stage.train)
             # Of the time that is left, a stage gets its share of the work that is left.
-            left_s = (run.max_s - progress.stage_began_s) * work[index] / sum(work[index:])
-            _train_stage(run, stage, loss_of, optimizers, left_s, log)
+            share = work[index] / sum(work[index:])
+            choice = compiling(run.model.lm, stage.train, run.devices, clock.max_s - clock.now_s())
+            pace = _pace(run, stage.train, plan, share, choice.seconds)
+            run.console.print(_announcement(choice, pace))
+            _train_stage(run, stage, _loss_of(run, choice), optimizers, pace, log)
             run.save_checkpoint(optimizers)
-        log.finish(run.validate(loss_of, bool(run.config.validation.accuracy_every)))
+            if run.interrupts.asked:
+                raise KeyboardInterrupt
+        _end(run, log)
+
+
+def _pace(run: Run, train: TrainConfig, plan: Plan, share: float, compile_s: float) -> Pace:
+    """The time of the stage that the run stands in, which has that share of what is left when it begins."""
+    progress, clock = run.progress, run.clock
+    began_s = progress.stage_began_s
+    # Forward and backward cost three forward passes, four where activations are recomputed.
+    passes = (4 if train.checkpointing else 3) * train.batches_per_step / run.devices.processes
+    step_s = passes * train.batch_tokens * plan.token_s
+    step_s = run.devices.agreed(step_s) if clock.limited else step_s
+    return Pace(
+        clock.now_s,
+        lambda: began_s + (clock.steps_until_s() - began_s) * share if clock.limited else math.inf,
+        counted_s=progress.spent_s - progress.counted_from_s if progress.step else 0.0,
+        first_s=step_s + compile_s,
+        step_s=step_s,
+    )
 
 
 def _train_stage(
@@ -190,31 +231,36 @@ def _train_stage(
     stage: StageConfig,
     loss_of: Callable[[Batch], Tensor],
     optimizers: Sequence[torch.optim.Optimizer],
-    max_s: float,
+    pace: Pace,
     log: TrainingLog,
 ) -> None:
-    devices, progress, train, validation = run.devices, run.progress, stage.train, run.config.validation
+    devices, progress, interrupts, train = run.devices, run.progress, run.interrupts, stage.train
     stream = stage_stream(run.config, run.corpus, progress.stage)
     packed = BatchStream(stream, train.batch_tokens, train.batches_per_step)
     source = batches(packed, progress.step, train.loader_workers, devices.process, devices.processes)
+    asked = False  # in any process, to end
 
     def backward_at(_: int) -> Tensor:
+        nonlocal asked
         mine = next(source)
         counts_SC = np.sum([batch.counts_SC for batch in mine], axis=0)
-        useful = (sum(batch.useful_tokens for batch in mine), sum(batch.learnt for batch in mine))
-        tokens, learnt, *counts = devices.total(np.concatenate((useful, counts_SC.ravel()))).tolist()
+        useful = (sum(batch.useful_tokens for batch in mine), sum(batch.learnt for batch in mine), interrupts.asked)
+        tokens, learnt, ending, *counts = devices.total(np.concatenate((useful, counts_SC.ravel()))).tolist()
+        asked = ending > 0
         progress.tokens += tokens
         _count(progress, stream, np.reshape(counts, counts_SC.shape))
         return devices.backward(loss_of, run.module, mine, learnt)
 
     def after_step(step: Step) -> None:
+        interrupts.watch()
         progress.step, progress.total_steps = step.step, progress.total_steps + 1
-        total = progress.total_steps
-        answers = bool(validation.accuracy_every) and total % validation.accuracy_every == 0
-        due = answers or total % validation.every == 0
-        log.step(stage.name, step, run.validate(loss_of, answers) if due else {})
-        if total % train.checkpoint_every == 0:
+        progress.counted_from_s = pace.counted_from_s
+        ending = asked or (interrupts.asked and devices.processes == 1)
+        log.step(stage.name, step, {} if ending else _validated(run))
+        if ending or _checkpoint_is_due(run, train):
             run.save_checkpoint(optimizers)
+        if ending:
+            raise KeyboardInterrupt
 
     fit(
         [p for p in run.model.lm.parameters() if p.requires_grad],
@@ -222,11 +268,41 @@ def _train_stage(
         train,
         backward_at,
         first_step=progress.step,
-        clock=lambda: run.clock() - progress.stage_began_s,
-        max_s=max_s,
+        pace=pace,
         scaler=devices.scaler,
         after_step=after_step,
     )
+
+
+def _announcement(choice: Compiling, pace: Pace) -> str:
+    """What comes before the first step is heard of."""
+    if choice.pays:
+        seconds = about(choice.seconds)
+        return f"compiling, takes about {seconds} the first time; train.compile=no skips it ({choice.why})"
+    return f"not compiled: {choice.why}; a step takes about {about(pace.step_s)}"
+
+
+def _validated(run: Run) -> dict[str, float]:
+    """What validation measures after a step, if it is due."""
+    validation, steps = run.config.validation, run.progress.total_steps
+    answers = bool(validation.accuracy_every) and steps % validation.accuracy_every == 0
+    return run.validate(answers) if answers or steps % validation.every == 0 else {}
+
+
+def _checkpoint_is_due(run: Run, train: TrainConfig) -> bool:
+    """Every so many steps; and a run with a time limit saves one early, to learn what that takes."""
+    due = run.progress.total_steps % train.checkpoint_every == 0
+    learns = run.clock.limited and not run.clock.knows("checkpoint")
+    return (due or learns) and run.clock.has_room("checkpoint")
+
+
+def _end(run: Run, log: TrainingLog) -> None:
+    """The last validation, as far as there is time for it."""
+    asked = bool(run.config.validation.accuracy_every)
+    measured = run.validate(asked, then=("results",))
+    log.finish(measured)
+    for figure in [name for name in ("validation_loss", *["accuracy"] * asked) if name not in measured]:
+        run.console.print(f"there was no time to measure the {figure.replace('_', ' ')} at the end")
 
 
 def _count(progress: Progress, stream: SampleStream, counts_SC: np.ndarray) -> None:
@@ -236,18 +312,23 @@ def _count(progress: Progress, stream: SampleStream, counts_SC: np.ndarray) -> N
         progress.counts[source.config.label] = {n: known[n] + more for n, more in zip(COUNTS, row, strict=True)}
 
 
-def _loss_of(run: Run, train: TrainConfig) -> Callable[[Batch], Tensor]:
+def _loss_of(run: Run, choice: Compiling) -> Callable[[Batch], Tensor]:
     """The summed loss of a batch, compiled where that pays."""
-    logits_of = compiled(partial(run.model.logits, through=run.module), train, run.devices)
+    eager = partial(run.model.logits, through=run.module)
+    logits_of = compiled(eager) if choice.pays else eager
     return lambda batch: packed_loss(run.model, batch, logits_of, reduction="sum")
 
 
 def main(arguments: list[str]) -> int:
+    began = time.monotonic() - command_age_s()
     parser = Parser(prog="bin/train", description="Train a model offline on ARC tasks, RE-ARC and other sources.")
     parser.add_argument("config", help="TOML file, e.g. configs/bundled.toml")
     parser.add_argument("--out", type=Path, help="folder for the log, the checkpoint and the model")
     parser.add_argument(
-        "--max-minutes", type=float, default=math.inf, help="end training by then; the schedule is shaped to it"
+        "--max-minutes",
+        type=float,
+        default=math.inf,
+        help="from start to end, all counted; the schedule is shaped to it",
     )
     parser.add_argument("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
     parser.add_argument("--plot-lr", type=Path, metavar="FILE", help="draw the learning rates, and train nothing")
@@ -264,9 +345,11 @@ def main(arguments: list[str]) -> int:
     if not args.out:
         raise UserError("--out is missing: give a folder for the log, the checkpoints and the model")
     try:
-        train(config, args.out, args.max_minutes * 60, args.resume)
+        train(config, args.out, args.max_minutes * 60, args.resume, began)
     except KeyboardInterrupt:
-        print(f"interrupted; --resume continues from the last checkpoint in {args.out}, if any", file=sys.stderr)
+        last = latest_checkpoint(args.out)
+        where = f"--resume continues from {last}" if last else "no step was saved"
+        print(f"interrupted; {where}", file=sys.stderr)
         return 1
     return 0
 

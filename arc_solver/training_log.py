@@ -5,8 +5,9 @@ Only the main process's log writes; the others' do nothing.
 
 import json
 import math
-from collections.abc import Mapping
-from contextlib import ExitStack
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -17,8 +18,13 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainin
 from rich.progress import Progress as ProgressBar
 
 from .checkpoints import Progress
+from .clock import about
 from .files import write_whole
 from .optimize import Step
+
+TELL_S = 60.0  # between lines where no bar can be seen
+QUIET_S = 5.0  # without a word are enough
+REFUSING_S = 20.0  # while a run may yet be refused: that is one sentence, and nothing before it
 
 
 class TrainingLog:
@@ -27,7 +33,8 @@ class TrainingLog:
     def __init__(self, out_dir: Path, progress: Progress, total_steps: int, max_s: float, console: Console, main: bool):
         self.out_dir, self.progress, self.console, self.main = out_dir, progress, console, main
         self.total_steps, self.max_s = total_steps, max_s
-        self.first_tokens, self.first_s = progress.tokens, math.nan  # where the speed is counted from
+        self.first_step, self.first_tokens, self.first_s = 0, 0, math.nan  # where the speed is counted from
+        self.told_s = -math.inf  # when the last plain line was
         self.stack = ExitStack()
 
     def __enter__(self) -> "TrainingLog":
@@ -54,19 +61,18 @@ class TrainingLog:
             progress.loss = 0.95 * progress.loss + 0.05 * step.loss if math.isfinite(progress.loss) else step.loss
         if not self.main:
             return
-        elapsed_s = progress.stage_began_s + step.elapsed_s
         if math.isnan(self.first_s):  # the first step compiles: it counts for nothing
-            self.first_tokens, self.first_s = progress.tokens, elapsed_s
-        seconds = elapsed_s - self.first_s
+            self.first_step, self.first_tokens, self.first_s = progress.total_steps, progress.tokens, step.elapsed_s
+        seconds = step.elapsed_s - self.first_s
         speed = (progress.tokens - self.first_tokens) / seconds if seconds else 0.0
-        at = {"step": progress.total_steps, "stage": stage, "elapsed_s": elapsed_s, "tokens": progress.tokens}
+        at = {"step": progress.total_steps, "stage": stage, "tokens": progress.tokens}
         self._write({**asdict(step), **at, **measured})
         scalars = {"loss/train": step.loss, "grad_norm": step.grad_norm, "rate": step.rate, "tokens_per_second": speed}
         for name, value in (scalars | {f"validation/{name}": value for name, value in measured.items()}).items():
             self.board.add_scalar(name, value, progress.total_steps)
         if measured:
             self.console.print(f"step {progress.total_steps} ({stage}): {shown(measured)}, {progress.tokens:,} tokens")
-        self._show(elapsed_s, speed)
+        self._show(step, speed)
 
     def finish(self, measured: Mapping[str, float]) -> None:
         """Notes the last validation."""
@@ -78,16 +84,35 @@ class TrainingLog:
         legal = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         self.file.write(json.dumps(legal) + "\n")
 
-    def _show(self, elapsed_s: float, speed: float) -> None:
-        progress = self.progress
+    def _show(self, step: Step, speed: float) -> None:
+        """The bar; where it cannot be seen, a line at steps 1, 10, 100 ... and every minute."""
+        progress, done = self.progress, self.progress.total_steps
+        step_s = (step.elapsed_s - self.first_s) / max(1, done - self.first_step)
+        left_s = max(0.0, min((self.total_steps - done) * step_s, self.max_s - step.elapsed_s))
         known = "" if math.isnan(progress.validation_loss) else f"  validation {progress.validation_loss:.3f}"
-        in_time = progress.total_steps * max(1.0, self.max_s / elapsed_s)
         self.bar.update(
             self.line,
-            completed=progress.total_steps,
-            total=min(self.total_steps, in_time),
+            completed=done,
+            total=done + left_s / step_s if step_s else self.total_steps,
             text=f"loss {progress.loss:.3f}{known}  {speed:,.0f} tokens/s",
         )
+        due = done == self.first_step or math.log10(done).is_integer() or step.elapsed_s - self.told_s >= TELL_S
+        if due and not self.console.is_terminal:
+            self.told_s = step.elapsed_s
+            speed_and_end = f", {speed:,.0f} tokens/s, ETA {about(left_s)}" if step_s else ""
+            self.console.print(f"step {done}: loss {step.loss:.4f}{speed_and_end}")
+
+
+@contextmanager
+def telling(console: Console, what: str, quiet_s: float = QUIET_S) -> Iterator[None]:
+    """Says what is being done, if it takes longer than a person waits without a word."""
+    timer = threading.Timer(quiet_s, console.print, [f"{what} ..."])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def shown(measured: Mapping[str, float]) -> str:

@@ -5,7 +5,9 @@ import os
 import platform
 import shutil
 import subprocess
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from . import __version__
 from .checkpoints import latest_checkpoint
+from .clock import about
 from .config import Config, UserError
 from .corpus import Corpus
 from .devices import Devices
@@ -31,10 +34,20 @@ from .stream import COUNTS, pack_in_order
 from .training_log import shown
 
 PROBE_TOKENS = 2048  # the most that the memory estimate tries
+DISK_BYTES_S = 100e6  # of a slow disk: what is written is guessed to take, until it was measured
+VALIDATION_SHARE, ANSWERS_SHARE = 0.2, 0.05  # of a run's time: the most for its loss; a guess for generated answers
 
 
-def show_plan(config: Config, corpus: Corpus, model: Model, devices: Devices, console: Console) -> MemoryEstimate:
-    """Prints what is about to happen; answers the memory estimate."""
+@dataclass(frozen=True)
+class Plan:
+    """What is known of a run before its first step."""
+
+    memory: MemoryEstimate
+    token_s: float  # of a forward pass that is not compiled, for each token
+
+
+def show_plan(config: Config, corpus: Corpus, model: Model, devices: Devices, console: Console) -> Plan:
+    """Prints what is about to happen."""
     trained = sum(p.numel() for p in model.lm.parameters() if p.requires_grad)
     console.print(
         f"{model.parameters_count:,} parameters, {trained:,} of them trained, on {devices.device}, {devices.precision};"
@@ -58,9 +71,9 @@ def show_plan(config: Config, corpus: Corpus, model: Model, devices: Devices, co
     held_out = corpus.partition
     console.print(f"validation on {len(held_out.validation.tasks)} held-out tasks of {held_out.config.of}")
     console.print(_audited(corpus, config))
-    estimate = _estimate(config, corpus, model, devices)
-    console.print(str(estimate))
-    return estimate
+    plan = _plan(config, corpus, model, devices)
+    console.print(str(plan.memory))
+    return plan
 
 
 def _audited(corpus: Corpus, config: Config) -> str:
@@ -75,8 +88,8 @@ def _audited(corpus: Corpus, config: Config) -> str:
     return f"leak audit: {len(ids)} training tasks are among {sets}, and the config allows it: no score is clean"
 
 
-def _estimate(config: Config, corpus: Corpus, model: Model, devices: Devices) -> MemoryEstimate:
-    """The memory of the stage with the largest batches."""
+def _plan(config: Config, corpus: Corpus, model: Model, devices: Devices) -> Plan:
+    """The memory of the stage with the largest batches, and the time of a forward pass."""
     stage = max(config.stages, key=lambda stage: stage.train.batch_tokens)
     stream = stage_stream(config, corpus, config.stages.index(stage))
     samples = [stream[i].sample for i in range(4)]
@@ -90,7 +103,33 @@ def _estimate(config: Config, corpus: Corpus, model: Model, devices: Devices) ->
     estimate = estimate_memory(model.lm, stage.train, devices, longest, probe)
     if devices.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(devices.device)
-    return estimate
+    began = time.monotonic()  # of a pass that finds all warmed up
+    with torch.no_grad():
+        probe(longest).item()
+    return Plan(estimate, (time.monotonic() - began) / longest)
+
+
+def expect_end(run: Run, plan: Plan, import_s: float) -> None:
+    """Guesses what the end of a run with a time limit takes, and says what there will be no time for.
+
+    Args:
+        import_s: what this machine took to import PyTorch and the rest: matplotlib and the interpreter's end, at which
+            all of that is taken down, take about as long together.
+    """
+    clock, parameters = run.clock, list(run.model.lm.parameters())
+    if not clock.limited:
+        return
+    whole = sum(p.numel() * p.element_size() for p in parameters)
+    trained = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
+    clock.guess("checkpoint", 1 + 3 * trained / DISK_BYTES_S)  # with two moments
+    clock.guess("results", 2 * whole / DISK_BYTES_S + import_s)  # a base is read before an adapter is merged
+    clock.guess("validation", plan.token_s * sum(len(batch.ids_T) for batch in run.validation.batches))
+    if run.config.validation.accuracy_every:
+        clock.guess("answers", ANSWERS_SHARE * clock.max_s)
+    if clock.end_s["validation"] > VALIDATION_SHARE * clock.max_s:
+        needed = about(clock.end_s["validation"])
+        run.console.print(f"no validation: it would take {needed} of so short a run; fewer validation.tokens do less")
+        clock.leave_out("validation")
 
 
 def save_results(run: Run, estimate: MemoryEstimate, console: Console) -> None:
@@ -116,7 +155,8 @@ def save_results(run: Run, estimate: MemoryEstimate, console: Console) -> None:
     about = describe(run, estimate, peak)
     for folder in folders:
         write_json(folder / "training.json", about)
-        loss_curve(run.out_dir / "log.jsonl", folder / "loss.png")
+        if run.progress.total_steps:
+            loss_curve(run.out_dir / "log.jsonl", folder / "loss.png")
     _show_results(run, estimate, peak, folders, console)
 
 
@@ -130,10 +170,9 @@ def _show_results(run: Run, estimate: MemoryEstimate, peak: int, folders: Sequen
         f"peak memory {gigabytes(peak)}, estimated {gigabytes(estimate.total)}; {run.progress.tokens:,} tokens in"
         f" {run.progress.spent_s / 60:.1f} minutes"
     )
-    measured = {"validation_loss": run.progress.validation_loss}
-    if not math.isnan(run.progress.accuracy):
-        measured["accuracy"] = run.progress.accuracy
-    console.print(f"{shown(measured)}; {' and '.join(map(str, folders))}")
+    figures = {"validation_loss": run.progress.validation_loss, "accuracy": run.progress.accuracy}
+    measured = {name: value for name, value in figures.items() if not math.isnan(value)}
+    console.print(f"{shown(measured) or 'not validated'}; {' and '.join(map(str, folders))}")
 
 
 def describe(run: Run, estimate: MemoryEstimate, peak: int) -> dict[str, Any]:
@@ -144,8 +183,8 @@ def describe(run: Run, estimate: MemoryEstimate, peak: int) -> dict[str, Any]:
         "tokens": progress.tokens,
         "steps": progress.total_steps,
         "minutes": round(progress.spent_s / 60, 1),
-        "validation_loss": round(progress.validation_loss, 4),
-        "accuracy": None if math.isnan(progress.accuracy) else round(progress.accuracy, 4),
+        "validation_loss": _rounded(progress.validation_loss),
+        "accuracy": _rounded(progress.accuracy),
         "counts": progress.counts,
         "memory_estimate_bytes": estimate.total,
         "memory_peak_bytes": peak,
@@ -157,6 +196,10 @@ def describe(run: Run, estimate: MemoryEstimate, peak: int) -> dict[str, Any]:
         "arc_solver": __version__,
         "config": run.config.model_dump(mode="json", exclude_defaults=True),
     }
+
+
+def _rounded(measured: float) -> float | None:
+    return None if math.isnan(measured) else round(measured, 4)
 
 
 def cpu_name() -> str:

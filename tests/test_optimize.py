@@ -1,6 +1,7 @@
+import itertools
 import math
-import time
 
+import numpy as np
 import pytest
 import torch
 from conftest import TOY
@@ -16,7 +17,7 @@ from arc_solver.config import (
     load_config,
 )
 from arc_solver.model import new_model
-from arc_solver.optimize import fit, make_optimizers, rate_at, step_rate
+from arc_solver.optimize import RECENT, Pace, fit, make_optimizers, rate_at, step_rate
 from arc_solver.train import main
 from arc_solver.training_report import plot_rates
 
@@ -82,20 +83,6 @@ def backward(loss):
     return loss
 
 
-def test_fit_ends_in_time_with_the_schedule_done():
-    x = torch.nn.Parameter(torch.tensor([5.0]))
-    config = OptimConfig(steps=1_000_000, schedule="linear", warmup=0)
-    seen = []
-
-    def slowly(_):
-        time.sleep(0.01)
-        return backward(x.square().sum())
-
-    fit([x], make_optimizers([("x", x)], config), config, slowly, max_s=0.5, after_step=seen.append)
-    assert len(seen) < 60
-    assert seen[-1].rate < 0.2
-
-
 def test_a_step_that_overflows_in_fp16_changes_nothing_and_lowers_the_scale():
     x = torch.nn.Parameter(torch.tensor([5.0]))
     config = OptimConfig(lr=0.5, steps=3, schedule="constant", warmup=0)
@@ -150,12 +137,129 @@ def test_divergence_is_an_error_and_not_a_checkpoint():
     assert x.item() == 5.0
 
 
+# ---- time ------------------------------------------------------------------------------------------------------------
+
+
+class FakeTime:
+    """A clock that only steps move on."""
+
+    def __init__(self):
+        self.now_s = 0.0
+
+    def pace(self, until_s, **settings):
+        return Pace(lambda: self.now_s, until_s if callable(until_s) else lambda: until_s, **settings)
+
+    def fit(self, lengths_s, pace, config):
+        """The steps that are taken, of these lengths in turn, and how far in time each of them is."""
+        x = torch.nn.Parameter(torch.tensor([5.0]))
+        seen, behind = [], []
+
+        def backward_at(_):
+            behind.append(pace.behind)
+            self.now_s += next(lengths_s)
+            return backward(x.square().sum())
+
+        fit([x], make_optimizers([("x", x)], config), config, backward_at, pace=pace, after_step=seen.append)
+        return seen, behind
+
+
+def lengths(first_s, longest_s=4.0):
+    """Of the first step, of the longest of the others, and of any number of shorter ones."""
+    yield first_s
+    rng = np.random.default_rng(0)
+    for k in itertools.count():
+        yield longest_s * (rng.uniform(0.2, 1.0) if k % RECENT else 1.0)
+
+
+def endless(schedule="linear", warmup=0.05):
+    return OptimConfig(steps=1_000_000, schedule=schedule, warmup=warmup)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "wsd"])
+@pytest.mark.parametrize("first_s", [0.0, 1.0, 200.0, 600.0])
+def test_all_of_the_schedule_is_seen_however_long_the_first_step_takes(first_s, schedule):
+    time = FakeTime()
+    seen, behind = time.fit(lengths(first_s), time.pace(900.0), endless(schedule))
+    rates = [step.rate for step in seen]
+    assert rates[0] < 0.01 and rates[1] < 0.2
+    assert max(rates) >= 0.95 and rates[-1] < 0.05
+    assert behind == sorted(behind) and behind[-1] <= 1
+
+
+@pytest.mark.parametrize("first_s", [0.0, 37.0, 600.0])
+def test_no_step_ends_late_that_is_as_long_as_those_before(first_s):
+    for until_s in np.linspace(610.0, 640.0, 8):
+        time = FakeTime()
+        seen, _ = time.fit(lengths(first_s, 10.0), time.pace(until_s, step_s=10.0), endless())
+        assert time.now_s == seen[-1].elapsed_s <= until_s
+        assert until_s - time.now_s < 10.0  # there was no room for another
+
+
+def test_a_step_that_cannot_end_in_time_is_not_begun():
+    for settings, steps in (({"first_s": 51.0}, 0), ({"first_s": 49.0, "step_s": 39.0}, 1), ({"first_s": 50.0}, 4)):
+        time = FakeTime()
+        seen, _ = time.fit(itertools.repeat(12.0), time.pace(50.0, **settings), endless())
+        assert [step.step for step in seen] == list(range(1, steps + 1)), settings
+        assert [(step.began_s, step.elapsed_s) for step in seen] == [(12.0 * k, 12.0 * (k + 1)) for k in range(steps)]
+
+
+def test_one_long_step_is_forgotten():
+    """The machine slept for a while: that says little about the steps after the next `RECENT`."""
+    time = FakeTime()
+    slow = itertools.chain([1.0] * 10, [300.0], itertools.repeat(1.0))
+    time.fit(slow, time.pace(700.0), endless())
+    assert time.now_s == 700.0
+
+
+def test_the_schedule_never_goes_back_when_the_end_turns_out_shorter_or_longer():
+    for later_s in (600.0, 1000.0):
+        time = FakeTime()
+        until_s = lambda: 800.0 if time.now_s < 400 else later_s  # noqa: E731, B023
+        seen, behind = time.fit(lengths(100.0), time.pace(until_s), endless())
+        assert behind == sorted(behind)
+        assert later_s - 4.0 < time.now_s <= later_s
+        assert seen[-1].rate < 0.05
+
+
+@pytest.mark.parametrize("first_s", [0.0, 60.0])
+def test_a_continued_run_goes_on_in_the_schedule(first_s):
+    """Whatever its first step takes, which compiles once more."""
+    time, config = FakeTime(), endless("linear", warmup=0.0)
+    pace = time.pace(900.0)
+    before, far = time.fit(itertools.islice(lengths(100.0), 200), pace, config.model_copy(update={"steps": 200}))
+    counted_s = time.now_s - pace.counted_from_s
+    after, further = time.fit(lengths(first_s), time.pace(900.0, counted_s=counted_s), config)
+    behind = far + further
+    assert behind == sorted(behind)
+    lost = first_s / (900.0 - before[-1].elapsed_s)  # of what was left
+    assert further[1] - far[-1] <= lost * (1 - far[-1]) + 0.01
+    assert after[-1].rate < 0.01
+
+
+def test_a_run_that_ended_by_the_clock_goes_on_with_more_time():
+    """The schedule is then that of the longer run, where that would stand."""
+    time, config = FakeTime(), endless("linear", warmup=0.0)
+    pace = time.pace(500.0)
+    before, _ = time.fit(lengths(0.0), pace, config)
+    assert before[-1].rate < 0.01
+    counted_s = time.now_s - pace.counted_from_s
+    after, _ = time.fit(lengths(0.0), time.pace(1000.0, counted_s=counted_s), config)
+    assert after[0].rate == pytest.approx(0.5, abs=0.01) and after[-1].rate < 0.01
+
+
+def test_steps_bound_a_run_that_has_more_time_than_they_take():
+    time, config = FakeTime(), OptimConfig(steps=100, schedule="linear", warmup=0.0)
+    seen, _ = time.fit(itertools.repeat(1.0), time.pace(1e6), config)
+    assert [step.rate for step in seen] == pytest.approx([step_rate(k / 100, config) for k in range(100)])
+
+
 def test_a_stage_without_time_takes_no_step():
-    x = torch.nn.Parameter(torch.tensor([5.0]))
-    config = OptimConfig(steps=3)
-    for max_s in (0.0, -1.0):
-        fit([x], make_optimizers([("x", x)], config), config, lambda _: backward(x.sum()), max_s=max_s)
-    assert x.item() == 5.0
+    for until_s in (0.0, -1.0):
+        time = FakeTime()
+        assert time.fit(itertools.repeat(1.0), time.pace(until_s), endless()) == ([], [])
+
+
+# ---- optimizers and stages -------------------------------------------------------------------------------------------
 
 
 def test_muon_is_for_hidden_matrices():

@@ -1,7 +1,9 @@
 """The offline run, from outside and from inside: resume, stages, LoRA, logs, and what goes wrong."""
 
 import json
+import math
 import os
+import pkgutil
 import resource
 import shutil
 import signal
@@ -19,8 +21,10 @@ from small_runs import log, run, small, train_command, weights, write_config
 from arc_solver.checkpoints import latest_checkpoint
 from arc_solver.config import Config, UserError, load_config
 from arc_solver.corpus import make_corpus
+from arc_solver.devices import Devices, compiling
 from arc_solver.leaks import TrainingData
 from arc_solver.model import Model, load_model, new_model, packed_loss, recompute_activations, save_model
+from arc_solver.run import Interrupts
 from arc_solver.stream import SampleStream, pack
 from arc_solver.train import train
 from arc_solver.validate import accuracy, questions, validation_batches, validation_loss
@@ -205,6 +209,122 @@ def test_a_model_that_is_trained_on_keeps_what_it_has_seen(tmp_path):
         assert (after is None) != expected
 
 
+# ---- time and interruptions ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ticking(monkeypatch):
+    """A run's clock that only its work moves on: what fits into a minute depends on no machine."""
+    state = {"now": 0.0}
+
+    def takes(seconds, name):
+        owner, _, attribute = name.rpartition(".")
+        real = getattr(pkgutil.resolve_name(owner), attribute)
+
+        def slowly(*args, **options):
+            state["now"] += seconds
+            return real(*args, **options)
+
+        monkeypatch.setattr(name, slowly)
+
+    monkeypatch.setattr("arc_solver.clock.RunClock.now_s", lambda _: state["now"])
+    takes(1.0, "arc_solver.devices.Devices.backward")
+    takes(2.0, "arc_solver.run.validation_loss")
+    takes(0.5, "arc_solver.run.save_checkpoint")
+    takes(1.5, "arc_solver.train.save_results")
+    return state
+
+
+def long_run():
+    return small(train={"steps": 100_000, "warmup": 0.1, "checkpoint_every": 20}, validation={"every": 20})
+
+
+def test_a_run_with_a_time_limit_ends_in_time_with_all_that_it_leaves(ticking, tmp_path):
+    train(long_run(), tmp_path / "a", max_s=120.0)
+    *steps, last = log(tmp_path / "a")
+    assert ticking["now"] < 120.0
+    assert all(step["began_s"] < step["elapsed_s"] <= step["until_s"] < 120.0 for step in steps)
+    rates = [step["rate"] for step in steps]
+    assert rates[0] < 0.1 and max(rates) > 0.95 and rates[-1] < 0.1
+    assert "validation_loss" in last and (tmp_path / "a" / "model" / "loss.png").exists()
+    assert latest_checkpoint(tmp_path / "a").name == f"step-{steps[-1]['step']:07d}"
+
+
+def test_a_run_that_ended_by_the_clock_goes_on_with_more_time(ticking, tmp_path):
+    train(long_run(), tmp_path / "a", max_s=100.0)
+    before = log(tmp_path / "a")[-2]
+    assert before["rate"] < 0.1
+    ticking["now"] = before["elapsed_s"]
+    train(long_run(), tmp_path / "a", max_s=200.0, resume=True)
+    *steps, last = log(tmp_path / "a")
+    assert [step["step"] for step in steps] == list(range(1, last["step"] + 1))
+    assert steps[before["step"]]["rate"] == pytest.approx(0.55, abs=0.15)  # about half of the longer run is over
+    assert steps[-1]["rate"] < 0.1 and steps[-1]["elapsed_s"] < 200.0
+
+
+def test_a_stage_has_its_share_of_the_time(ticking, tmp_path):
+    stages = [{"name": name, "train": {"steps": steps}} for name, steps in (("a", 10_000), ("b", 30_000))]
+    train(small(stages, validation={"every": 1000}), tmp_path / "a", max_s=100.0)
+    *steps, _ = log(tmp_path / "a")
+    ends = {step["stage"]: step for step in steps}
+    assert ends["a"]["elapsed_s"] == pytest.approx(25.0, abs=5.0) and ends["b"]["elapsed_s"] < 100.0
+    assert all(step["rate"] < 0.15 for step in ends.values())
+
+
+def test_a_run_without_time_for_a_step_says_so_and_can_be_continued(ticking, tmp_path):
+    with pytest.raises(UserError, match=r"--max-minutes 0\.05 left no time for a single step; .* give more"):
+        train(small(), tmp_path / "a", max_s=3.0)
+    assert load_model(tmp_path / "a" / "model")
+    train(small(), tmp_path / "a", resume=True)
+    train(small(), tmp_path / "whole")
+    assert same(weights(tmp_path / "whole" / "model"), weights(tmp_path / "a" / "model"))
+
+
+def test_validation_that_takes_too_much_of_the_time_is_left_out(ticking, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("arc_solver.training_report.VALIDATION_SHARE", 0.0)
+    train(long_run(), tmp_path / "a", max_s=60.0)
+    assert not any("validation_loss" in record for record in log(tmp_path / "a"))
+    shown = capfd.readouterr().err
+    assert json.loads((tmp_path / "a" / "model" / "training.json").read_text())["validation_loss"] is None
+    assert "no validation: it would take" in shown and "no time to measure the validation loss at the end" in shown
+
+
+def test_an_interrupted_run_saves_a_checkpoint_after_its_step(tmp_path):
+    config = small(train={"steps": 60, "checkpoint_every": 1000}, validation={"every": 1000})
+    train(config, tmp_path / "whole")
+    command = train_command(write_config(config, tmp_path), tmp_path / "cut")
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while len(log_lines(tmp_path / "cut")) < 2:
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate()[1]
+    assert process.returncode == 1 and "Traceback" not in said
+    saved = latest_checkpoint(tmp_path / "cut")
+    assert f"--resume continues from {saved}" in said
+    assert saved.name == f"step-{log(tmp_path / 'cut')[-1]['step']:07d}"
+    train(config, tmp_path / "cut", resume=True)
+    assert same(weights(tmp_path / "whole" / "model"), weights(tmp_path / "cut" / "model"))
+
+
+def test_a_second_interruption_ends_a_run_at_once():
+    before = signal.getsignal(signal.SIGTERM)
+    with Interrupts(alone=True) as interrupts:
+        assert signal.getsignal(signal.SIGTERM) == before  # there is nothing to save yet
+        interrupts.watch()
+        interrupts.watch()
+        signal.raise_signal(signal.SIGTERM)
+        assert interrupts.asked
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) == before
+    with Interrupts(alone=False) as interrupts:  # a launcher passes on what the processes have had themselves
+        interrupts.watch()
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        assert interrupts.asked
+
+
 # ---- logs and figures ------------------------------------------------------------------------------------------------
 
 
@@ -223,7 +343,16 @@ def test_logs_and_figures(tmp_path, capfd):
     assert sum(counts["tokens"] for counts in about["counts"].values()) == about["tokens"] == steps[-1]["tokens"]
     assert about["memory_peak_bytes"] > 0 and about["memory_estimate_bytes"] > 0
     shown = capfd.readouterr().err
-    for line in ("memory estimate", "peak memory", "leak audit passed", "held-out tasks", "too long", "counting"):
+    said = (
+        "memory estimate",
+        "peak memory",
+        "leak audit passed",
+        "held-out tasks",
+        "too long",
+        "counting",
+        "step 1: loss",
+    )
+    for line in (*said, "not compiled: train.compile=no"):
         assert line in shown, line
     manifest = json.loads((tmp_path / "a" / "partition" / "manifest.json").read_text())
     assert len(manifest["validation"]) == 20
@@ -281,6 +410,36 @@ def test_compiled_equals_eager():
             batch = pack([stream[i + j].sample for j in range(2 + i // 5)], 1024)
             losses = [packed_loss(model, batch, logits_of).item() for logits_of in (None, compiled)]
             assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("precision", "layers", "adapter", "left_s", "pays"),
+    [
+        ("bf16", 2, False, math.inf, True),
+        ("fp32", 2, False, math.inf, True),
+        ("bf16", 2, True, math.inf, True),
+        ("fp32", 2, True, math.inf, False),  # gains nothing
+        ("bf16", 2, False, 300.0, True),  # takes less than a tenth
+        ("bf16", 8, False, 300.0, False),
+        ("bf16", 2, True, 300.0, False),
+        ("bf16", 8, False, 600.0, True),
+    ],
+)
+def test_what_is_compiled(precision, layers, adapter, left_s, pays, tmp_path, monkeypatch):
+    monkeypatch.setattr("arc_solver.devices.shutil.which", lambda _: "/usr/bin/g++")
+    monkeypatch.setattr("arc_solver.devices.sysconfig.get_path", lambda _: str(tmp_path))
+    (tmp_path / "Python.h").touch()
+    config = small(train={"precision": precision, "compile": "auto"}, model={"layers": layers})
+    lm = new_model(config.model, config.format, seed=0).lm
+    lm.get_input_embeddings().weight.requires_grad_(not adapter)
+    devices = Devices(config)
+    choice = compiling(lm, config.train, devices, left_s)
+    assert (choice.pays, choice.seconds > 0) == (pays, pays), choice
+    for asked in ("yes", "no"):
+        given = config.train.model_copy(update={"compile": asked})
+        assert compiling(lm, given, devices, left_s).pays == (asked == "yes")
+    (tmp_path / "Python.h").unlink()
+    assert not compiling(lm, config.train, devices).pays
 
 
 def test_checkpointing_gives_the_same_gradients():

@@ -1,0 +1,92 @@
+"""Time as a promise: when a command began, and how much of its time must be kept for its end.
+
+What the end of a run takes is guessed first; once a part of it was measured in the run, that counts instead.
+"""
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+SPARE = 1.25  # times what a part took is kept for it: a machine is not always equally busy
+END_S, END_SHARE = 2.0, 0.01  # of the time limit: kept for the end of the processes, and for all that is not measured
+
+
+def process_age_s(process: int | None = None) -> float:
+    """Seconds since a process began, by default this one: importing PyTorch takes some. 0 where that cannot be read."""
+    try:
+        stat = Path("/proc", "self" if process is None else str(process), "stat").read_text()
+        started = int(stat.rpartition(")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError):
+        return 0.0
+
+
+def command_age_s() -> float:
+    """Seconds since the command began: this process, or the launcher of several (torchrun, accelerate)."""
+    return process_age_s(os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None)
+
+
+def about(seconds: float) -> str:
+    """A duration as it is said."""
+    return f"{max(1, round(seconds))} s" if seconds < 90 else f"{round(seconds / 60)} minutes"
+
+
+class RunClock:
+    """The seconds that a run has taken, and those that it needs for its end. All processes are to call it alike.
+
+    Args:
+        began: by `time.monotonic()`, as if the run had never been interrupted.
+        max_s: when it must have ended; infinite: it may take as long as it takes.
+        agreed: gives all processes the main one's number.
+    """
+
+    def __init__(self, began: float, max_s: float = math.inf, agreed: Callable[[float], float] = lambda value: value):
+        self.began, self.max_s, self.agreed = began, max_s, agreed
+        self.end_s: dict[str, float] = {}  # what each part of the end takes
+        self._measured: set[str] = set()
+
+    @property
+    def limited(self) -> bool:
+        return self.max_s < math.inf
+
+    def now_s(self) -> float:
+        spent_s = time.monotonic() - self.began
+        return self.agreed(spent_s) if self.limited else spent_s
+
+    def guess(self, part: str, seconds: float) -> None:
+        """What a part of the end is thought to take, as long as it was not measured."""
+        if part not in self._measured:
+            self.end_s[part] = self.agreed(seconds) if self.limited else seconds
+
+    def leave_out(self, part: str) -> None:
+        """There is never room for that part, and none is kept for it."""
+        self.end_s.pop(part, None)
+
+    def knows(self, part: str) -> bool:
+        return part in self._measured
+
+    @contextmanager
+    def measuring(self, part: str) -> Iterator[None]:
+        """Of all measurements the longest counts."""
+        began_s = self.now_s()
+        yield
+        took_s = self.now_s() - began_s
+        self.end_s[part] = max(took_s, self.end_s[part]) if part in self._measured else took_s
+        self._measured.add(part)
+
+    def steps_until_s(self) -> float:
+        """When the last step must have ended, for all parts of the end to be done in time."""
+        return self._until_s(self.end_s.values())
+
+    def has_room(self, part: str, then: tuple[str, ...] | None = None) -> bool:
+        """Whether there is time for a part of the end now, and for what must follow: the whole end, or some parts."""
+        if not self.limited:
+            return True
+        follows = self.end_s.values() if then is None else [self.end_s.get(name, 0.0) for name in then]
+        return part in self.end_s and self.now_s() + SPARE * self.end_s[part] <= self._until_s(follows)
+
+    def _until_s(self, parts_s: Iterable[float]) -> float:
+        return self.max_s - END_S - END_SHARE * self.max_s - SPARE * sum(parts_s) if self.limited else math.inf
