@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from .checkpoints import Progress, save_checkpoint
-from .clock import RunClock
+from .clock import SPARE, RunClock
 from .config import Config, UserError, named_rng
 from .corpus import Corpus
 from .devices import Devices
@@ -132,9 +132,9 @@ class Run:
         return packed_loss(self.model, batch, partial(self.model.logits, through=self.module), reduction="sum")
 
     def _accuracy(self) -> float:
-        """Nobody knows what the first takes, so it has as long as was guessed. Shards must not part, and have all."""
-        first = self.clock.limited and not self.clock.knows("answers") and not self.devices.shards
-        deadline = time.monotonic() + self.clock.end_s["answers"] if first else math.inf
+        """Has the time for which there is room, as replies may be long: NaN if that is too short. Shards never part."""
+        limited = self.clock.limited and not self.devices.shards
+        deadline = time.monotonic() + SPARE * self.clock.end_s["answers"] if limited else math.inf
         return accuracy(self.model, self.validation.questions, self.config.predict.batch_tokens, deadline)
 
 
