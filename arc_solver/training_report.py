@@ -122,7 +122,7 @@ def expect_end(run: Run, plan: Plan, import_s: float) -> None:
     whole = sum(p.numel() * p.element_size() for p in parameters)
     trained = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
     clock.guess("checkpoint", 1 + 3 * trained / DISK_BYTES_S)  # with two moments
-    clock.guess("results", 2 * whole / DISK_BYTES_S + import_s)  # a base is read before an adapter is merged
+    clock.guess("results", 1 + 2 * whole / DISK_BYTES_S + import_s)  # a base is read before an adapter is merged
     clock.guess("validation", plan.token_s * sum(len(batch.ids_T) for batch in run.validation.batches))
     if run.config.validation.accuracy_every:
         clock.guess("answers", ANSWERS_SHARE * clock.max_s)
