@@ -40,9 +40,11 @@ def compare_precisions() -> list[Compared]:
     found = []
     for name, group in GROUPS.items():
         speeds = [[_adapt_tokens_per_s(model, tasks[group], config) for model in models] for _ in range(ROUNDS)]
-        found.append(Compared(name, *map(max, zip(*speeds, strict=True)), "tokens/s"))
+        used, float32 = map(max, zip(*speeds, strict=True))
+        found.append(Compared(name, used, float32, "tokens/s"))
     seconds = [[_answer_s(model, tasks[:4], config) for model in models] for _ in range(ROUNDS)]
-    found.append(Compared("answer four tasks", *map(min, zip(*seconds, strict=True)), "s"))
+    used, float32 = map(min, zip(*seconds, strict=True))
+    found.append(Compared("answer four tasks", used, float32, "s"))
     return found
 
 

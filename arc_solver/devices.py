@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from .attention import packs_in_one_graph
 from .clock import about
 from .config import Config, TrainConfig, UserError
 from .model import fast_dtype, pick_device
@@ -246,7 +247,7 @@ def _against_compiling(lm: Any, config: TrainConfig, devices: Devices) -> str:
         return "activations are recomputed"
     if shutil.which("g++") is None or not Path(sysconfig.get_path("include"), "Python.h").exists():
         return "there is no g++ here, or no Python.h"
-    if not _packs_in_one_graph(devices):
+    if not packs_in_one_graph(devices.device, devices.dtype):
         return "packed attention is no single graph on this device in this precision"
     if devices.device.type == "cpu" and devices.precision == "fp32" and not _trains_all(lm):
         return "it gains nothing for an adapter in fp32 on a CPU"
@@ -261,13 +262,6 @@ def _too_long(lm: Any, seconds: float, left_s: float) -> str:
 
 def _trains_all(lm: nn.Module) -> bool:
     return all(p.requires_grad for p in lm.parameters())
-
-
-def _packs_in_one_graph(devices: Devices) -> bool:
-    """Whether attention of packed sequences is traced as one graph; where it is a loop, every packing is compiled."""
-    if devices.device.type != "cuda":
-        return devices.device.type == "cpu"
-    return devices.precision != "fp32" and torch.cuda.get_device_capability(devices.device) >= (8, 0)
 
 
 def compiled(logits_of: Callable[..., Tensor]) -> Callable[..., Tensor]:
