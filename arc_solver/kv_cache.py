@@ -42,7 +42,8 @@ def bytes_per_token(model: Model) -> int:
     """What the keys and values of one id take, in all layers."""
     config = model.lm.config
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    width = 2 * config.num_hidden_layers * config.num_key_value_heads * size
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads  # GPT-NeoX knows no groups
+    width = 2 * config.num_hidden_layers * heads * size
     return width * next(model.lm.parameters()).element_size()
 
 
