@@ -210,7 +210,7 @@ def _only_id(tokenizer: Any, text: str) -> int:
 
 
 def _check_windows(lm: Any, path: str) -> None:
-    """Packed attention is causal and no more."""
+    """Packed attention is causal and no more, and a sequence's keys depend on that sequence alone."""
     config = lm.config.get_text_config()
     # Mistral and its kin name no types of layers: all of them have the window, unless it is wider than any sequence.
     window = getattr(config, "sliding_window", None) or math.inf
@@ -218,6 +218,13 @@ def _check_windows(lm: Any, path: str) -> None:
     kinds = set(getattr(config, "layer_types", None) or [every])
     if kinds != {"full_attention"}:
         raise UserError(f"{path} has layers of {', '.join(sorted(kinds))}: only full attention can be trained packed")
+    if getattr(config, "attn_logit_softcapping", None):  # too weak to show in the short sequences that are compared
+        raise UserError(f"{path} caps its attention scores (attn_logit_softcapping), which packed attention does not")
+    if "longrope" in str(getattr(config, "rope_parameters", None)):
+        raise UserError(
+            f"{path} has a rotary embedding that changes with the longest sequence of a batch (longrope), so one answer"
+            " would depend on others: take a variant for short contexts"
+        )
 
 
 def check_attention(lm: Any, path: str, length: int = 48) -> None:
