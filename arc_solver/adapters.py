@@ -193,8 +193,19 @@ def fresh_adapter(model: Model, config: AdaptConfig, rng: np.random.Generator) -
             raise UserError(f"adapt.targets: {name} is the head, which is not adapted to tasks; leave it out")
     found = {name.rpartition(".")[2] for name in weights}
     if missing := set(config.targets) - found:
-        raise UserError(f"adapt.targets: the model has no linear layer named {', '.join(sorted(missing))}")
+        raise UserError(
+            f"adapt.targets: the model has no linear layer named {', '.join(sorted(missing))}; it has {_targets(model)}"
+        )
     return Adapter(config.rank, config.alpha, weights)
+
+
+def _targets(model: Model) -> str:
+    """The linear layers that an adapter may be on, by name; what to do where there are none."""
+    head = model.lm.get_output_embeddings()
+    linears = (
+        name for name, module in model.lm.named_modules() if isinstance(module, nn.Linear) and module is not head
+    )
+    return ", ".join(sorted({name.rpartition(".")[2] for name in linears})) or "none; set adapt.enabled=false"
 
 
 def peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
