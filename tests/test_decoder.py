@@ -76,7 +76,10 @@ def test_logits(model, by_transformers):
     assert few.shape == (2, VOCABULARY)
 
 
-def test_a_cache_continues_a_sequence(model):
+@pytest.mark.parametrize("by_hand", [True, False], ids=["by hand", "by transformers"])
+def test_a_cache_continues_a_sequence(model, by_transformers, by_hand):
+    if not by_hand:
+        by_transformers()
     batch = some_batch(20)
     ids_BT, positions_BT = batch.ids_T[None], batch.positions_T[None]
     cache = KvCache(1)
