@@ -231,7 +231,7 @@ def shipped(lock: Path, folder: Path) -> Changes:
     """What a lock and our own wheel do to the image, as far as versions tell; what locked wheels need is left out."""
     for name, (version, _) in read_lock(lock).items():
         make_wheel(folder, name.replace("-", "_"), str(version))
-    make_wheel(folder, "arc_solver", "0.1.0", own_requirements(), python=">=3.11,<3.13")
+    make_wheel(folder, "arc_solver", "0.1.0", own_requirements(), python=">=3.11,<3.14")
     return changes(read_image(), folder)
 
 
