@@ -51,6 +51,10 @@ in `pyproject.toml`. `newest` has the newest that the registry had; they are its
 Python. Tests for which something is missing there, such as vLLM, are not tried. PyTorch 2.10, which Kaggle's image has,
 is not tried here at all: `bin/submit`'s first run on Kaggle will.
 
+Which architectures are served, on which layers their adapters go, and which are refused and why: the two tables in
+`tests/test_architectures.py`. On any other, `adapt.targets` and `lora.targets` name the layers, and a wrong name is
+answered with those that the model has.
+
 This file is written by `bin/test --versions`; `bin/test --versions py3.13` adds that column.
 
 """
