@@ -47,9 +47,9 @@ HEAD = """# Versions
 
 What `bin/test --versions` saw: the fast tests of models, engines, adapters, training and solving, with the libraries
 named. `oldest` has the versions of Kaggle's image, as far as PyTorch {torch} goes with them; they are the lower bounds
-in `pyproject.toml`. `newest` has the newest that the registry had; they are its upper bounds. The others are on another
-Python. Tests for which something is missing there, such as vLLM, are not tried. PyTorch 2.10, which Kaggle's image has,
-is not tried here at all: `bin/submit`'s first run on Kaggle will.
+in `pyproject.toml`. `newest` has the newest that the registry had; the upper bounds lie just above them. The others are
+on another Python. Tests for which something is missing there, such as vLLM, are not tried. PyTorch 2.10, which Kaggle's
+image has, is not tried here at all: `bin/submit`'s first run on Kaggle will tell.
 
 Which architectures are served, on which layers their adapters go, and which are refused and why: the two tables in
 `tests/test_architectures.py`. On any other, `adapt.targets` and `lora.targets` name the layers, and a wrong name is
