@@ -266,9 +266,10 @@ def read_weights(folder: Path, dtype: torch.dtype) -> Any:
             raise ValueError(f"{missing[0]} is missing")
         return lm
     except Exception as error:  # transformers and safetensors raise many kinds; all of them mean these files
+        said = f"{error} is not known" if isinstance(error, KeyError) else first_line(error)
         raise UserError(
             f"the checkpoint in {folder} is damaged, copy or make it again, or its architecture is not supported:"
-            f" {first_line(error)}"
+            f" {said}"
         ) from error
 
 

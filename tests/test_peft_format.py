@@ -75,6 +75,8 @@ def lora_config(settings: dict[str, Any]) -> Any:
 
     if unknown := settings.keys() - {field.name for field in fields(peft.LoraConfig)}:
         pytest.skip(f"PEFT {peft.__version__} has no {unknown}")
+    if settings.get("init_lora_weights") == "mica" and not hasattr(peft.tuners.lora.LoraLayer, "mica_init"):
+        pytest.skip(f"PEFT {peft.__version__} has no MiCA")
     settings = {name: value(peft) if callable(value) else value for name, value in settings.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -98,7 +100,7 @@ ACCEPTED: list[dict[str, Any]] = [
     {"lora_dropout": 0.5, "revision": "main"},
     {"fan_in_fan_out": True},
     {"layers_to_transform": [1]},
-    {"layers_to_transform": 0, "layers_pattern": "layers"},
+    {"layers_to_transform": [0], "layers_pattern": "layers"},
     {"exclude_modules": ["down_proj"]},
     {"target_modules": r".*\.layers\.1\.(self_attn\.[qv]|mlp\.up)_proj"},
     {"target_modules": "all-linear"},

@@ -357,6 +357,13 @@ def test_what_is_no_causal_language_model_is_refused(name, tmp_path):
         load_any(tmp_path, "org/name", TOKEN)
 
 
+def test_an_unknown_scaling_of_positions_is_named(tmp_path):
+    make_checkpoint(tmp_path, "qwen3")
+    add_settings(tmp_path / "config.json", rope_parameters={"rope_type": "fancy", "rope_theta": 1e4})
+    with pytest.raises(UserError, match=r"architecture is not supported: 'fancy' is not known$"):
+        load_any(tmp_path, "org/name", TOKEN)
+
+
 def add_settings(file: Path, **settings: Any) -> None:
     file.write_text(json.dumps((json.loads(file.read_text()) if file.exists() else {}) | settings))
 
@@ -413,9 +420,12 @@ def test_grid_positions_are_refused(tmp_path):
 
 def test_sliding_windows_are_refused(tmp_path):
     """However wide: a window of 2048 does not show in the short sequences that attention is checked on."""
-    from transformers import Gemma2Config, MistralConfig, Qwen2Config
+    from transformers import Gemma2Config, Gemma3TextConfig, MistralConfig, Phi3Config, Qwen2Config
 
+    kinds = ["sliding_attention", "full_attention"]
     configs = {
+        "gemma3": Gemma3TextConfig(**SMALL, head_dim=16, sliding_window=512, layer_types=kinds),
+        "phi3": Phi3Config(**SMALL, sliding_window=2047),
         "qwen2": Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=2048, max_window_layers=1),
         "gemma2": Gemma2Config(**SMALL, head_dim=16, sliding_window=2048),
         "mistral": MistralConfig(**SMALL, sliding_window=2048),
