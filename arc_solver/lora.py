@@ -182,9 +182,9 @@ def with_adapter(model: Model, adapter: str, base_dir: Path) -> Model:
         return model
     folder = Path(adapter)
     _untie(model.lm, check_base(folder, base_dir))
-    adapter_weights = load_adapter(folder)
+    loaded = load_adapter(folder)
     try:
-        merge(model, adapter_weights)
+        merge(model, loaded)
     except UserError as error:
         raise UserError(f"the adapter in {folder} cannot be merged into the model in {base_dir}: {error}") from error
     return Model(model.lm, model.format, trained_with(model.trained_on, folder))

@@ -96,7 +96,9 @@ def check_adapter(folder: Path, by_peft: bool = False) -> tuple[dict[str, Any], 
         raise UserError(f"the adapter in {folder} is damaged, copy or make it again: {error}") from error
     _check_settings(folder, settings, by_peft)
     _check_names(folder, names, by_peft)
-    return settings, frozenset(re.split(r"\.lora_(?:[AB]|embedding_|mag)", n.removeprefix(PREFIX))[0] for n in names)
+    layers = {re.split(r"\.lora_(?:[AB]|embedding_|mag)", name.removeprefix(PREFIX))[0] for name in names}
+    _check_targets(folder, settings.get("target_modules"), layers)
+    return settings, frozenset(layers)
 
 
 def require_adapter(folder: Path) -> None:
@@ -132,13 +134,9 @@ def _check_settings(folder: Path, settings: Mapping[str, Any], by_peft: bool) ->
             f'the adapter in {folder} has init_lora_weights="{init}" ({why}), so on the plain base it would give other'
             f" numbers; {CONVERT}"
         )
+    harmless = {*HARMLESS.split(), "use_dora" if by_peft else ""}
     for name, value in settings.items():
-        if (
-            name in HARMLESS.split()
-            or not value
-            or (name, value) == ("bias", "none")
-            or (by_peft and name == "use_dora")
-        ):
+        if name in harmless or not value or (name, value) == ("bias", "none"):
             continue
         said = json.dumps(value)
         said = said if len(said) < 60 else said[:60] + "..."
@@ -165,6 +163,23 @@ def _check_names(folder: Path, names: Iterable[str], by_peft: bool) -> None:
             continue
         what = next((what for part, what in (BY_PEFT | FOREIGN).items() if part in name), FOREIGN["modules_to_save"])
         raise UserError(f"the adapter in {folder} is not plain LoRA: it has {name}, {what}; {MERGE}")
+
+
+def _check_targets(folder: Path, targets: Any, layers: Iterable[str]) -> None:
+    """PEFT would not load the weights of a layer that is no target: they are of another adapter than the settings."""
+    for layer in sorted(layers):
+        try:
+            if isinstance(targets, str):
+                named = targets.lower() == "all-linear" or bool(re.fullmatch(targets, layer))
+            else:
+                named = targets is None or any(f".{layer}".endswith(f".{target}") for target in targets)
+        except (TypeError, re.error) as error:
+            raise UserError(f"the adapter in {folder} has target_modules that cannot be read: {error}") from error
+        if not named:
+            raise UserError(
+                f"the adapter in {folder} is damaged, copy or make it again: it has weights for {layer}, which is not"
+                " among its target_modules"
+            )
 
 
 def layer_alphas(folder: Path, settings: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, float]:

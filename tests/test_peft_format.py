@@ -236,6 +236,13 @@ SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"peft_type": "UNHEARD"}, "type UNHEARD, not LORA"),
     ({"r": 2}, "of rank 4, and adapter_config.json says rank 2"),
     ({"lora_alpha": "many"}, "alpha many"),
+    (
+        {"target_modules": ["q_proj"]},
+        r"weights for model\.layers\.0\.mlp\.down_proj, which is not among its target",
+    ),
+    ({"target_modules": ".*q_proj"}, "down_proj, which is not among its target_modules"),
+    ({"target_modules": "("}, "target_modules that cannot be read"),
+    ({"target_modules": 7}, "target_modules that cannot be read"),
     ({"alpha_pattern": {"(": 2}}, "alpha_pattern that cannot be read"),
 ]
 
