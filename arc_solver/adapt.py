@@ -21,12 +21,12 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from .adapters import Adapter, LoraBank, attached, fresh_adapter
-from .attention import Packing
+from .attention import Packing, sent
 from .augment import Augmentation, ColourPolicy, random_augmentation
 from .config import AdaptConfig, FormatConfig, named_rng
 from .encode import IGNORE, OUTPUT, Sample, encode_sample, sample_tokens
 from .memory import kept_per_token
-from .model import Model, sent
+from .model import Model
 from .optimize import step_rate
 from .stream import pack
 from .tasks import Pair, Task
@@ -38,7 +38,8 @@ CPU_GROUPS = 8  # there are at least, if there are as many tasks, so that all co
 CHECKS = 10  # how often in a run "leave-one-out" looks
 STEP_SHARE = 0.7  # of the free memory may go into what a forward pass keeps; the backward pass needs some besides
 ADAPTER_SHARE = 0.25  # of all memory may go into the adapters of a group
-ADAPTER_BYTES = 18  # a number of an adapter: itself, its gradient, AdamW's two moments; and once more in 16 bit
+# Of a number of an adapter in training: all, and beside itself: its gradient twice, AdamW's two moments, 16 bit.
+ADAPTER_BYTES, BESIDE_BYTES = 24, 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,7 +158,8 @@ def adapt(
         learners = [
             _Learner(k, *each, bank, config, model.format) for k, each in enumerate(zip(tasks, rngs, strict=True))
         ]
-        passes = Passes.planned(model, config, memory)
+        bank.use([0])  # what a token keeps does not depend on how many adapters there are
+        passes = Passes.planned(model, config, max(0, memory - BESIDE_BYTES * bank.weights_KP.numel()))
         while live := [learner for learner in learners if not learner.ended]:
             spent = (time.monotonic() - began) / max(1e-9, deadline - began)
             if spent >= 1:
@@ -167,7 +169,7 @@ def adapt(
             _step(model, bank, live, starts, passes, spent)
             on_step()
             if config.stop == "leave-one-out":
-                _stop_where_all_is_right(model, bank, [x for x in live if not x.ended and x.is_due()])
+                _stop_where_all_is_right(model, bank, [x for x in live if not x.ended and x.is_due()], passes)
         adapters = [bank.export(learner.k) for learner in learners]
     seconds = time.monotonic() - began
     tokens = max(1, sum(learner.tokens for learner in learners))
@@ -322,34 +324,46 @@ def _backward(
     counts = [sum(int((sample.labels_T != IGNORE).sum()) for sample in own) for own in samples]
     counts_L = sent(torch.tensor(counts, dtype=torch.float32), model.device)
     while True:
-        bank.zero_gradients()
-        losses_L = torch.zeros(len(live), device=model.device)
         try:
-            for part in passes.parts(samples):
-                members, own = [i for i, _ in part], [some for _, some in part]
-                logits_NV, labels_N, owners_N = _ask(
-                    model, bank, [live[i] for i in members], own, recompute=passes.recompute
-                )
-                losses_N = F.cross_entropy(logits_NV, labels_N, reduction="none")
-                members_M = sent(torch.tensor(members), model.device)
-                sums_M = losses_N.new_zeros(len(members)).index_add(0, owners_N, losses_N)
-                means_M = sums_M / counts_L.index_select(0, members_M)
-                bank.backward(means_M.sum())
-                losses_L.index_add_(0, members_M, means_M.detach())
-            return losses_L
+            return _passed(model, bank, live, samples, passes, counts_L)
         except torch.OutOfMemoryError:
             if not passes.shrink(samples):
                 raise
             log.warning("out of memory: going on with %d tokens at once", passes.room)
-        torch.cuda.empty_cache()  # once what held the memory is gone
+        torch.cuda.empty_cache()  # the frame that held the memory is gone by now
+
+
+def _passed(
+    model: Model,
+    bank: LoraBank,
+    live: Sequence[_Learner],
+    samples: Sequence[Sequence[Sample]],
+    passes: Passes,
+    counts_L: Tensor,
+) -> Tensor:
+    """The same in as many parts as `passes` says. `counts_L`: learnt ids of each."""
+    bank.zero_gradients()
+    losses_L = torch.zeros_like(counts_L)
+    for part in passes.parts(samples):
+        members, own = [i for i, _ in part], [some for _, some in part]
+        logits_NV, labels_N, owners_N = _ask(model, bank, [live[i] for i in members], own, passes.recompute)
+        losses_N = F.cross_entropy(logits_NV, labels_N, reduction="none")
+        members_M = sent(torch.tensor(members), model.device)
+        sums_M = losses_N.new_zeros(len(members)).index_add(0, owners_N, losses_N)
+        means_M = sums_M / counts_L.index_select(0, members_M)
+        bank.backward(means_M.sum())
+        losses_L.index_add_(0, members_M, means_M.detach())
+    return losses_L
 
 
 @torch.no_grad()
-def _stop_where_all_is_right(model: Model, bank: LoraBank, asked: Sequence[_Learner]) -> None:
-    if not asked:
-        return
-    logits_NV, labels_N, owners_N = _ask(model, bank, asked, [learner.questions() for learner in asked])
-    wrong = set(owners_N[logits_NV.argmax(-1) != labels_N].tolist())
+def _stop_where_all_is_right(model: Model, bank: LoraBank, asked: Sequence[_Learner], passes: Passes) -> None:
+    samples = [learner.questions() for learner in asked]
+    wrong: set[int] = set()
+    for part in passes.parts(samples):
+        members, own = [i for i, _ in part], [some for _, some in part]
+        logits_NV, labels_N, owners_N = _ask(model, bank, [asked[i] for i in members], own)
+        wrong |= {members[i] for i in owners_N[logits_NV.argmax(-1) != labels_N].tolist()}
     for i, learner in enumerate(asked):
         if i not in wrong:
             learner.ended = "leave-one-out"

@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .attention import sent
 from .config import AdaptConfig, UserError
 from .decoder import Blocks, LoraLinear
-from .model import Model, sent
+from .model import Model
 from .peft_format import CONFIG_FILE, PREFIX, WEIGHTS_FILE, check_adapter, layer_alphas
 
 
@@ -108,6 +109,11 @@ class LoraBank:
         blocks = None if equal else Blocks.of([rows * length for rows in rows_K], self.weights_KP.device)
         for layer in self.layers.values():
             layer.blocks = blocks
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Adapters in the type in which they are used, for decoding: else every pass casts all of them anew."""
+        for p in self.parameters():
+            p.data = p.data.to(dtype)
 
     @torch.no_grad()
     def set(self, k: int, adapter: Adapter) -> None:

@@ -15,10 +15,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# On an H100 PyTorch prefers cuDNN's attention with a mask, which makes a plan for every new shape; ours are new all the
+# time. It is not used for packed sequences.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 HALF = (torch.bfloat16, torch.float16)
 FLASH_SIZES = range(8, 257, 8)  # of a head
 AMPERE = 8, 0  # the compute capability from which on flash attention runs
 MOST_UNEVEN = 2  # longest by shortest of sequences that are padded to one length
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on the device, without waiting for what the device is doing."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +46,7 @@ class Packing:
     def of(ends_S: Tensor, device: torch.device) -> "Packing":
         """Of the ends of sequences, on the CPU, int64."""
         assert ends_S.device.type == "cpu", ends_S.device
-        starts_S1 = F.pad(ends_S, (1, 0)).to(torch.int32).to(device, non_blocking=True)
+        starts_S1 = sent(F.pad(ends_S, (1, 0)).to(torch.int32), device)
         for ends in (ends_S, starts_S1):
             torch._dynamo.maybe_mark_dynamic(ends, 0)  # the number of sequences differs from batch to batch
         longest = int(ends_S.diff(prepend=ends_S.new_zeros(1)).max())
@@ -58,8 +67,8 @@ class Packing:
             rows.append(rows_GL.flatten())
             begin += rows_GL.numel()
         device = self.starts_S1.device
-        moved = tuple(rows_N.to(device, non_blocking=True) for rows_N in rows)
-        return Padded(moved, tuple(map(len, groups)), places_T.to(device, non_blocking=True))
+        moved = tuple(sent(rows_N, device) for rows_N in rows)
+        return Padded(moved, tuple(map(len, groups)), sent(places_T, device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,12 +165,14 @@ def _masked(q_BHTD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, mask_BTK: Tensor, sc
     repeats = heads // groups
     mask = mask_BTK[:, None] if length == 1 or repeats == 1 else mask_BTK.repeat(1, repeats, 1)[:, None]
     q = q_BHTD.reshape(batch, groups, repeats * length, size)
-    return F.scaled_dot_product_attention(q, k_BGKD, v_BGKD, mask, scale=scale).view(q_BHTD.shape)
+    # Not a view: some kernels give queries before heads.
+    return F.scaled_dot_product_attention(q, k_BGKD, v_BGKD, mask, scale=scale).reshape(q_BHTD.shape)
 
 
 def _causal(q_BHTD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, scale: float) -> Tensor:
     grouped = q_BHTD.shape[1] != k_BGKD.shape[1]
-    if grouped and not q_BHTD.is_cpu and q_BHTD.dtype not in HALF:  # only flash attention knows groups on a GPU
+    flash = q_BHTD.dtype in HALF and bool(_flash_parameters(q_BHTD.device))
+    if grouped and q_BHTD.is_cuda and not flash:  # no other fast kernel for GPUs knows groups
         (k_BGKD, v_BGKD), grouped = _as_many_heads(q_BHTD, k_BGKD, v_BGKD), False
     return F.scaled_dot_product_attention(q_BHTD, k_BGKD, v_BGKD, is_causal=True, scale=scale, enable_gqa=grouped)
 
@@ -177,7 +188,7 @@ def _flash(q_BHTD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, packing: Packing, sca
         k_BGKD, v_BGKD = _as_many_heads(q_BHTD, k_BGKD, v_BGKD)
     if "scale" in packing.flash:
         options["scale"] = scale
-    elif (factor := scale * math.sqrt(q_BHTD.shape[-1])) != 1:
+    elif not math.isclose(factor := scale * math.sqrt(q_BHTD.shape[-1]), 1):
         q_BHTD = q_BHTD * factor
     options |= {"window_size": (-1, 0)} if "window_size" in packing.flash else {"is_causal": True}
     q, k, v = (x[0].transpose(0, 1).contiguous() for x in (q_BHTD, k_BGKD, v_BGKD))

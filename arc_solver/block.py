@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .adapters import LoraBank
+from .attention import sent
 from .encode import PAD, longest_reply
 from .kv_cache import KvCache, bytes_per_token
-from .model import Model, sent
+from .model import Model
 from .token_tree import TokenTree
 
 log = logging.getLogger(__name__)

@@ -86,6 +86,7 @@ LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Quantize = Literal["", "8bit", "4bit"]
 Schedule = Literal["linear", "cosine", "constant", "cyclic", "wsd"]
 OutputOnly = Literal["keep", "permute"]
 VoteRule = Literal["votes", "product", "mean-probability", "hierarchical", "probmul", "kgmon", "hierarchical-kgmon"]
@@ -141,6 +142,9 @@ class ModelConfig(Section):
     # "" = the bundled model (bin/solve) or a new one of the shape below (bin/train).
     path: str = ""
     adapter: str = ""  # folder of a LoRA adapter for it: continued by bin/train with lora, else merged into the weights
+    # The base's linear layers in 8 or 4 bit while tasks are solved, for models that have no room else: the extra
+    # `quantize`. Adapters are not quantised. "" = 16 or 32 bit, as the machine multiplies
+    quantize: Quantize = ""
     layers: PositiveInt = 5
     width: PositiveInt = 256
     heads: PositiveInt = 4
@@ -447,6 +451,13 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "Config":
+        if self.model.quantize and self.engine.kind == "vllm":
+            raise ValueError('model.quantize is for engine.kind="torch": vLLM has a copy of the weights of its own')
+        if self.model.quantize and self.model.adapter and not (self.adapt.enabled and self.adapt.start == "pretrained"):
+            raise ValueError(
+                "model.quantize: an adapter cannot be merged into quantised weights; set adapt.start=pretrained, or"
+                " give the merged model that bin/train left as model.path"
+            )
         if not self.predict.score and self.vote.rule not in ("votes", "hierarchical"):
             raise ValueError(f'vote.rule="{self.vote.rule}" needs predict.score: leave it on, or set vote.rule=votes')
         names = [stage.name for stage in self.stages]

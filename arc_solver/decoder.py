@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import attention
+from .attention import attention, sent
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
@@ -34,11 +34,11 @@ class Blocks:
         is_real_KC = columns < lengths[:, None]
         rows_KC = ((lengths.cumsum(0) - lengths)[:, None] + columns) * is_real_KC
         places_N = is_real_KC.flatten().nonzero()[:, 0]
-        return Blocks(*(x.to(device, non_blocking=True) for x in (rows_KC.flatten(), places_N)))
+        return Blocks(sent(rows_KC.flatten(), device), sent(places_N, device))
 
 
 class LoraLinear(nn.Module):
-    """A frozen linear layer with K adapters: block k of the input's rows goes through adapter k.
+    """A frozen linear layer, quantised or not, with K adapters: block k of the input's rows goes through adapter k.
 
     Attributes:
         live_L: the adapters that the input is for, if not all of them.
@@ -71,7 +71,7 @@ def runs(lm: Any) -> bool:
         and type(weight) is nn.Parameter  # a shard of FSDP is not
         and not (torch.is_grad_enabled() and weight.requires_grad)
         and not torch.is_autocast_enabled(weight.device.type)
-        and all(type(linear) in (nn.Linear, LoraLinear) for layer in lm.model.layers for linear in _linears(layer))
+        and all(type(_base(linear)) is nn.Linear for layer in lm.model.layers for linear in _linears(layer))
     )
 
 
@@ -293,7 +293,7 @@ def _project(
 ) -> tuple[list[Tensor], tuple[Any, ...]]:
     """Linear layers of one input, with their adapters, added to `onto` if there is one; and what backward needs."""
     bases = [_base(linear) for linear in linears]
-    ys = [F.linear(x_NI, base.weight, base.bias) if onto is None else _onto(onto, x_NI, base) for base in bases]
+    ys = [_through(base, x_NI) if onto is None else _onto(onto, x_NI, base) for base in bases]
     adapted = [i for i in range(len(linears)) if adapters[2 * i] is not None]
     if not adapted:
         return ys, ()
@@ -316,6 +316,12 @@ def _project(
 
 def _base(linear: nn.Module) -> Any:
     return linear.base if isinstance(linear, LoraLinear) else linear
+
+
+def _through(linear: Any, x: Tensor) -> Tensor:
+    """What the layer gives, to be changed in place; what a quantised one gives may be a view of its own."""
+    y = linear(x)
+    return y if type(linear) is nn.Linear else y.clone()
 
 
 def _onto(residual: Tensor, x: Tensor, linear: Any) -> Tensor:

@@ -146,6 +146,8 @@ class TorchEngine:
         numbers = {id(adapter): k for k, adapter in enumerate(distinct)}
         with ExitStack() as stack:
             bank = stack.enter_context(attached(self.model, distinct)) if distinct else None
+            if bank:
+                bank.cast(self.model.dtype)
             session = TorchSession(self, prompts, [numbers.get(id(adapter), 0) for adapter in adapters], bank)
             try:
                 yield session

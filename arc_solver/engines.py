@@ -24,6 +24,8 @@ def engine_kind(model: Model, config: Config, device: torch.device) -> tuple[str
     """The engine that a run on a device uses, "torch" or "vllm", and why."""
     if config.engine.kind != "auto":
         return config.engine.kind, "as engine.kind says"
+    if config.model.quantize:
+        return "torch", "the weights are quantised"
     if model.format.positions == "grid":
         return "torch", "the model has grid positions"
     if device.type != "cuda" or device.index:

@@ -10,7 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .model import Model, sent
+from .attention import sent
+from .model import Model
 
 ROOM = 64  # columns of headroom, at least, when buffers are made or grow
 

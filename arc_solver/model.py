@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import decoder
-from .attention import Packing, attend
+from .attention import Packing, attend, sent
 from .checkpoint_format import check_kind, instead_of_checkpoint, read_config
-from .config import BUNDLED_DIR, FormatConfig, ModelConfig, UserError, first_line
+from .config import BUNDLED_DIR, FormatConfig, ModelConfig, Quantize, UserError, first_line
 from .encode import END, IGNORE, PAD, TOKENS, VOCABULARY
 from .leaks import DATA_FILE, TrainingData, read_training_data
 from .stream import Batch
@@ -41,6 +42,11 @@ class Model:
     @property
     def device(self) -> torch.device:
         return next(self.lm.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is computed in."""
+        return self.lm.get_input_embeddings().weight.dtype
 
     @property
     def parameters_count(self) -> int:
@@ -98,11 +104,6 @@ def packed_loss(
     logits_TV = (logits_of or model.logits)(ids_T[None], positions_T[None], packing=packing)[0]
     # Nothing is learnt at a sequence's first id, so the shift by one crosses no border.
     return F.cross_entropy(logits_TV[:-1], labels_T[1:], ignore_index=IGNORE, reduction=reduction)
-
-
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on the device, without waiting for what the device is doing."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def new_model(config: ModelConfig, format: FormatConfig, seed: int, trained_on: TrainingData | None = None) -> Model:
@@ -198,8 +199,13 @@ def _save_tokenizer(folder: Path) -> None:
     file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
-def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Model:
+def load_model(
+    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, quantize: Quantize = ""
+) -> Model:
     """The checkpoint in a folder; "" is the bundled one.
+
+    Args:
+        dtype: of the weights, and of what is computed with those that are quantised.
 
     Raises:
         UserError: no checkpoint is there, or it was not written by `save_model`.
@@ -215,13 +221,13 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torc
             f"{folder} is a pretrained checkpoint with a vocabulary of its own: train it first, with"
             " bin/train configs/qwen2.5-0.5b.toml model.path=..."
         )
-    lm = read_weights(folder, dtype)
+    lm = read_weights(folder, dtype, device, quantize)
     try:
         format = FormatConfig.model_validate(lm.config.arc_format)
         trained_on = read_training_data(folder)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder} is damaged, copy or make it again: {error}") from None
-    return Model(lm.to(device).eval(), format, trained_on)
+    return Model(lm.eval(), format, trained_on)
 
 
 def checkpoint_dir(path: str | Path) -> Path:
@@ -242,7 +248,7 @@ def is_ours(folder: Path) -> bool:
     return "arc_format" in read_config(folder)
 
 
-def read_weights(folder: Path, dtype: torch.dtype) -> Any:
+def read_weights(folder: Path, dtype: torch.dtype, device: str | torch.device = "cpu", quantize: Quantize = "") -> Any:
     """The causal LM in a folder, with our attention.
 
     Raises:
@@ -260,17 +266,37 @@ def read_weights(folder: Path, dtype: torch.dtype) -> Any:
             attn_implementation=ATTENTION,
             local_files_only=True,
             output_loading_info=True,
+            **(_quantized(quantize, dtype, device) if quantize else {}),
         )
         lm, about = loaded
         if missing := sorted(about["missing_keys"]):  # transformers would go on with random ones
             raise ValueError(f"{missing[0]} is missing")
-        return lm
+        return lm if quantize else lm.to(device)
+    except UserError:
+        raise
     except Exception as error:  # transformers and safetensors raise many kinds; all of them mean these files
         said = f"{error} is not known" if isinstance(error, KeyError) else first_line(error)
         raise UserError(
             f"the checkpoint in {folder} is damaged, copy or make it again, or its architecture is not supported:"
             f" {said}"
         ) from error
+
+
+def _quantized(how: Quantize, dtype: torch.dtype, device: str | torch.device) -> dict[str, Any]:
+    """What makes transformers quantise linear layers as it loads them, by bitsandbytes.
+
+    4 bit are NF4 (Dettmers et al. 2023, arXiv 2305.14314), 8 bit LLM.int8 (Dettmers et al. 2022, arXiv 2208.07339).
+
+    Raises:
+        UserError: bitsandbytes is not installed.
+    """
+    if find_spec("bitsandbytes") is None:
+        raise UserError("model.quantize needs bitsandbytes: pip install 'arc_solver[quantize]', or leave it out")
+    from transformers import BitsAndBytesConfig
+
+    four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+    options = four if how == "4bit" else {"load_in_8bit": True}
+    return {"quantization_config": BitsAndBytesConfig(**options), "device_map": {"": torch.device(device)}}
 
 
 def recompute_activations(lm: Any) -> None:

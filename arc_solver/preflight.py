@@ -16,6 +16,7 @@ from .adapters import Adapter, attached
 from .config import Config, MachineError, UserError, first_line, named_rng
 from .encode import IGNORE, Prompt, Sample, encode_prompt, encode_sample
 from .engine import Engine
+from .memory import free_memory
 from .model import Model
 from .tasks import Pair, Task, freeze
 
@@ -35,7 +36,8 @@ def preflight(model: Model, engine: Engine, start: Adapter | None, config: Confi
     adapter = start
     if config.adapt.enabled:
         few = config.adapt.model_copy(update={"steps": 1, "batch_size": 1, "stop": "never"})
-        found = _tried("adapt", model, lambda: adapt([task], model, few, [named_rng(0, "preflight")], start)[0])
+        rngs, memory = [named_rng(0, "preflight")], free_memory(model.device)
+        found = _tried("adapt", model, lambda: adapt([task], model, few, rngs, start, memory=memory)[0])
         if found.ended != "steps":
             raise MachineError(_sentence("adapt", model, "the loss or its gradients are not finite"))
         adapter = found.adapter

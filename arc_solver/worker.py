@@ -129,6 +129,8 @@ def make_worker(config: Config, number: int = 0) -> Worker:
         MachineError: they do not work together on this device.
     """
     device = pick_device(config.run.device)
+    if device.type == "cuda":  # shapes differ in every pass; read when the first memory is taken
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if device.type == "cpu":
         torch.set_num_threads(1)  # one core a worker; and results then depend on no thread count
         keep_freed_memory(256 << 20)
@@ -150,7 +152,7 @@ def load_base(config: Config, device: torch.device) -> tuple[Model, Adapter | No
 
     The adapter of the config is that one, or is merged into the weights.
     """
-    model = load_model(config.model.path, device, fast_dtype(device))
+    model = load_model(config.model.path, device, fast_dtype(device), config.model.quantize)
     base_dir = checkpoint_dir(config.model.path)
     if not (config.adapt.enabled and config.adapt.start == "pretrained"):
         return with_adapter(model, config.model.adapter, base_dir), None
@@ -169,5 +171,5 @@ def _gpu_utilisation(device: torch.device) -> float | None:
         return None
     try:
         return torch.cuda.utilization(device) / 100
-    except (ModuleNotFoundError, RuntimeError):  # NVIDIA's library for it is not there
+    except Exception:  # NVIDIA's library for it is not there, or says no: its errors are of no common kind
         return None

@@ -1,3 +1,4 @@
+import weakref
 from collections import Counter
 from itertools import islice
 
@@ -11,7 +12,7 @@ from test_adapters import random_adapter
 import arc_solver.decoder
 from arc_solver import adapt as adapt_module
 from arc_solver.adapt import Adaptation, adapt, group_by_length, held_out_samples, planned_steps
-from arc_solver.adapters import attached, fresh_adapter
+from arc_solver.adapters import LoraBank, attached, fresh_adapter
 from arc_solver.config import AdaptConfig, FormatConfig, named_rng
 from arc_solver.encode import IGNORE, INPUT, encode_sample
 from arc_solver.memory import kept_per_token
@@ -281,6 +282,37 @@ def test_the_plan_follows_from_free_memory(toy_model):
         plenty, little = (adapt_module.Passes.planned(toy_model, config, n * kept) for n in (10_000, 1000))
     assert (plenty.room, plenty.recompute) == (pytest.approx(7000), False)
     assert (little.room, little.recompute) == (pytest.approx(700 * kept / recomputed), True)
+
+
+def test_the_plan_does_not_depend_on_how_many_tasks_there_are(tasks, toy_model, monkeypatch):
+    planned, real = [], adapt_module.Passes.planned
+    monkeypatch.setattr(adapt_module.Passes, "planned", lambda *args: planned.append(real(*args)) or planned[-1])
+    few = CONFIG.model_copy(update={"steps": 2})
+    rngs = [named_rng(0, task.id) for task in tasks]
+    assert [result.ended for result in adapt(tasks, toy_model, few, rngs, memory=4e9)] == ["steps"] * 3
+    adapt(tasks[:1], toy_model, few, rngs[:1], memory=4e9)
+    assert planned[0].room == pytest.approx(planned[1].room, rel=0.01)
+
+
+def test_what_ran_out_of_memory_is_gone_before_it_is_tried_again(tasks, toy_model, monkeypatch):
+    """The first backward pass fails; when the next forward pass begins, nothing of the first is alive."""
+    real_ask, real_backward, kept = adapt_module._ask, LoraBank.backward, []
+
+    def watched(model, bank, learners, samples, recompute=False):
+        assert all(part() is None for part in kept)
+        found = real_ask(model, bank, learners, samples, recompute)
+        kept.append(weakref.ref(found[0]))
+        return found
+
+    def failing(bank, loss):
+        if len(kept) == 1:
+            raise torch.OutOfMemoryError("no room")
+        real_backward(bank, loss)
+
+    monkeypatch.setattr(adapt_module, "_ask", watched)
+    monkeypatch.setattr(LoraBank, "backward", failing)
+    adapted(tasks, toy_model, CONFIG.model_copy(update={"steps": 1}))
+    assert len(kept) > 1
 
 
 def test_groups_are_no_larger_than_their_adapters_may_be(arc):

@@ -157,6 +157,25 @@ def test_groups_with_a_mask(groups, dtype, length):
     torch.testing.assert_close(ours, scores.softmax(-1) @ v, atol=3 * TOLERANCE[dtype], rtol=0)
 
 
+@pytest.mark.parametrize("attend", ["masked", "causal", "padded"])
+def test_kernels_may_lay_out_their_answers_as_they_like(attend, monkeypatch):
+    """Those of GPUs give [B, T, H, D], transposed."""
+    q, k, v = some_heads()
+    mask_BTK = torch.ones(1, 64, 64, dtype=torch.bool).tril()
+    ways = {
+        "masked": lambda: attention(q, k, v, mask_BTK=mask_BTK),
+        "causal": lambda: attention(q, k, v),
+        "padded": lambda: _padded(q, k, v, Packing.of(ENDS, CPU), 0.25),
+    }
+    expected, real = ways[attend](), F.scaled_dot_product_attention
+
+    def transposed(*args, **options):
+        return real(*args, **options).transpose(1, 2).contiguous().transpose(1, 2)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", transposed)
+    assert torch.equal(ways[attend](), expected)
+
+
 def test_what_one_graph_serves():
     assert packs_in_one_graph(CPU, torch.float32)
 

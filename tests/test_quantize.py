@@ -1,0 +1,43 @@
+"""A base in 8 or 4 bit, by the real bitsandbytes on the CPU: adapted, asked, looked at, left alone."""
+
+import pytest
+import torch
+from conftest import flip_task
+
+from arc_solver import decoder
+from arc_solver.adapt import adapt
+from arc_solver.config import AdaptConfig, PredictConfig, UserError, load_config, named_rng
+from arc_solver.engine import TorchEngine
+from arc_solver.model import BUNDLED_DIR, load_model
+from arc_solver.predict import predict
+from arc_solver.preflight import preflight
+
+pytest.importorskip("bitsandbytes", reason="needs the extra quantize")
+
+
+@pytest.mark.filterwarnings("ignore")  # bitsandbytes says what it casts
+@pytest.mark.parametrize(("quantize", "bytes_a_weight"), [("4bit", 0.5), ("8bit", 1)])
+def test_a_quantised_base_is_adapted_and_asked(quantize, bytes_a_weight, rng):
+    model, whole = (load_model(BUNDLED_DIR, "cpu", torch.bfloat16, how) for how in (quantize, ""))
+    layer = model.lm.model.layers[0].mlp.up_proj
+    assert layer.weight.nbytes == bytes_a_weight * 256 * 768
+    assert not decoder.runs(model.lm), "by hand its weights would be taken for numbers"
+    config = load_config(None, [f"model.quantize={quantize}"])
+    preflight(model, TorchEngine(model, 0), None, config)
+    task, few = flip_task(rng, "flip", demonstrations=2), AdaptConfig(rank=4, steps=12, batch_size=2, recompute="yes")
+    before = layer.weight.clone()
+    learnt, expected = (adapt([task], m, few, [named_rng(0)])[0] for m in (model, whole))
+    assert learnt.ended == "steps" and learnt.last_loss < learnt.first_loss
+    assert learnt.first_loss == pytest.approx(expected.first_loss, rel=0.2)
+    assert torch.equal(layer.weight, before)
+    found = predict(task, TorchEngine(model, 0), learnt.adapter, PredictConfig(views=2), named_rng(0))
+    assert found.candidates
+
+
+def test_what_does_not_go_with_it_is_refused():
+    for words, sentence in (
+        (["engine.kind=vllm"], "model.quantize is for engine.kind"),
+        (["model.adapter=somewhere"], "cannot be merged into quantised weights"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            load_config(None, ["model.quantize=4bit", *words])
