@@ -22,6 +22,8 @@ from .token_tree import TokenTree
 
 log = logging.getLogger(__name__)
 
+MASK_CELLS = 1 << 25  # queries x keys of a pass with a mask
+
 Asked = dict[int, list[int]]  # row -> nodes of its tree
 
 
@@ -81,19 +83,34 @@ class Block:
         self._in_batches(opening, lambda row: len(self.trees[row].prompt) + len(opening[row]), self._open)
         rest = {row: self.trees[row].unplaced(nodes) for row, nodes in asked.items()}
         rest = {row: nodes for row, nodes in rest.items() if nodes}
-        self._in_batches(rest, lambda row: len(rest[row]), self._continue)
+        self._in_batches(rest, lambda row: len(rest[row]), self._continue, self._mask_cells)
 
-    def _in_batches(self, asked: Asked, size: Callable[[int], int], run: Callable[[Asked], None]) -> None:
+    def _mask_cells(self, row: int, tokens: int) -> int:
+        """Of the mask of so many ids of a row, which attention repeats for each query head of a group."""
+        config = self.model.lm.config.get_text_config()
+        heads = config.num_attention_heads
+        repeats = heads // (getattr(config, "num_key_value_heads", None) or heads)
+        return tokens * (self.trees[row].used + tokens) * repeats
+
+    def _in_batches(
+        self,
+        asked: Asked,
+        size: Callable[[int], int],
+        run: Callable[[Asked], None],
+        cells: Callable[[int, int], int] = lambda row, tokens: 1,
+    ) -> None:
         """Longest first, so that memory runs out at once if it does, and rows of a length are together."""
         rows = sorted(asked, key=lambda row: (-size(row), row))
         while rows:
-            count = max(1, self.batch_tokens // size(rows[0]))
+            longest = size(rows[0])
+            most_cells = max(cells(row, longest) for row in rows)
+            count = max(1, min(self.batch_tokens // longest, MASK_CELLS // most_cells))
             try:
                 run({row: asked[row] for row in sorted(rows[:count])})
             except torch.OutOfMemoryError:
                 if min(count, len(rows)) == 1:
                     raise
-                failed = min(count, len(rows)) * size(rows[0])
+                failed = min(count, len(rows)) * longest
             else:
                 rows = rows[count:]
                 continue

@@ -17,7 +17,7 @@ from typing import Protocol
 import numpy as np
 
 from .adapters import Adapter, LoraBank, attached
-from .block import Asked, Block
+from .block import MASK_CELLS, Asked, Block
 from .config import FormatConfig
 from .drafter import LONGEST, Drafter
 from .encode import END, GRID_STRIDE, Prompt, longest_reply
@@ -27,7 +27,6 @@ from .token_tree import Grammar, TokenTree
 
 MOST_PADDING = 0.5, 256  # of a prompt in a cache: as a share of its length, and ids besides
 BATCH_TOKENS = {"cpu": 8192, "cuda": 32_768}  # a GPU waits for launches unless a pass is large
-MASK_CELLS = 1 << 25  # queries x keys of a scoring pass
 
 
 @dataclass(frozen=True, eq=False)

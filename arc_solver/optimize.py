@@ -32,6 +32,9 @@ class Step:
     until_s: float  # when it had to have ended
 
 
+MOST_OVERFLOWS = 20  # in a row: so many halvings bring any scale of the loss under 1, so it is not the scale
+
+
 def rate_at(progress: float, config: OptimConfig) -> float:
     """Share of the peak learning rate at `progress`, the share of the run that is behind, 0 to 1.
 
@@ -170,13 +173,15 @@ def fit(
     """
     pace = pace or Pace()
     half_step = 0.5 / config.steps  # that `step_rate` looks ahead; in time, `Pace` does
+    overflowed = 0  # steps in a row
     for k in range(first_step, config.steps):
         if not pace.begin():
             break
         loss = backward_at(k)
         progress = max(k / config.steps, pace.behind - half_step)
         norm, rate = take_step(parameters, optimizers, config, progress, scaler)
-        if not math.isfinite(norm) and not scaler:
+        overflowed = 0 if math.isfinite(norm) else overflowed + 1
+        if overflowed > (MOST_OVERFLOWS if scaler else 0):
             raise MachineError(
                 f"the gradients of step {k + 1} are not finite (loss {loss.item():g}): training diverged; lower lr, or"
                 " use another precision"

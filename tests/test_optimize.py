@@ -17,7 +17,7 @@ from arc_solver.config import (
     load_config,
 )
 from arc_solver.model import new_model
-from arc_solver.optimize import RECENT, Pace, fit, make_optimizers, rate_at, step_rate
+from arc_solver.optimize import RECENT, Pace, Step, fit, make_optimizers, rate_at, step_rate
 from arc_solver.train import main
 from arc_solver.training_report import plot_rates
 
@@ -135,6 +135,22 @@ def test_divergence_is_an_error_and_not_a_checkpoint():
     with pytest.raises(MachineError, match="step 1 are not finite"):
         fit([x], make_optimizers([("x", x)], config), config, lambda _: backward(x.log().sum() * torch.inf))
     assert x.item() == 5.0
+
+
+def test_overflows_without_end_are_not_the_scale_of_the_loss():
+    """In fp16 the forward pass itself may overflow: then no scale helps, and nothing would ever be learnt."""
+    x, scaler = torch.nn.Parameter(torch.tensor([5.0])), torch.amp.GradScaler("cpu")
+    seen: list[Step] = []
+
+    def backward_at(_):
+        loss = (x * torch.inf).sum()
+        scaler.scale(loss).backward()
+        return loss.detach()
+
+    config = OptimConfig(steps=100)
+    with pytest.raises(MachineError, match="step 21 are not finite"):
+        fit([x], make_optimizers([("x", x)], config), config, backward_at, scaler=scaler, after_step=seen.append)
+    assert (len(seen), x.item()) == (20, 5.0)
 
 
 # ---- time ------------------------------------------------------------------------------------------------------------
