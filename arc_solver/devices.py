@@ -1,9 +1,9 @@
 """One device or many, and the precision on them: everything about a training step that is not the loss.
 
 Processes come from `torchrun` or `accelerate launch`. Each takes its share of a step's batches. Under "ddp" each has a
-whole copy of the model; under "fsdp" a shard of every parameter (FSDP2, Zhao et al. 2023, arXiv 2304.11277), for
-models that one device cannot hold. The loss is a sum over all learnt ids of a step divided by their number, so the
-gradient does not depend on how many processes share the step.
+whole copy of the model; under "fsdp" a shard of every parameter, its gradient and its moments (FSDP2, Zhao et al. 2023,
+arXiv 2304.11277), once the whole model was on each device at the start. The loss is a sum over all learnt ids of a step
+divided by their number, so the gradient does not depend on how many processes share the step.
 """
 
 import ctypes
