@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from .bench_memory import measure_all
 from .bench_precision import compare_precisions
 from .bench_schedule import TASKS, overhead_s
 from .bench_solve import RANDOM_TASKS, RANDOM_VIEWS, SCORE_TASKS, SETTINGS, large_tasks, random_model
@@ -127,12 +128,22 @@ def bench_precision() -> list[Row]:
     return [rows[compared.unit](compared.name, compared.used, compared.float32, compared.unit) for compared in found]
 
 
+def bench_memory() -> list[Row]:
+    """A step of adaptation: its peak beside the estimate (in the column of the field)."""
+    gib = 2**30
+    return [
+        Row(name, step.measured / gib, step.estimated / gib, step.measured / step.estimated, "GiB beside the weights")
+        for name, step in measure_all().items()
+    ]
+
+
 BENCHES: dict[str, Callable[[], list[Row]]] = {
     "stream": bench_stream,
     "train": bench_train,
     "solve": bench_solve,
     "schedule": bench_schedule,
     "precision": bench_precision,
+    "memory": bench_memory,
 }
 
 

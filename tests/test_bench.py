@@ -1,6 +1,9 @@
 import json
+import subprocess
+import sys
 
 import numpy as np
+import pytest
 from conftest import TOY
 
 from arc_solver import bench
@@ -30,6 +33,19 @@ def test_both_sides_of_the_training_bench_see_the_same_samples(tmp_path):
     kept = np.array(KEPT)[:, 0]
     seen = np.concatenate([kept[batch.ids_T[batch.ids_T != PAD].numpy()] for batch in ours])
     assert sorted(seen) == sorted(np.concatenate(field["input_ids"]))
+
+
+@pytest.mark.parametrize("how", ["kept", "recomputed"])
+def test_the_estimate_of_a_step_is_near_its_peak(how):
+    """In a process of its own, on a shape whose activations are most of it: within a quarter, and 64 MiB."""
+    code = (
+        "import sys, json; from arc_solver import bench_memory as b; from arc_solver.config import ModelConfig;"
+        "b.SHAPES['x'], b.TOKENS['x'] = ModelConfig(layers=12, width=256, heads=4, kv_heads=2), 2048;"
+        f"print(json.dumps(vars(b.measure('x', {how == 'recomputed'}))))"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    step = json.loads(done.stdout)
+    assert step["measured"] == pytest.approx(step["estimated"], rel=1 / 4, abs=64 << 20)
 
 
 def test_the_overhead_of_a_task_is_measured():

@@ -11,7 +11,7 @@ SENTENCE = """
     vllm_engine engines validate optimize checkpoints training_log run training_report train adapt candidates predict
     preflight vote submission revote executors worker journal budget schedule status solve image bundle check replica
     sandbox run_notebook rehearsal kaggle_wire kaggle_client push submit bench_field bench_field_solve bench_solve
-    bench_train bench_schedule bench_precision bench
+    bench_train bench_schedule bench_precision bench_memory bench
 """
 ROWS = tuple(SENTENCE.split())
 HOMES = {  # heavy imports and the only modules that may have them
