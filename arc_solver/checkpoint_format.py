@@ -23,6 +23,8 @@ def instead_of_checkpoint(path: Path) -> str:
     """What there is in place of a checkpoint, and what to do; "" if that cannot be told."""
     if (path / "adapter_config.json").is_file():
         return "it is an adapter; give it as model.adapter, and the model that it is for as model.path"
+    if (path / "model" / "config.json").is_file():
+        return f"it is a run of bin/train; give {path / 'model'}"
     return other_format(path)
 
 

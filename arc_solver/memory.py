@@ -112,8 +112,9 @@ def kept_per_token(model: Model, few: int = 64, many: int = 128) -> tuple[float,
 
     kept_few, kept_many = (_kept_bytes(model.lm, probe, tokens) for tokens in (few, many))
     text, size = model.lm.config.get_text_config(), next(model.lm.parameters()).element_size()
-    whole = (kept_many - kept_few) / (many - few)
-    return whole, whole / text.num_hidden_layers + text.num_hidden_layers * text.hidden_size * size
+    whole, layers = (kept_many - kept_few) / (many - few), text.num_hidden_layers
+    # Recomputed: the input of each layer; of one layer what it keeps, and as much again of gradients.
+    return whole, layers * text.hidden_size * size + 2 * whole / layers
 
 
 def free_memory(device: torch.device, processes: int = 1) -> int:

@@ -50,7 +50,7 @@ class Model:
 
     @property
     def parameters_count(self) -> int:
-        return sum(p.numel() for p in self.lm.parameters())
+        return self.lm.num_parameters()  # of quantised ones too, which are packed
 
     def logits(
         self,
@@ -271,9 +271,13 @@ def read_weights(folder: Path, dtype: torch.dtype, device: str | torch.device = 
         lm, about = loaded
         if missing := sorted(about["missing_keys"]):  # transformers would go on with random ones
             raise ValueError(f"{missing[0]} is missing")
+        if quantize:
+            _keep_gradients(lm)
         return lm if quantize else lm.to(device)
     except UserError:
         raise
+    except ImportError as error:
+        raise UserError(f"the checkpoint in {folder} needs a package that is not here: {first_line(error)}") from error
     except Exception as error:  # transformers and safetensors raise many kinds; all of them mean these files
         said = f"{error} is not known" if isinstance(error, KeyError) else first_line(error)
         raise UserError(
@@ -291,12 +295,19 @@ def _quantized(how: Quantize, dtype: torch.dtype, device: str | torch.device) ->
         UserError: bitsandbytes is not installed.
     """
     if find_spec("bitsandbytes") is None:
-        raise UserError("model.quantize needs bitsandbytes: pip install 'arc_solver[quantize]', or leave it out")
+        raise UserError("model.quantize needs bitsandbytes: pip install -e '.[quantize]', or leave it out")
     from transformers import BitsAndBytesConfig
 
     four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
     options = four if how == "4bit" else {"load_in_8bit": True}
     return {"quantization_config": BitsAndBytesConfig(**options), "device_map": {"": torch.device(device)}}
+
+
+def _keep_gradients(lm: Any) -> None:
+    """On a CPU bitsandbytes packs 4 bits anew for inference, and what is packed so gives no gradients any more."""
+    for module in lm.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def recompute_activations(lm: Any) -> None:

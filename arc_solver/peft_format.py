@@ -103,6 +103,8 @@ def check_adapter(folder: Path, by_peft: bool = False) -> tuple[dict[str, Any], 
 
 def require_adapter(folder: Path) -> None:
     """Refuses what is no folder with the two files of a PEFT adapter, and says what it is instead."""
+    if not folder.exists():
+        raise UserError(f"there is no adapter {folder}: give the folder of one; adapters are not fetched from the hub")
     if folder.is_dir():
         refuse_pointers(folder)
     for needed in (CONFIG_FILE, WEIGHTS_FILE):

@@ -124,7 +124,9 @@ class Run:
         if answers and self.clock.has_room("answers", then):
             with self.clock.measuring("answers"), telling(self.console, "answering"), self.devices.autocast():
                 right = self._accuracy()
-            if not math.isnan(right):
+            if math.isnan(right):
+                self.console.print("generated answers were cut short, and are not counted")
+            else:
                 self.progress.accuracy = measured["accuracy"] = right
         return measured
 
@@ -135,7 +137,12 @@ class Run:
         """Has the time for which there is room, as replies may be long: NaN if that is too short. Shards never part."""
         limited = self.clock.limited and not self.devices.shards
         deadline = time.monotonic() + SPARE * self.clock.end_s["answers"] if limited else math.inf
-        return accuracy(self.model, self.validation.questions, self.config.predict.batch_tokens, deadline)
+        alone = self.devices.processes == 1
+
+        def is_over() -> bool:
+            return time.monotonic() >= deadline or (alone and self.interrupts.asked)
+
+        return accuracy(self.model, self.validation.questions, self.config.predict.batch_tokens, is_over)
 
 
 def make_validation(config: Config, corpus: Corpus) -> Validation:
@@ -177,8 +184,15 @@ def start_model(
     Raises:
         UserError: model or adapter cannot be used.
     """
-    if config.model.adapter and not checkpoint:
-        check_adapter(Path(config.model.adapter), by_peft=config.lora.enabled)  # before any work is done
+    if config.model.quantize:
+        raise UserError("model.quantize is for bin/solve: training has no quantised base; leave it out")
+    if config.model.adapter and not checkpoint:  # before any work is done
+        settings, _ = check_adapter(Path(config.model.adapter), by_peft=config.lora.enabled)
+        if settings.get("use_dora") and config.lora.enabled and config.lora.save != "merged":
+            raise UserError(
+                f"the adapter in {config.model.adapter} is DoRA, which bin/solve and vLLM cannot use by itself: set"
+                " lora.save=merged"
+            )
     seed = int(named_rng(config.run.seed, "weights").integers(2**31))
     if config.lora.enabled:
         start = _start_lora(config, out_dir, checkpoint, devices, console, seed, begin)

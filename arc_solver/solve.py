@@ -5,6 +5,7 @@ all that comes of it is kept in the run's folder (`journal.py`). What a task giv
 that it is adapted with: the number of workers and interruptions change nothing but the time. A time budget does.
 """
 
+import json
 import math
 import signal
 import sys
@@ -269,7 +270,10 @@ def _parse(arguments: list[str]) -> tuple[Config, Path | None]:
     if args.config and "=" in args.config and not Path(args.config).exists():
         overrides, args.config = [args.config, *overrides], None
     given = {name: getattr(args, name) for name in _OF_RUN}
-    overrides += [*task_overrides(args), *(f"run.{key}={value}" for key, value in given.items() if value is not None)]
+    overrides += [
+        *task_overrides(args),
+        *(f"run.{key}={json.dumps(value)}" for key, value in given.items() if value is not None),
+    ]
     if args.out and not args.config and (args.out / "run.json").exists():  # to be continued as it was begun
         saved_config(args.out)
         where = [] if args.executor in (None, "ray") else ["run.address="]

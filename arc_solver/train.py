@@ -257,6 +257,7 @@ def _train_stage(
         progress.counted_from_s = pace.counted_from_s
         ending = asked or (interrupts.asked and devices.processes == 1)
         log.step(stage.name, step, {} if ending else _validated(run))
+        ending = ending or (interrupts.asked and devices.processes == 1)  # while it was validated
         if ending or _checkpoint_is_due(run, train):
             run.save_checkpoint(optimizers)
         if ending:

@@ -7,7 +7,6 @@ by the config. Which tasks are held out is written beside the run, as files that
 import hashlib
 import json
 import math
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -68,18 +67,25 @@ def validation_loss(loss_of: Callable[[Batch], Tensor], fixed: Sequence[Batch]) 
     return sum(loss_of(batch).item() for batch in fixed) / sum(batch.learnt for batch in fixed)
 
 
-def accuracy(model: Model, asked: Sequence[Question], batch_tokens: int, deadline: float = math.inf) -> float:
-    """Share of the questions that greedy decoding answers exactly; NaN if it is cut by `deadline`, of `monotonic()`."""
+def accuracy(
+    model: Model, asked: Sequence[Question], batch_tokens: int, is_over: Callable[[], bool] = lambda: False
+) -> float:
+    """Share of the questions that greedy decoding answers exactly; NaN if `is_over`, asked at every step, cut it."""
     trains = model.lm.training
     model.lm.eval()
     engine = TorchEngine(model, batch_tokens)
-    engine.deadline = deadline
+
+    def look() -> None:
+        if is_over():
+            engine.deadline = -math.inf
+
+    engine.on_step = look
     try:
         with engine.open([prompt for prompt, _ in asked], [None] * len(asked)) as session:
             replies = session.generate(range(len(asked)))
     finally:
         model.lm.train(trains)
-    if time.monotonic() >= deadline:
+    if engine.deadline < math.inf:
         return math.nan
     right = 0
     for reply, (_, answer) in zip(replies, asked, strict=True):

@@ -29,9 +29,24 @@ def test_a_quantised_base_is_adapted_and_asked(quantize, bytes_a_weight, rng):
     learnt, expected = (adapt([task], m, few, [named_rng(0)])[0] for m in (model, whole))
     assert learnt.ended == "steps" and learnt.last_loss < learnt.first_loss
     assert learnt.first_loss == pytest.approx(expected.first_loss, rel=0.2)
+    assert learnt.last_loss < learnt.first_loss - 0.7 * (expected.first_loss - expected.last_loss)
     assert torch.equal(layer.weight, before)
     found = predict(task, TorchEngine(model, 0), learnt.adapter, PredictConfig(views=2), named_rng(0))
     assert found.candidates
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("quantize", ["4bit", "8bit"])
+def test_gradients_flow_after_something_was_decoded(quantize):
+    """On a CPU bitsandbytes would pack 4 bits for inference at the first pass without gradients, for good."""
+    layer = load_model(BUNDLED_DIR, "cpu", torch.bfloat16, quantize).lm.model.layers[0].mlp.up_proj
+    x = torch.randn(3, 256, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    (before,) = torch.autograd.grad(layer(x).sum(), x)
+    with torch.no_grad():
+        layer(x.detach())
+    (after,) = torch.autograd.grad(layer(x).sum(), x)
+    assert before.any()
+    assert torch.equal(before, after)
 
 
 def test_what_does_not_go_with_it_is_refused():
