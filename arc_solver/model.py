@@ -166,8 +166,6 @@ def _say_for_transformers_4(file: Path) -> None:
     names = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}  # GPT-NeoX's for them
     config |= {names[name] if config["model_type"] == "gpt_neox" else name: rope[name] for name in own}
     scaling = {name: value for name, value in rope.items() if name not in own}
-    if config["model_type"] == "phi3" and scaling.get("rope_type") == "longrope":
-        scaling = {"type": "longrope"} | {name: scaling[name] for name in ("short_factor", "long_factor")}
     if scaling.get("rope_type") != "default":
         config["rope_scaling"] = scaling
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -46,13 +46,12 @@ def configs() -> dict[str, Any]:
     fewer = {name: value for name, value in SMALL.items() if name != "num_key_value_heads"}
     shorter = {**SMALL, "max_position_embeddings": 64}
     llama3 = {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 32}
-    longrope = {"short_factor": [1 + i / 8 for i in range(8)], "long_factor": [2.0] * 8}
     return {
         "qwen2-yarn": t.Qwen2Config(**SMALL, **rope("yarn", factor=64.0, original_max_position_embeddings=64)),
         "llama-llama3": t.LlamaConfig(**SMALL, **rope("llama3", **llama3)),
         "llama-linear": t.LlamaConfig(**SMALL, **rope("linear", factor=4.0)),
         "llama-dynamic": t.LlamaConfig(**shorter, **rope("dynamic", factor=4.0)),
-        "phi3-longrope": t.Phi3Config(**SMALL, original_max_position_embeddings=64, **rope("longrope", **longrope)),
+        "phi3": t.Phi3Config(**SMALL, sliding_window=None, **rope("default")),
         "phi": t.PhiConfig(**SMALL, **rope("default", partial_rotary_factor=0.5)),
         "gpt-neox": t.GPTNeoXConfig(**fewer, **rope("default", partial_rotary_factor=0.5)),
         "granite": t.GraniteConfig(**SMALL, **rope("default")),
