@@ -193,7 +193,8 @@ class Passes:
             return Passes(recompute=config.recompute == "yes")
         kept, recomputed = kept_per_token(model)
         room = STEP_SHARE * memory / kept
-        recompute = config.recompute == "yes" or (config.recompute == "auto" and room < config.max_tokens)
+        pays = room < config.max_tokens and recomputed < kept
+        recompute = config.recompute == "yes" or (config.recompute == "auto" and pays)
         return Passes(STEP_SHARE * memory / recomputed if recompute else room, recompute)
 
     def parts(self, samples: Sequence[Sequence[Sample]]) -> list[Part]:
