@@ -186,7 +186,7 @@ def start_model(
     """
     if config.model.quantize:
         raise UserError("model.quantize is for bin/solve: training has no quantised base; leave it out")
-    if config.model.adapter and not checkpoint:  # before any work is done
+    if config.model.adapter and config.model.path and not checkpoint:  # before any work is done
         settings, _ = check_adapter(Path(config.model.adapter), by_peft=config.lora.enabled)
         if settings.get("use_dora") and config.lora.enabled and config.lora.save != "merged":
             raise UserError(

@@ -85,7 +85,7 @@ def accuracy(
             replies = session.generate(range(len(asked)))
     finally:
         model.lm.train(trains)
-    if engine.deadline < math.inf:
+    if is_over():
         return math.nan
     right = 0
     for reply, (_, answer) in zip(replies, asked, strict=True):
