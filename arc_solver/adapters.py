@@ -200,18 +200,18 @@ def fresh_adapter(model: Model, config: AdaptConfig, rng: np.random.Generator) -
     found = {name.rpartition(".")[2] for name in weights}
     if missing := set(config.targets) - found:
         raise UserError(
-            f"adapt.targets: the model has no linear layer named {', '.join(sorted(missing))}; it has {_targets(model)}"
+            f"adapt.targets: the model has no linear layer named {', '.join(sorted(missing))}; it has"
+            f" {', '.join(sorted(target_names(model))) or 'none; set adapt.enabled=false'}"
         )
     return Adapter(config.rank, config.alpha, weights)
 
 
-def _targets(model: Model) -> str:
-    """The linear layers that an adapter may be on, by name; what to do where there are none."""
-    head = model.lm.get_output_embeddings()
-    linears = (
-        name for name, module in model.lm.named_modules() if isinstance(module, nn.Linear) and module is not head
-    )
-    return ", ".join(sorted({name.rpartition(".")[2] for name in linears})) or "none; set adapt.enabled=false"
+def target_names(model: Model) -> frozenset[str]:
+    """The last parts of the names of the linear layers that tasks can be adapted by, PEFT's layers seen through."""
+    named = {module: name for name, module in model.lm.named_modules()}
+    head = named[model.lm.get_output_embeddings()]
+    linears = {name.removesuffix(".base_layer") for module, name in named.items() if isinstance(module, nn.Linear)}
+    return frozenset(name.rpartition(".")[2] for name in linears - {head} if ".lora_" not in name)
 
 
 def peft_tensors(adapter: Adapter) -> dict[str, Tensor]:

@@ -76,7 +76,8 @@ def named_rng(seed: int, *names: str | int) -> np.random.Generator:
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    # A word on the command line may look like a number and be a name: model.path=2026.
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True)
 
 
 SESSION_S = 12 * 3600  # after which Kaggle ends a notebook
@@ -540,6 +541,9 @@ def _explain(error: ValidationError, file: str | Path | None) -> str:
     where = f" (config {file})" if file else ""
     if first["type"] == "extra_forbidden":
         return f"unknown setting {key}{where}; known: {', '.join(_known(first['loc'][:-1]))}"
+    if first["type"] == "tuple_type":
+        example = json.dumps([first["input"]], default=str, separators=(",", ":"))
+        return f"setting {key}{where}: give a list, such as '{key}={example}', got {first['input']!r}"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":  # our own sentence, which has the values in it
         return f"setting {key}{where}: {message}" if key else f"{message}{where}"

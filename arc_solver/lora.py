@@ -129,6 +129,19 @@ def check_base(folder: Path, base_dir: Path, by_peft: bool = False) -> frozenset
     return layers
 
 
+def base_it_names(folder: Path) -> str:
+    """What an adapter that others made says of its base: a name, by which nothing can be checked.
+
+    Returns:
+        A remark for the user; "" where the adapter was checked against the base's own numbers.
+    """
+    if (folder / BASE_FILE).is_file():
+        return ""
+    name = json.loads((folder / CONFIG_FILE).read_text()).get("base_model_name_or_path")
+    said = f"is for {name}, it says" if name else "does not say which base it is for"
+    return f"the adapter in {folder} {said}: only shapes are compared with model.path, another base gives wrong answers"
+
+
 def _untie(lm: Any, layers: Iterable[str]) -> None:
     """Gives the head a weight of its own where it is the embedding's, and an adapter changes one of the two.
 

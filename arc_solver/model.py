@@ -8,6 +8,7 @@ a tiny tokenizer for those who want to see the ids as text. `pretrained.py` make
 import hashlib
 import inspect
 import json
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -376,9 +377,11 @@ def _bf16_by(device: torch.device) -> str:
 
 
 def prepare_transformers() -> None:
-    """Registers the attention function, and keeps progress bars of transformers' own out of ours."""
+    """Registers the attention function, and keeps transformers and bitsandbytes from speaking between our lines."""
     from transformers import AttentionInterface
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
-    logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    # It misses a faster CPU kernel as soon as PEFT imports it, be anything quantised or not.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     AttentionInterface.register(ATTENTION, attend)

@@ -67,7 +67,8 @@ def _tried(what: str, model: Model, run: Callable[[], T]) -> T:
 
 
 def _sentence(what: str, model: Model, why: str) -> str:
-    kind = f"this model ({model.lm.config.model_type}, {model.parameters_count:,} parameters)"
+    quantised = ", quantised by model.quantize" if getattr(model.lm, "is_quantized", False) else ""
+    kind = f"this model ({model.lm.config.model_type}, {model.parameters_count:,} parameters{quantised})"
     return f"before the first task: {kind} does not {what} on {model.device}: {why}; no task was begun"
 
 

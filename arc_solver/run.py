@@ -21,7 +21,7 @@ from .config import Config, UserError, named_rng
 from .corpus import Corpus
 from .devices import Devices
 from .leaks import NOTHING
-from .lora import attach_lora, check_targets, continue_lora, trained_with, with_adapter
+from .lora import attach_lora, base_it_names, check_targets, continue_lora, trained_with, with_adapter
 from .model import Model, load_model, new_model, packed_loss, save_model
 from .peft_format import check_adapter
 from .pretrained import checkpoint_dir, load_any
@@ -252,4 +252,6 @@ def _start_lora(
     lora = continue_lora(model, adapter, base_dir)
     if not checkpoint:
         console.print(f"the adapter in {adapter} is continued as it is: rank, alpha and targets of [lora] do not count")
+        if remark := base_it_names(adapter):
+            console.print(remark)
     return Start(replace(model, trained_on=trained_with(model.trained_on, adapter)), lora, base_dir)

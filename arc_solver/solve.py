@@ -43,6 +43,7 @@ from .engines import check_engine, engine_kind
 from .executors import Executor, cores, make_executor
 from .journal import Journal, open_journal, saved_config
 from .leaks import TrainingData, leak_audit
+from .lora import base_it_names
 from .memory import whole_memory
 from .model import checkpoint_dir, pick_device, precision_of
 from .report import save_picture, task_picture
@@ -335,6 +336,8 @@ def main(arguments: list[str]) -> int:
             f" {precision_of(device)}, {_count(executor.count, 'worker')}; engine {kind} ({why}); run directory"
             f" {run_dir}"
         )
+        if config.model.adapter and (remark := base_it_names(Path(config.model.adapter))):
+            plain(remark)
         if journal.continued:
             plain(f"continued: {len(journal.standings)} of {len(found.tasks)} tasks have an answer")
         for file in journal.damaged:

@@ -1,8 +1,10 @@
 """What an offline run says before it begins, and what it leaves at its end: models, figures for a card, pictures."""
 
+import json
 import math
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import time
@@ -18,9 +20,10 @@ from rich.table import Table
 from torch import Tensor
 
 from . import __version__
+from .adapters import target_names
 from .checkpoints import latest_checkpoint
 from .clock import about
-from .config import Config, UserError
+from .config import AdaptConfig, Config, UserError
 from .corpus import Corpus
 from .devices import Devices
 from .files import write_json
@@ -28,6 +31,7 @@ from .lora import merged_model
 from .memory import MemoryEstimate, estimate_memory, first_tokens, gigabytes, peak_memory
 from .model import Model, packed_loss, save_model
 from .optimize import step_rate
+from .peft_format import CONFIG_FILE as ADAPTER_CONFIG
 from .report import loss_curve, rate_curve
 from .run import Run, stage_stream
 from .stream import COUNTS, pack_in_order
@@ -53,6 +57,8 @@ def show_plan(config: Config, corpus: Corpus, model: Model, devices: Devices, co
         f"{model.parameters_count:,} parameters, {trained:,} of them trained, on {devices.device}, {devices.precision};"
         f" {devices.processes} process{'es' * (devices.processes > 1)}"
     )
+    if not target_names(model):
+        console.print("it has no linear layers that tasks could be adapted by: bin/solve will need adapt.enabled=false")
     for index, stage in enumerate(config.stages):
         weights = sum(source.config.weight for source in corpus.mixtures[index])
         mixture = ", ".join(
@@ -173,6 +179,21 @@ def _show_results(run: Run, estimate: MemoryEstimate, peak: int, folders: Sequen
     figures = {"validation_loss": run.progress.validation_loss, "accuracy": run.progress.accuracy}
     measured = {name: value for name, value in figures.items() if not math.isnan(value)}
     console.print(f"{shown(measured) or 'not validated'}; {' and '.join(map(str, folders))}")
+    console.print(f"to solve tasks: {_solve_command(run, folders[-1])}")
+
+
+def _solve_command(run: Run, result: Path) -> str:
+    """`bin/solve` with what was trained: a model, or an adapter for its base."""
+    names, adapt, lora = target_names(run.model), run.config.adapt, run.config.lora
+    is_adapter = (result / ADAPTER_CONFIG).is_file()
+    words = [f"model.path={run.start.base_dir}", f"model.adapter={result}"] if is_adapter else [f"model.path={result}"]
+    known = (adapt.targets, lora.targets if lora.enabled else (), tuple(sorted(names)))
+    targets = next((some for some in known if some and set(some) <= names), ())
+    if not targets:
+        words.append("adapt.enabled=false")
+    elif targets != AdaptConfig().targets:
+        words.append(f"adapt.targets={json.dumps(targets, separators=(',', ':'))}")
+    return shlex.join(["bin/solve", *words])
 
 
 def describe(run: Run, estimate: MemoryEstimate, peak: int) -> dict[str, Any]:

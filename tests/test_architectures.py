@@ -5,6 +5,7 @@ The reference is what anybody else has: transformers with its eager attention, n
 
 import json
 import math
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,17 @@ from test_pretrained import SMALL, folder_with
 from arc_solver import decoder
 from arc_solver.adapt import adapt
 from arc_solver.adapters import Adapter, fresh_adapter
-from arc_solver.config import LINEAR_LAYERS, AdaptConfig, FormatConfig, PredictConfig, UserError, VoteConfig, named_rng
+from arc_solver.config import (
+    LINEAR_LAYERS,
+    AdaptConfig,
+    Config,
+    FormatConfig,
+    PredictConfig,
+    UserError,
+    VoteConfig,
+    load_config,
+    named_rng,
+)
 from arc_solver.encode import encode_prompt, encode_reply, encode_sample
 from arc_solver.engine import TorchEngine
 from arc_solver.model import Model, load_model, packed_loss, save_model
@@ -30,6 +41,7 @@ from arc_solver.stream import pack
 from arc_solver.tasks import Grid, Pair, Task, challenge, freeze, same_grid
 from arc_solver.train import train
 from arc_solver.vote import vote
+from arc_solver.worker import load_base
 
 FORMAT = FormatConfig(positions="token")
 LIKELY = 0.03  # what the search is to find; a toss of three coins has 1/8
@@ -253,16 +265,7 @@ def test_a_model_without_linear_layers_is_refused(tmp_path):
         fresh_adapter(model, AdaptConfig(), named_rng(0))
 
 
-# ---- validation by answers while training ----------------------------------------------------------------------------
-
-TRAINED = {
-    "qwen2": ("Qwen2", {**COMMON, "tie_word_embeddings": True}),
-    "llama3-rope": ("Llama", {**COMMON, "rope_parameters": LLAMA_3}),
-    "qwen3": ("Qwen3", WIDE),  # whose norms widen keys under autocast
-}
-SHORT = {"max_position_embeddings": 128}  # an untaught model does not end, so its replies are cut there
-WAYS = [(True, "fp32"), (True, "bf16"), (False, "bf16")]  # whether LoRA, and the precision
-CASES = [(name, *way) for name in TRAINED for way in WAYS] + [("qwen3", lora, "fp16") for lora in (True, False)]
+# ---- what a trained model is solved with -----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -275,28 +278,80 @@ def coin_tasks(tmp_path_factory) -> Path:
     return folder
 
 
+def coin_run(folder: Path, tasks: Path, lora: dict[str, Any], **more: dict[str, Any]) -> Config:
+    """One step of training on coin tasks, from the pretrained model in a folder. `more`: settings by section."""
+    return small(
+        model={"path": str(folder)},
+        format={"positions": "token"},
+        lora={"rank": 4, "alpha": 8.0, **lora},
+        corpus={"max_tokens": 100, "sources": [{"kind": "tasks", "path": str(tasks)}], "pairs": [2, 3]},
+        validation={"of": str(tasks), "re_arc": False, "tasks": 2, "tokens": 200, **more.get("validation", {})},
+        audit={"overlap": "allow"},
+        train={"optimizer": "adamw", "lr": 1e-3, "steps": 1, **more.get("train", {})},
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "lora", "targets"),
+    [
+        ("qwen2", {}, LINEAR_LAYERS),
+        ("qwen2", {"enabled": True, "save": "adapter"}, LINEAR_LAYERS),
+        ("phi3", {"enabled": True, "targets": PHI_3[:2]}, PHI_3[:2]),
+        ("phi3", {}, tuple(sorted(PHI_3))),
+    ],
+    ids=str,
+)
+def test_a_run_ends_with_the_words_that_solve_takes(name, lora, targets, coin_tasks, tmp_path, capfd):
+    architecture, settings, _ = SERVED[name]
+    folder = folder_with(tmp_path / "pretrained", config_of(architecture, settings))
+    train(coin_run(folder, coin_tasks, lora), tmp_path / "run")
+    config = said_config(capfd.readouterr().err)
+    assert config.adapt.targets == targets
+    assert bool(config.model.adapter) == (lora.get("save") == "adapter")
+    model, _ = load_base(config, torch.device("cpu"))
+    assert fresh_adapter(model, config.adapt, named_rng(0)).weights
+
+
+def test_a_run_says_at_once_that_tasks_cannot_be_adapted(coin_tasks, tmp_path, capfd):
+    """A GPT-2. In transformers 5.0 it is refused."""
+    settings = {"vocab_size": 400, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    folder = folder_with(tmp_path / "pretrained", config_of("GPT2", settings))
+    try:
+        train(coin_run(folder, coin_tasks, {}), tmp_path / "run")
+    except UserError as error:
+        assert UNLIKE in str(error)
+        return
+    shown = capfd.readouterr().err
+    assert "has no linear layers that tasks could be adapted by" in shown.partition("stage train")[0]
+    assert not said_config(shown).adapt.enabled
+
+
+def said_config(shown: str) -> Config:
+    """What `bin/solve` would make of the command that a run ends with."""
+    _, command, *words = shlex.split(shown.splitlines()[-1].partition("to solve tasks")[2])
+    assert command == "bin/solve"
+    return load_config(None, words)
+
+
+# ---- validation by answers while training ----------------------------------------------------------------------------
+
+TRAINED = {
+    "qwen2": ("Qwen2", {**COMMON, "tie_word_embeddings": True}),
+    "llama3-rope": ("Llama", {**COMMON, "rope_parameters": LLAMA_3}),
+    "qwen3": ("Qwen3", WIDE),  # whose norms widen keys under autocast
+}
+SHORT = {"max_position_embeddings": 128}  # an untaught model does not end, so its replies are cut there
+WAYS = [(True, "fp32"), (True, "bf16"), (False, "bf16")]  # whether LoRA, and the precision
+CASES = [(name, *way) for name in TRAINED for way in WAYS] + [("qwen3", lora, "fp16") for lora in (True, False)]
+
+
 @pytest.mark.parametrize(("name", "lora", "precision"), CASES)
 def test_answers_are_validated_in_every_precision(name, lora, precision, coin_tasks, tmp_path):
     """Through PEFT's layers and under autocast, where transformers runs the layers."""
     architecture, settings = TRAINED[name]
     folder = folder_with(tmp_path / "pretrained", config_of(architecture, {**settings, **SHORT}))
-    config = small(
-        model={"path": str(folder)},
-        format={"positions": "token"},
-        lora={"enabled": lora, "rank": 4, "alpha": 8.0},
-        corpus={"max_tokens": 100, "sources": [{"kind": "tasks", "path": str(coin_tasks)}], "pairs": [2, 3]},
-        validation={
-            "of": str(coin_tasks),
-            "re_arc": False,
-            "tasks": 2,
-            "tokens": 200,
-            "every": 1,
-            "accuracy_every": 1,
-            "accuracy_prompts": 2,
-        },
-        audit={"overlap": "allow"},
-        train={"optimizer": "adamw", "lr": 1e-3, "steps": 1, "precision": precision},
-    )
+    measured = {"every": 1, "accuracy_every": 1, "accuracy_prompts": 2}
+    config = coin_run(folder, coin_tasks, {"enabled": lora}, validation=measured, train={"precision": precision})
     train(config, tmp_path / "run")
     (step,) = [record for record in log(tmp_path / "run") if "loss" in record]
     assert 0 <= step["accuracy"] <= 1

@@ -20,6 +20,7 @@ def test_overrides():
     assert (config.adapt.lr, config.model.path, config.tasks.ids) == (0.5, "runs/mine", ("a", "b"))
     assert not config.adapt.enabled
     assert load_config(None) == Config()
+    assert load_config(None, ["model.path=2026"]).model.path == "2026"  # a folder may be called so
 
 
 @pytest.mark.parametrize(
@@ -33,6 +34,8 @@ def test_overrides():
         ("adapt.optimizer=muon", "adapt.optimizer"),
         ("model.kv_heads=3", "multiple of kv_heads"),
         ("adapt.steps=many", "adapt.steps"),
+        ("adapt.targets=q_proj", r"""give a list, such as 'adapt.targets=\["q_proj"\]', got 'q_proj'"""),
+        ("run.time_budget=60", "'60' is no duration: write it as"),
         ("corpus.difficulty=[0.5, 0.1]", "corpus"),
         ("seed=1", "section.key=value"),
         ("run.seed", "section.key=value"),

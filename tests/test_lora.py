@@ -13,7 +13,16 @@ from arc_solver import decoder
 from arc_solver.adapters import attached, load_adapter, merge
 from arc_solver.config import LINEAR_LAYERS, FormatConfig, LoraConfig, UserError, load_config
 from arc_solver.leaks import TrainingData
-from arc_solver.lora import BASE_FILE, attach_lora, continue_lora, merged_model, save_lora, trained_with, with_adapter
+from arc_solver.lora import (
+    BASE_FILE,
+    attach_lora,
+    base_it_names,
+    continue_lora,
+    merged_model,
+    save_lora,
+    trained_with,
+    with_adapter,
+)
 from arc_solver.model import DATA_FILE, Model, load_model, new_model, save_model
 from arc_solver.pretrained import load_any
 
@@ -234,6 +243,17 @@ def test_with_adapter_merges_and_unites_the_training_data(base_dir, tmp_path):
     (tmp_path / "adapter" / DATA_FILE).unlink()  # an adapter of somebody else's
     assert with_adapter(load_model(base_dir), str(tmp_path / "adapter"), base_dir).trained_on is None
     assert trained_with(None, tmp_path / "adapter") is None
+
+
+def test_an_adapter_without_our_note_of_its_base_is_remarked_upon(base_dir, tmp_path):
+    folder = tmp_path / "adapter"
+    make_adapter(folder, base_dir, config(), ADAPTER_DATA)
+    assert base_it_names(folder) == ""
+    (folder / "base.json").unlink()
+    assert f"is for {base_dir}, it says: only shapes are compared" in base_it_names(folder)
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": None}))
+    assert "does not say which base it is for" in base_it_names(folder)
 
 
 def test_what_plain_lora_cannot_say_is_not_merged_in_part(base_dir, tmp_path):

@@ -6,7 +6,7 @@ from conftest import flip_task
 
 from arc_solver import decoder
 from arc_solver.adapt import adapt
-from arc_solver.config import AdaptConfig, PredictConfig, UserError, load_config, named_rng
+from arc_solver.config import AdaptConfig, MachineError, PredictConfig, UserError, load_config, named_rng
 from arc_solver.engine import TorchEngine
 from arc_solver.model import BUNDLED_DIR, load_model
 from arc_solver.predict import predict
@@ -47,6 +47,15 @@ def test_gradients_flow_after_something_was_decoded(quantize):
     (after,) = torch.autograd.grad(layer(x).sum(), x)
     assert before.any()
     assert torch.equal(before, after)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_fails_with_it_is_said_of_it():
+    model = load_model(BUNDLED_DIR, "cpu", torch.bfloat16, "4bit")
+    with torch.no_grad():
+        model.lm.get_input_embeddings().weight[0, 0] = torch.nan
+    with pytest.raises(MachineError, match=r"parameters, quantised by model\.quantize\) does not adapt on cpu"):
+        preflight(model, TorchEngine(model, 0), None, load_config(None))
 
 
 def test_what_does_not_go_with_it_is_refused():
