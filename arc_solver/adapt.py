@@ -185,17 +185,19 @@ class Passes:
 
     room: float = math.inf  # tokens, padding included
     recompute: bool = False  # activations are computed again in the backward pass instead of kept
+    may_recompute: bool = True  # where memory runs out all the same
 
     @staticmethod
     def planned(model: Model, config: AdaptConfig, memory: float) -> "Passes":
         """For so many free bytes, under adapters: recomputing where not even one of the longest samples has room."""
+        may = config.recompute != "no"
         if memory == math.inf:
-            return Passes(recompute=config.recompute == "yes")
+            return Passes(recompute=config.recompute == "yes", may_recompute=may)
         kept, recomputed = kept_per_token(model)
         room = STEP_SHARE * memory / kept
         pays = room < config.max_tokens and recomputed < kept
         recompute = config.recompute == "yes" or (config.recompute == "auto" and pays)
-        return Passes(STEP_SHARE * memory / recomputed if recompute else room, recompute)
+        return Passes(STEP_SHARE * memory / recomputed if recompute else room, recompute, may)
 
     def parts(self, samples: Sequence[Sequence[Sample]]) -> list[Part]:
         """Learners in parts for which there is room; one that has none by itself, sample by sample."""
@@ -218,7 +220,7 @@ class Passes:
         used = max(sum(len(sample) for _, own in part for sample in own) for part in self.parts(samples))
         smallest = max(len(sample) for own in samples for sample in own)
         if used <= smallest:
-            if self.recompute:
+            if self.recompute or not self.may_recompute:
                 return False
             self.recompute = True
         self.room = max(smallest, used // 2)

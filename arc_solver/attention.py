@@ -39,18 +39,23 @@ class Packing:
 
     ends_S: Tensor  # int64, on the CPU
     starts_S1: Tensor  # int32, on the model's device: a 0 before the ends
-    longest: int  # tokens; rounded up to a power of two, so that few values occur
+    longest: int  # no sequence has more tokens
     flash: tuple[str, ...]  # the parameters of flash attention; empty where the device has none
 
     @staticmethod
-    def of(ends_S: Tensor, device: torch.device) -> "Packing":
-        """Of the ends of sequences, on the CPU, int64."""
+    def of(ends_S: Tensor, device: torch.device, most: int = 0) -> "Packing":
+        """Of the ends of sequences, on the CPU, int64.
+
+        Args:
+            most: tokens that a sequence may have, the same for all batches that one compiled graph is to serve, as it
+                becomes part of the graph; 0: those of the longest here, rounded up to a power of two.
+        """
         assert ends_S.device.type == "cpu", ends_S.device
         starts_S1 = sent(F.pad(ends_S, (1, 0)).to(torch.int32), device)
         for ends in (ends_S, starts_S1):
             torch._dynamo.maybe_mark_dynamic(ends, 0)  # the number of sequences differs from batch to batch
         longest = int(ends_S.diff(prepend=ends_S.new_zeros(1)).max())
-        return Packing(ends_S, starts_S1, 1 << (longest - 1).bit_length(), _flash_parameters(device))
+        return Packing(ends_S, starts_S1, most or 1 << (longest - 1).bit_length(), _flash_parameters(device))
 
     @cached_property
     def padded(self) -> "Padded":

@@ -211,7 +211,8 @@ def keep_freed_memory(size: int) -> None:
 # To compile a layer, forward and backward, on two idle cores: the bundled model's 5 layers in bf16 took 22 s of Python
 # and 37 s of g++, which runs beside it.
 COMPILE_LAYER_S = 8.0
-SHORT_S, COMPILE_SHARE = 600.0, 0.1  # of a run shorter than that, compiling may take this share
+SHORT_S = 600.0
+SHARE, SHORT_SHARE = 1 / 3, 1 / 10  # of a run that compiling may take, and of one that is shorter than that
 
 
 @dataclass(frozen=True)
@@ -255,7 +256,8 @@ def _against_compiling(lm: Any, config: TrainConfig, devices: Devices) -> str:
 
 
 def _too_long(lm: Any, seconds: float, left_s: float) -> str:
-    if left_s >= SHORT_S or (_trains_all(lm) and seconds < COMPILE_SHARE * left_s):
+    short = left_s < SHORT_S
+    if seconds < (SHORT_SHARE if short else SHARE) * left_s and (_trains_all(lm) or not short):
         return ""
     return f"compiling takes about {about(seconds)}, too much of so short a run"
 

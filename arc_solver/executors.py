@@ -56,6 +56,7 @@ class Done:
     error: str | None = None  # traceback of what `run` raised, or a sentence if the worker died
     died: bool = False  # the worker ended in the middle of this job; its next job gets a new one
     worker: int = 0  # number of the worker, 0 to count - 1
+    no_worker: Exception | None = None  # why a worker could not be made again
 
 
 class Executor(Protocol):
@@ -73,6 +74,8 @@ class Executor(Protocol):
         Raises:
             UserError, MachineError: as the worker's constructor raised it.
             RuntimeError: the constructor raised anything else; its traceback is in the message.
+            Once a worker has answered, a constructor that fails costs its job, like a worker that dies: what is wrong
+            then may pass, such as memory of a GPU that a dead worker has not given back yet.
         """
         ...
 
@@ -169,7 +172,7 @@ class InProcess:
 def _run_all(pool: "Processes | RayActors", jobs: Iterator[Any | None], until: float) -> Iterator[Done]:
     """`Executor.map_unordered`, for workers elsewhere: `free` is one that can take a job, `poll` looks for a result."""
     try:
-        more = True
+        more, made = True, False
         while True:
             while more and time.monotonic() < until and (number := pool.free()) is not None:
                 try:
@@ -186,6 +189,9 @@ def _run_all(pool: "Processes | RayActors", jobs: Iterator[Any | None], until: f
             while (done := pool.poll(min(LONGEST_WAIT_S, max(0.0, until - time.monotonic())))) is None:
                 if time.monotonic() >= until:
                     return
+            if done.no_worker and not made:
+                raise done.no_worker
+            made = made or not done.died
             yield done
     finally:
         for number in list(pool.jobs):
@@ -222,8 +228,8 @@ class _Host:
 
 
 def _done(reply: _Reply, job: Any, number: int) -> Done:
-    if reply.no_worker:
-        raise reply.no_worker
+    if why := reply.no_worker:
+        return Done(job, error=f"worker {number} could not be made: {why}", died=True, worker=number, no_worker=why)
     return Done(job, reply.value, reply.error, worker=number)
 
 

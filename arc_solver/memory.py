@@ -4,6 +4,7 @@ What is kept for the backward pass depends on the architecture, on what is train
 So it is measured and not derived: two short batches are run forward, and the bytes kept are extrapolated to a batch.
 """
 
+import math
 import os
 import re
 import resource
@@ -122,14 +123,15 @@ def free_memory(device: torch.device, processes: int = 1) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return _meminfo("MemAvailable") // processes
+    limit, used = container_memory()
+    return int(min(_meminfo("MemAvailable"), max(0, limit - used))) // processes
 
 
 def whole_memory(device: torch.device, processes: int = 1) -> int:
     """Bytes that the device has, whoever uses them; of a CPU's an equal share."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return _meminfo("MemTotal") // processes
+    return int(min(_meminfo("MemTotal"), container_memory()[0])) // processes
 
 
 def _meminfo(name: str) -> int:
@@ -140,6 +142,23 @@ def _meminfo(name: str) -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     assert found, name
     return int(found[1]) * 1024
+
+
+def container_memory(root: Path = Path("/sys/fs/cgroup")) -> tuple[float, int]:
+    """Bytes that Linux gives the container that this process is in, inf where it sets no limit, and those in use.
+
+    What files have in the cache, and nobody has read lately, counts as free.
+    """
+    names = ("memory.max", "memory.current", "memory.stat", "inactive_file")
+    if not (root / names[0]).is_file():  # the first version of control groups
+        root = root / "memory"
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat", "total_inactive_file")
+    try:
+        limit, used, stat = ((root / name).read_text() for name in names[:3])
+    except OSError:
+        return math.inf, 0
+    cached = re.search(rf"^{names[3]} (\d+)$", stat, re.MULTILINE)
+    return float("inf" if limit.strip() == "max" else limit), int(used) - (int(cached[1]) if cached else 0)
 
 
 def resident_memory() -> int:

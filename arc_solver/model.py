@@ -101,7 +101,7 @@ def packed_loss(
     """
     device = model.device
     ids_T, positions_T, labels_T = (sent(x, device) for x in (batch.ids_T, batch.positions_T, batch.labels_T))
-    packing = Packing.of(batch.ends_S, device)
+    packing = Packing.of(batch.ends_S, device, most=len(ids_T))
     logits_TV = (logits_of or model.logits)(ids_T[None], positions_T[None], packing=packing)[0]
     # Nothing is learnt at a sequence's first id, so the shift by one crosses no border.
     return F.cross_entropy(logits_TV[:-1], labels_T[1:], ignore_index=IGNORE, reduction=reduction)
@@ -270,6 +270,7 @@ def read_weights(folder: Path, dtype: torch.dtype, device: str | torch.device = 
         lm, about = loaded
         if missing := sorted(about["missing_keys"]):  # transformers would go on with random ones
             raise ValueError(f"{missing[0]} is missing")
+        _drop_nothing(lm)
         if quantize:
             _keep_gradients(lm)
         return lm if quantize else lm.to(device)
@@ -302,6 +303,16 @@ def _quantized(how: Quantize, dtype: torch.dtype, device: str | torch.device) ->
     return {"quantization_config": BitsAndBytesConfig(**options), "device_map": {"": torch.device(device)}}
 
 
+def _drop_nothing(lm: Any) -> None:
+    """Switches dropout off: with it training would depend on more than the seed and the step."""
+    for module in lm.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if name.endswith("dropout") and isinstance(value, float):  # what is given to `F.dropout`
+                setattr(module, name, 0.0)
+
+
 def _keep_gradients(lm: Any) -> None:
     """On a CPU bitsandbytes packs 4 bits anew for inference, and what is packed so gives no gradients any more."""
     for module in lm.modules():
@@ -318,15 +329,19 @@ def recompute_activations(lm: Any) -> None:
 
 @contextmanager
 def _recomputing(lm: Any) -> Iterator[None]:
-    """The same for the passes made meanwhile. transformers does it for a model in training only."""
-    trains = lm.training
-    recompute_activations(lm.train())
+    """The same for the passes made meanwhile. transformers does it in layers that are in training only."""
+    layers = [module for module in lm.modules() if hasattr(module, "gradient_checkpointing")]
+    trained = [layer.training for layer in layers]
+    recompute_activations(lm)
     try:
+        for layer in layers:
+            layer.training = True
         yield
     finally:
         disable = getattr(lm, "activation_checkpointing_disable", None) or lm.gradient_checkpointing_disable
         disable()
-        lm.train(trains)
+        for layer, trains in zip(layers, trained, strict=True):
+            layer.training = trains
 
 
 def fingerprint(folder: Path) -> str:

@@ -67,9 +67,6 @@ def load_any(
     _check_windows(lm, path)
     cut = cut_vocabulary(lm, kept_ids(_tokenizer(folder), _rows_count(lm, path)))
     check_attention(lm, path)
-    for module in lm.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0  # it would make training depend on more than the seed and the step
     return Model(lm.to(dtype).eval(), format, replace(NOTHING, pretrained=frozenset({path}))), cut
 
 

@@ -2,7 +2,8 @@
 
 A schedule (`schedule.py`) says what is to be done, workers (`worker.py`) do it wherever they run (`executors.py`), and
 all that comes of it is kept in the run's folder (`journal.py`). What a task gives depends on the seed and on the tasks
-that it is adapted with: the number of workers and interruptions change nothing but the time. A time budget does.
+that it is adapted with: the number of workers and interruptions change nothing but the time. A time budget does; and
+where memory is too small for a group at once, its parts depend on what is free, and so the last bits of an adapter.
 """
 
 import json
@@ -51,7 +52,7 @@ from .schedule import Finished, Schedule
 from .status import Meter
 from .tasks import Task, TaskSet, load_tasks, smallest
 from .vote import rank
-from .worker import asked_together, load_base, make_worker, neighbours
+from .worker import asked_together, load_base, make_worker
 
 # What of a time budget is kept for the end: for jobs that come a step late, the summary, and the end of all processes.
 MARGIN_S, MARGIN_SHARE = 4.0, 0.01
@@ -316,7 +317,7 @@ def main(arguments: list[str]) -> int:
     most = 0
     if config.adapt.enabled:  # this refuses targets that the model lacks before any work is done
         adapter = start_adapter or fresh_adapter(model, config.adapt, named_rng(0))
-        most = most_together(adapter, whole_memory(device, neighbours(config, device)))
+        most = most_together(adapter, whole_memory(device, worker_count(config, len(found.tasks)) or cores()))
     config = config.model_copy(update={"format": model.format})  # the checkpoint's, whatever the config says
     kind, why = engine_kind(model, config, device)
     check_engine(model, config, device)
@@ -324,9 +325,9 @@ def main(arguments: list[str]) -> int:
     del model, start_adapter  # workers have their own
     chosen = smallest(found.tasks, config.run.smoke) if config.run.smoke else found.tasks
     groups = group_by_length(chosen, config.adapt, device, most)
-    make = partial(make_worker, config)
     weights = [checkpoint_dir(config.model.path), *([Path(config.model.adapter)] if config.model.adapter else [])]
     count = worker_count(config, len(groups))
+    make = partial(make_worker, config, neighbours=count)
     with ExitStack() as stack:
         executor = stack.enter_context(make_executor(config.run.executor, make, count, config.run.address or None))
         signal.signal(signal.SIGTERM, _interrupt)  # once more: Ray has put its own there

@@ -128,6 +128,8 @@ def _steps(args: Any, say: Say) -> dict[str, Any]:
         raise UserError(f"{args.config} is no folder that bin/submit built: give a config file, or runs/submit/NAME")
     else:
         config = load_config(args.config, args.overrides)
+        if config.model.quantize:
+            raise UserError("model.quantize needs bitsandbytes, which is not among what goes to Kaggle: leave it out")
         release = build(config, RELEASES, say)
     outcome: dict[str, Any] = {"release": str(release.folder), "content": release.content}
     held = lock(release.folder / "lock")

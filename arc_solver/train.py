@@ -6,7 +6,6 @@
 The loop itself is `optimize.fit`. Here is what surrounds it: which model, which data, validation, checkpoints, logs.
 """
 
-import json
 import math
 import shutil
 import sys
@@ -151,7 +150,8 @@ def _is_run(folder: Path) -> bool:
 
 def _check_same_config(config: Config, file: Path) -> None:
     """A run goes on with the settings it was started with; only the device may be another."""
-    before, now = json.loads(file.read_text()), config.model_dump(mode="json")
+    # Read as a config: a setting that is younger than the run has had its default.
+    before, now = load_config(file).model_dump(mode="json"), config.model_dump(mode="json")
     _require_same("run.seed", before["run"]["seed"], now["run"]["seed"])
     for section in ("format", "model", "lora", "validation", "audit"):
         _require_same_section(section, before, now)

@@ -86,6 +86,7 @@ class Worker:
     start: Adapter | None  # what all adapters continue; None: each has a fresh one
     config: Config
     engine: Any
+    neighbours: int = 1  # workers that share the memory of a CPU, this one among them
     beat: Callable[[], None] = lambda: None
     rest: Callable[[], None] = lambda: None
 
@@ -108,7 +109,7 @@ class Worker:
     def _adapt(self, job: AdaptJob) -> list[Any]:
         rngs = [self._rng(task, "adapt", job.round) for task in job.tasks]
         deadline = time.monotonic() + job.seconds
-        memory = free_memory(self.model.device, neighbours(self.config, self.model.device))
+        memory = free_memory(self.model.device, self.neighbours)
         return adapt(job.tasks, self.model, self.config.adapt, rngs, self.start, self.beat, deadline, memory)
 
     def _ask(self, job: AskJob) -> list[Any]:
@@ -121,30 +122,32 @@ class Worker:
         return named_rng(self.config.run.seed, task.id, stage, *([round] if round else []))
 
 
-def make_worker(config: Config, number: int = 0) -> Worker:
+def make_worker(config: Config, number: int = 0, neighbours: int = 0) -> Worker:
     """A worker in this process, which becomes its own: PyTorch's threads and memory are set to serve it.
+
+    Args:
+        neighbours: workers that share the memory of a CPU, this one among them; 0: as many as there are cores.
 
     Raises:
         UserError: model or engine cannot be used.
         MachineError: they do not work together on this device.
     """
     device = pick_device(config.run.device)
-    if device.type == "cuda":  # shapes differ in every pass; read when the first memory is taken
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    if device.type == "cuda" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the name of old
+        # As shapes differ in every pass. It is read when the first memory is taken.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if device.type == "cpu":
         torch.set_num_threads(1)  # one core a worker; and results then depend on no thread count
         keep_freed_memory(256 << 20)
-    model, start = load_base(config, device)
-    engine = make_engine(model, start, config, neighbours(config, device))
-    preflight(model, engine, start, config)
+    neighbours = neighbours or cores()
     watched = config.run.executor != "inprocess"  # where it would end the run itself
     watchdog = Watchdog(60 * config.run.watchdog_minutes if watched else 0)
-    return Worker(model, start, config, engine, watchdog.beat, watchdog.rest)
-
-
-def neighbours(config: Config, device: torch.device) -> int:
-    """Workers that share the memory of a device, at most."""
-    return config.run.workers or cores() if device.type == "cpu" else 1
+    watchdog.beat()
+    model, start = load_base(config, device)
+    engine = make_engine(model, start, config, neighbours)
+    preflight(model, engine, start, config)
+    watchdog.rest()
+    return Worker(model, start, config, engine, neighbours, watchdog.beat, watchdog.rest)
 
 
 def load_base(config: Config, device: torch.device) -> tuple[Model, Adapter | None]:

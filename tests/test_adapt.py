@@ -266,12 +266,18 @@ def test_memory_that_runs_out_halves_what_goes_through_at_once(tasks, toy_model,
     for task in tasks:
         assert_same(found[task.id], expected[task.id])
 
+    asked = set()
+
     def smaller(model, bank, learners, samples, recompute):
+        asked.add(recompute)
         raise torch.OutOfMemoryError("no room at all")
 
     monkeypatch.setattr(adapt_module, "_ask", smaller)
-    with pytest.raises(torch.OutOfMemoryError):
-        adapted(tasks, toy_model)
+    for recompute, tried in (("auto", {False, True}), ("no", {False}), ("yes", {True})):
+        asked.clear()
+        with pytest.raises(torch.OutOfMemoryError):
+            adapted(tasks, toy_model, CONFIG.model_copy(update={"recompute": recompute}))
+        assert asked == tried
 
 
 def test_the_plan_follows_from_free_memory():

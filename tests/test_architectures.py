@@ -235,6 +235,29 @@ def answers_agree(engine: TorchEngine, adapter: Adapter, reference: Eager, task:
     assert any(mine.replies for mine in found)
 
 
+@pytest.mark.parametrize(("name", "option"), [("starcoder2", "residual_dropout"), ("phi", "resid_pdrop")])
+def test_nothing_is_dropped(name, option, tmp_path):
+    """Nor where layers are computed again, which transformers does in training only."""
+    architecture, settings, targets = SERVED[name]
+    folder = folder_with(tmp_path / "pretrained", config_of(architecture, {**settings, option: 0.5}))
+    cut, _ = load_any(folder, "org/name", FORMAT)
+    save_model(cut, tmp_path / "model")
+    model = load_model(tmp_path / "model")
+    assert getattr(model.lm.config, option) == 0.5, "others that read it may want it"
+    task = coin_task(named_rng(1, "coins"))
+    batch = pack([encode_sample(task.train, FORMAT)], 200)
+    expected = packed_loss(model, batch).item()
+    for trained in (cut, model):
+        trained.lm.train()
+        assert packed_loss(trained, batch).item() == expected
+    config = AdaptConfig(steps=2, rank=4, targets=targets)
+    kept, again = (
+        adapt([task], load_model(tmp_path / "model"), config.model_copy(update={"recompute": r}), [named_rng(0)])[0]
+        for r in ("no", "yes")
+    )
+    assert again.last_loss == pytest.approx(kept.last_loss, rel=1e-5)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_served_is_refused_with_the_cause(name, tmp_path):
     architecture, settings, said = REFUSED[name]

@@ -1,11 +1,13 @@
 """Attention by each of its kernels gives what attention sequence by sequence gives, forward and backward."""
 
 import inspect
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.attention.varlen
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounter
 
 from arc_solver.attention import HALF, Packing, _flash, _padded, attention, packs_in_one_graph
 
@@ -141,6 +143,22 @@ def test_flash_attention_is_called_as_each_pytorch_wants_it(varlen, groups, scal
     ours = with_gradients(lambda q, k, v: _flash(q, k, v, packing, scale or 0.25), heads)
     for a, b in zip(ours, expected, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_one_graph_serves_batches_whose_sequences_differ(monkeypatch):
+    """Where flash attention is compiled, the longest sequence that it is told of is a constant of the graph."""
+
+    def varlen(query, key, value, starts_q, starts_k, longest_q, longest_k, *, is_causal=False):
+        return (query + key + value) * longest_q
+
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen)
+    graphs = CompileCounter()
+    flash = torch.compile(_flash, dynamic=False, backend=graphs, fullgraph=True)
+    q, k, v = some_heads()
+    for ends in ([64], [20, 40, 64], [16, 32, 48, 64]):
+        found = Packing.of(torch.tensor(ends), CPU, most=64)
+        flash(q, k, v, replace(found, flash=("is_causal",)), 0.25)
+    assert graphs.frame_count == 1
 
 
 @pytest.mark.parametrize("length", [1, 5])

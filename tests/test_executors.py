@@ -289,6 +289,22 @@ def test_a_constructor_that_breaks_is_told_with_its_traceback(open_executor):
 
 
 @elsewhere
+def test_a_worker_that_cannot_be_made_again_costs_the_job(open_executor, tmp_path):
+    """Hours into a run, with a GPU that is not free yet, say: the next attempt may succeed."""
+    jobs = [("double", 1), ("leave", 7), ("double", 2), ("double", 3)]
+    with open_executor(partial(toy_workers.refuse_once, tmp_path)) as executor:
+        executor.count = 1
+        done = answers(executor, *jobs)
+    assert [(d.job[0], d.died) for d in done] == [
+        ("double", False),
+        ("leave", True),
+        ("double", True),
+        ("double", False),
+    ]
+    assert "could not be made: no room at present" in done[2].error
+
+
+@elsewhere
 def test_a_constructor_that_ends_the_process_costs_the_job(open_executor):
     with open_executor(toy_workers.vanish) as executor:
         assert [done.died for done in answers(executor, ("double", 1), ("double", 2))] == [True, True]

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import weakref
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from small_runs import run, small, train_command, write_config
 
 from arc_solver.devices import Devices
-from arc_solver.memory import estimate_memory, first_tokens
+from arc_solver.memory import container_memory, estimate_memory, first_tokens, free_memory, whole_memory
 from arc_solver.model import new_model, packed_loss
 from arc_solver.sources import read_source
 from arc_solver.stream import BatchStream, SampleStream
@@ -27,6 +28,29 @@ def test_the_estimate_is_near_the_peak(checkpointing, tmp_path):
     about = json.loads((tmp_path / "run" / "model" / "training.json").read_text())
     assert about["memory_estimate_bytes"] == pytest.approx(about["memory_peak_bytes"], rel=1 / 3)
     assert "peak memory" in done.stderr
+
+
+def test_the_memory_of_a_container(tmp_path):
+    assert container_memory(tmp_path) == (math.inf, 0), "no control groups: no limit"
+    for folder, names, cached in (
+        ("v2", ("memory.max", "memory.current"), "inactive_file"),
+        ("v1/memory", ("memory.limit_in_bytes", "memory.usage_in_bytes"), "total_inactive_file"),
+    ):
+        files = {names[0]: "8000\n", names[1]: "3000\n", "memory.stat": f"cache 9\n{cached} 1000\nmapped_file 5\n"}
+        (tmp_path / folder).mkdir(parents=True)
+        for name, content in files.items():
+            (tmp_path / folder / name).write_text(content)
+        assert container_memory(tmp_path / folder.partition("/")[0]) == (8000, 2000)
+    (tmp_path / "v2" / "memory.max").write_text("max\n")
+    assert container_memory(tmp_path / "v2") == (math.inf, 2000)
+
+
+def test_a_plan_keeps_to_the_container(monkeypatch):
+    machine = free_memory(torch.device("cpu"))
+    monkeypatch.setattr("arc_solver.memory.container_memory", lambda: (1 << 20, 1 << 18))
+    assert machine > 1 << 20
+    assert free_memory(torch.device("cpu"), 3) == 1 << 18
+    assert whole_memory(torch.device("cpu")) == 1 << 20
 
 
 def estimated(**settings):

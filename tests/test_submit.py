@@ -440,6 +440,7 @@ def test_a_release_that_was_never_pushed_is_not_submitted(command, server):
         (["{cpu}", "dry-run", "--clock", "0"], "--clock"),
         (["{cpu}", "build", "kaggle.machine=H200"], "kaggle.machine"),
         (["{cpu}", "build", "kaggle.name=Arc_Solver"], "kaggle.name"),
+        (["{cpu}", "check", "model.quantize=4bit"], "model.quantize needs bitsandbytes"),
         (["status"], "needs the folder of a release"),
         (["status", "nowhere"], "no folder that bin/submit built"),
     ],

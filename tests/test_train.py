@@ -424,6 +424,8 @@ def test_compiled_equals_eager():
         ("bf16", 8, False, 300.0, False),
         ("bf16", 2, True, 300.0, False),
         ("bf16", 8, False, 600.0, True),
+        ("bf16", 40, True, 900.0, False),  # takes more than a third
+        ("bf16", 40, True, 1000.0, True),
     ],
 )
 def test_what_is_compiled(precision, layers, adapter, left_s, pays, tmp_path, monkeypatch):
@@ -476,6 +478,11 @@ def test_what_a_user_gets_wrong(tmp_path):
         train(small(train={"steps": 1}, run={"device": "cpu", "seed": 1}), tmp_path / "a", resume=True)
     with pytest.raises(UserError, match=r"train\.optimizer is 'adamw'"):
         train(small(train={"steps": 1, "optimizer": "adamw"}), tmp_path / "a", resume=True)
+    file = tmp_path / "a" / "config.json"
+    settings = json.loads(file.read_text())
+    del settings["model"]["quantize"]  # which was not there yet when an older run began
+    file.write_text(json.dumps(settings))
+    train(one, tmp_path / "a", resume=True)
     with pytest.raises(UserError, match="is a file"):
         train(small(), tmp_path / "a" / "log.jsonl")
     with pytest.raises(UserError, match=r"batch_tokens=100"):

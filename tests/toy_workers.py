@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from arc_solver.config import UserError
+from arc_solver.config import MachineError, UserError
 from arc_solver.executors import Watchdog, make_executor
 
 
@@ -78,6 +78,15 @@ def snooze() -> None:
 
 def refuse(number: int) -> Toy:
     raise UserError("there is no such model")
+
+
+def refuse_once(folder: Path, number: int) -> Toy:
+    """The second one that is to be made is refused."""
+    made = len(list(folder.iterdir()))
+    (folder / f"made{made}").touch()
+    if made == 1:
+        raise MachineError("no room at present")
+    return Toy(number)
 
 
 def break_down(number: int) -> Toy:
