@@ -27,6 +27,8 @@ from .predict import predict_tasks
 from .preflight import preflight
 from .tasks import Task
 
+FIRST_LOOK_S = 600.0  # what `preflight` may take at least, as it meets every kernel for the first time
+
 
 @dataclass(frozen=True, eq=False)
 class AdaptJob:
@@ -140,13 +142,15 @@ def make_worker(config: Config, number: int = 0, neighbours: int = 0) -> Worker:
         torch.set_num_threads(1)  # one core a worker; and results then depend on no thread count
         keep_freed_memory(256 << 20)
     neighbours = neighbours or cores()
-    watched = config.run.executor != "inprocess"  # where it would end the run itself
-    watchdog = Watchdog(60 * config.run.watchdog_minutes if watched else 0)
-    watchdog.beat()
     model, start = load_base(config, device)
     engine = make_engine(model, start, config, neighbours)
+    watched = config.run.executor != "inprocess"  # where it would end the run itself
+    timeout_s = 60 * config.run.watchdog_minutes if watched else 0
+    looking = Watchdog(timeout_s and max(timeout_s, FIRST_LOOK_S))
+    looking.beat()
     preflight(model, engine, start, config)
-    watchdog.rest()
+    looking.rest()
+    watchdog = Watchdog(timeout_s)
     return Worker(model, start, config, engine, neighbours, watchdog.beat, watchdog.rest)
 
 
