@@ -142,8 +142,10 @@ def save_model(
     Args:
         state: the weights, where the model itself holds but a shard of each.
     """
+    cast: dict[tuple[int, torch.Size], Tensor] = {}  # once each, as tied weights would be no longer tied
     weights = {
-        name: p.detach().to(dtype or p.dtype).contiguous() for name, p in (state or model.lm.state_dict()).items()
+        name: cast.setdefault((p.data_ptr(), p.shape), p.detach().to(dtype or p.dtype).contiguous())
+        for name, p in (state or model.lm.state_dict()).items()
     }
     model.lm.config.arc_format = model.format.model_dump()
     model.lm.save_pretrained(folder, state_dict=weights)

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from checkpoints import make_checkpoint
 from conftest import TOY, random_grid
 from safetensors.torch import load, save_file
 
@@ -20,6 +21,7 @@ from arc_solver.model import (
     pick_device,
     save_model,
 )
+from arc_solver.pretrained import load_any
 from arc_solver.stream import pack
 from arc_solver.tasks import Pair
 
@@ -83,6 +85,17 @@ def test_stock_transformers_reads_it(tmp_path, rng):
     causal = torch.ones(len(sample), len(sample), dtype=torch.bool).tril()[None, None]
     expected = stock(input_ids=ids, position_ids=positions, attention_mask=causal).logits
     torch.testing.assert_close(model.logits(ids, positions), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_tied_weights_are_saved_once(tmp_path):
+    """In another precision too: two copies would be two matrices to some releases of transformers."""
+    folder = make_checkpoint(tmp_path / "tied", "qwen2", tied=True)
+    model, _ = load_any(folder, "org/name", FormatConfig(positions="token"))
+    for dtype in (None, torch.bfloat16):
+        save_model(model, tmp_path / str(dtype), dtype)
+        assert "lm_head.weight" not in load((tmp_path / str(dtype) / "model.safetensors").read_bytes())
+        lm = load_model(tmp_path / str(dtype)).lm
+        assert lm.lm_head.weight is lm.model.embed_tokens.weight
 
 
 def test_weights_come_from_the_seed():
