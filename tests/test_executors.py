@@ -163,7 +163,7 @@ def test_a_job_that_never_ends_does_not_hold_a_run(open_executor, tmp_path):
     with open_executor() as executor:
         answers(executor, *[("count",)] * 2)  # the workers are up
         jobs = iter([("stay", tmp_path), ("double", 1), ("double", 2)])
-        found = list(executor.map_unordered(jobs, until=time.monotonic() + 2))
+        found = list(executor.map_unordered(jobs, until=time.monotonic() + 5))
         assert sorted(done.value for done in found) == [2, 4]
         (pid,) = [int(file.read_text()) for file in tmp_path.iterdir()]
         until(lambda: not is_alive(pid))

@@ -292,12 +292,18 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(checkpoint, challenges)
 
 
 def test_a_time_budget_is_kept_and_the_answers_are_whole(checkpoint, challenges, tmp_path):
-    """30 s for work without end: late by nothing, and all have an answer of some kind."""
+    """Some time for work without end: late by nothing, and all have an answer of some kind.
+
+    How much: three times what an ordinary run takes from start to end on the machine as it is now, and 30 s or more.
+    """
+    began = time.monotonic()
+    solve(words_for(checkpoint, challenges, tmp_path / "ordinary"))
+    budget_s = max(30, round(3 * (time.monotonic() - began)))
     out = tmp_path / "run"
-    more = ["adapt.steps=1000000", "adapt.budget_tokens=100000000000", "--time-budget", "30s"]
+    more = ["adapt.steps=1000000", "adapt.budget_tokens=100000000000", "--time-budget", f"{budget_s}s"]
     began = time.monotonic()
     said = solve(words_for(checkpoint, challenges, out, *more))
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < budget_s
     summary = json.loads((out / "summary.json").read_text())
     assert summary["answered"] == 12
     assert is_valid(out, challenges)
