@@ -203,9 +203,14 @@ class SourceConfig(Section):
     solve: NonNegativeFloat = 1.0  # weight of the objective: outputs, given examples
     imitate: NonNegativeFloat = 0.0  # weight of the objective: an input, given other inputs
     max_tasks: NonNegativeInt = 0  # a seeded choice of tasks, from which held-out ones are taken out; 0 = all
-    max_pairs: NonNegativeInt = 0  # the first pairs of each task; 0 = all
+    # The first pairs of each task; of generated ones so many different pairs, made once. 0 = all, and new ones always.
+    max_pairs: NonNegativeInt = 0
+    quarantine: tuple[str, ...] = ()  # tasks that are left out: rules that are wrong, or whose generator is slow
+    pair_seconds: PositiveFloat = 5.0  # re-arc: CPU time after which a draw of a pair is given up for another
     problem_augmentation: Share = 0.0  # share of the samples whose task is made into a new one
     difficulty: tuple[Share, Share] = (0.0, 0.3)  # re-arc: range, 0 easiest (smallest grids) .. 1
+    sha256: Annotated[str, Field(pattern="^([0-9a-f]{64})?$")] = ""  # of the file: any other is refused; "" = any
+    licence: str = ""  # of the tasks, for the model card
 
     @property
     def label(self) -> str:
@@ -216,6 +221,8 @@ class SourceConfig(Section):
         reads = self.kind in ("tasks", "demonstrations", "pairs")
         if reads != bool(self.path):
             raise ValueError(f"kind '{self.kind}' {'needs a path' if reads else 'takes no path'}")
+        if self.sha256 and not reads:
+            raise ValueError(f"sha256 is of a file, and kind '{self.kind}' reads none")
         if self.solve + self.imitate <= 0:
             raise ValueError("at least one of solve and imitate needs a weight above 0")
         if self.difficulty[0] > self.difficulty[1]:

@@ -9,19 +9,41 @@ ships them; only that part of it is loaded, which takes 10 ms and needs none of 
 
 import importlib
 import importlib.util
+import logging
+import math
+import signal
 import sys
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 from .config import SourceConfig, TasksConfig, UserError, named_rng
 from .counting import COUNTING_TASKS
-from .tasks import MAX_SIDE, Grid, Pair, Task, TaskSet, check_task_id, freeze, load_tasks, make_pairs, read_json
+from .files import sha256
+from .tasks import (
+    MAX_SIDE,
+    Grid,
+    Pair,
+    Task,
+    TaskSet,
+    check_task_id,
+    freeze,
+    json_files,
+    json_stem,
+    load_tasks,
+    make_pairs,
+    read_json,
+)
+
+_log = logging.getLogger(__name__)
+MOST_SLOW = 3  # draws of one pair that may take too long: such a generator belongs into quarantine
 
 Generator = Callable[[Random, float, float], dict[str, Any]]
 PairMaker = Callable[[np.random.Generator, int], Sequence[Pair]]
@@ -50,16 +72,35 @@ def read_source(config: SourceConfig) -> Source:
         UserError: it cannot be read, or no task is in it.
     """
     endless = config.kind in ("re-arc", "counting")
+    if config.sha256:
+        _check_digest(config)
     tasks = READERS[config.kind](config)
+    if unknown := sorted(set(config.quarantine) - tasks.keys()):
+        raise UserError(f"source '{config.label}' has no task {unknown[0]}: take it out of its quarantine")
+    tasks = {i: maker for i, maker in tasks.items() if i not in config.quarantine}
     if not tasks:
         raise UserError(f"source '{config.label}' has no task with two demonstrations or more: leave it out")
     if config.max_tasks:
         ids = sorted(tasks)
         chosen = named_rng(0, "tasks of a source", config.label).permutation(len(ids))[: config.max_tasks]
         tasks = {ids[i]: tasks[ids[i]] for i in chosen}
-    if config.max_pairs and not endless:
+    if config.max_pairs and endless:
+        tasks = {i: Pool(i, maker, config.max_pairs) for i, maker in tasks.items()}
+    elif config.max_pairs:
         tasks = {i: partial(_first_pairs, maker, config.max_pairs) for i, maker in tasks.items()}
     return Source(config, dict(sorted(tasks.items())), endless)
+
+
+def _check_digest(config: SourceConfig) -> None:
+    file = Path(config.path)
+    if not file.is_file():
+        kind = "is a folder" if file.is_dir() else "does not exist"
+        raise UserError(f"source '{config.label}' has a sha256, which is of a file, and {file} {kind}")
+    if (found := sha256(file)) != config.sha256:
+        raise UserError(
+            f"source '{config.label}': {file} is another file than the config means: its sha256 is {found}; get or make"
+            " it as the config says, or set sha256 to that"
+        )
 
 
 def _first_pairs(maker: PairMaker, most: int, rng: np.random.Generator, count: int) -> Sequence[Pair]:
@@ -68,6 +109,26 @@ def _first_pairs(maker: PairMaker, most: int, rng: np.random.Generator, count: i
 
 def _all_pairs(pairs: Sequence[Pair], rng: np.random.Generator, count: int) -> Sequence[Pair]:
     return pairs
+
+
+class Pool:
+    """So many generated pairs of a task, the same for every seed. They are made when first asked for, and kept.
+
+    They are asked for in blocks, each generated at once, as a generator may give the pairs of one call a common size.
+    """
+
+    BLOCK = 16
+
+    def __init__(self, task_id: str, maker: PairMaker, size: int):
+        self.task_id, self.maker = task_id, maker
+        self.sizes = [min(self.BLOCK, size - first) for first in range(0, size, self.BLOCK)]
+        self.made: dict[int, Sequence[Pair]] = {}
+
+    def __call__(self, rng: np.random.Generator, count: int) -> Sequence[Pair]:
+        block = int(rng.integers(len(self.sizes)))
+        if block not in self.made:
+            self.made[block] = self.maker(named_rng(0, "pool", self.task_id, block), self.sizes[block])
+        return self.made[block]
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------
@@ -120,8 +181,8 @@ def _lists_of_pairs(path: Path) -> Iterator[tuple[str, Any, Path]]:
     """Task ids, parsed lists and the files they are from. Of a folder one file at a time: they are large."""
     if path.is_dir():
         folder = path / "tasks" if (path / "tasks").is_dir() else path
-        for file in sorted(folder.glob("*.json")):
-            yield file.stem, read_json(file), file
+        for file in json_files(folder):
+            yield json_stem(file), read_json(file), file
         return
     content = read_json(path)
     if not isinstance(content, dict):
@@ -157,21 +218,62 @@ def re_arc_generators() -> Mapping[str, Generator]:
     return {name.removeprefix(prefix): found[name] for name in sorted(found) if name.startswith(prefix)}
 
 
-def re_arc_pair(generator: Generator, rng: np.random.Generator, difficulty: tuple[float, float]) -> Pair:
-    """One generated pair. A generator that fails or makes an illegal grid is asked again.
+def re_arc_pair(
+    generator: Generator, rng: np.random.Generator, difficulty: tuple[float, float], most_s: float = math.inf
+) -> Pair:
+    """One generated pair. A generator that fails, makes an illegal grid or takes too long is asked again.
 
     A few make no legal grid at all at the highest difficulties: after 100 failures they are asked for half of it.
+
+    Args:
+        most_s: CPU time of a draw. What takes longer depends on the machine, so a warning names it.
+
+    Raises:
+        RuntimeError: no draw succeeded, or three took too long.
     """
     lower, upper = difficulty
+    slow = 0
     for attempt in range(400):
         seed = int(rng.integers(2**62))
         scale = 0.5 ** (attempt // 100)
         try:
-            raw = generator(Random(seed), scale * lower, scale * upper)
+            with _at_most(most_s):
+                raw = generator(Random(seed), scale * lower, scale * upper)
             return Pair(_generated_grid(raw["input"]), _generated_grid(raw["output"]))
+        except _TooSlow:
+            slow += 1
+            _log.warning("%s took over %g s for a pair, which is drawn again", generator.__name__, most_s)
+            if slow == MOST_SLOW:
+                break
         except Exception:  # generators may fail in many ways on a rare draw; the next draw is independent
             continue
-    raise RuntimeError(f"{generator.__name__} made no legal pair in 400 draws at difficulty {difficulty} and below")
+    raise RuntimeError(
+        f"{generator.__name__} made no legal pair in {attempt + 1} draws at difficulty {difficulty} and below"
+        + f", {slow} of which took too long" * (slow > 0)
+    )
+
+
+class _TooSlow(BaseException):
+    """Not one of the exceptions that a generator may catch itself."""
+
+
+@contextmanager
+def _at_most(seconds: float) -> Iterator[None]:
+    """Raises `_TooSlow` after so much CPU time of this process. Signals reach the main thread only: others run on."""
+    if seconds == math.inf or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def give_up(*_: object) -> NoReturn:
+        raise _TooSlow
+
+    before = signal.signal(signal.SIGVTALRM, give_up)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def _generated_grid(rows: Any) -> Grid:
@@ -182,15 +284,15 @@ def _generated_grid(rows: Any) -> Grid:
 
 
 def _re_arc_pairs(
-    task_id: str, difficulty: tuple[float, float], rng: np.random.Generator, count: int
+    task_id: str, difficulty: tuple[float, float], most_s: float, rng: np.random.Generator, count: int
 ) -> Sequence[Pair]:
     lower, upper = difficulty
     one_scale = (lower, float(rng.uniform(lower, upper)))  # small and large grids alike, one scale a task
-    return [re_arc_pair(re_arc_generators()[task_id], rng, one_scale) for _ in range(count)]
+    return [re_arc_pair(re_arc_generators()[task_id], rng, one_scale, most_s) for _ in range(count)]
 
 
 def read_re_arc(config: SourceConfig) -> dict[str, PairMaker]:
-    return {i: partial(_re_arc_pairs, i, config.difficulty) for i in re_arc_generators()}
+    return {i: partial(_re_arc_pairs, i, config.difficulty, config.pair_seconds) for i in re_arc_generators()}
 
 
 def _counting_pairs(task_id: str, rng: np.random.Generator, count: int) -> Sequence[Pair]:

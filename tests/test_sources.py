@@ -1,6 +1,9 @@
 """Every kind of source, read from real files that are written here."""
 
+import gzip
+import hashlib
 import json
+import logging
 import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -296,6 +299,54 @@ def test_what_is_not_there_is_refused_by_name(kind, tmp_path):
         source(kind, tmp_path)
 
 
+@every_layout
+def test_gzipped_files_give_the_same(kind, layout, tmp_path):
+    path = layout(tmp_path)
+    plain = content(source(kind, path))
+    for file in sorted(tmp_path.rglob("*.json")):
+        file.with_name(f"{file.name}.gz").write_bytes(gzip.compress(file.read_bytes()))
+        file.unlink()
+    assert content(source(kind, path if path.is_dir() else path.with_name(f"{path.name}.gz"))) == plain
+
+
+def test_what_is_no_gzip_file_is_refused(tmp_path):
+    whole = gzip.compress(pairs_file(tmp_path).read_bytes())
+    file = tmp_path / "pairs.json.gz"
+    for damaged in (b"no gzip", whole[:-20], whole[:30] + b"xxxx" + whole[34:]):
+        file.write_bytes(damaged)
+        with pytest.raises(UserError, match=rf"{file} is damaged or no gzip file"):
+            source("pairs", file)
+
+
+def test_a_task_that_is_there_both_ways_is_refused(tmp_path):
+    write(pairs_folder(tmp_path) / "aa.json.gz", "")
+    with pytest.raises(UserError, match=r"aa\.json and .*aa\.json\.gz are the same task"):
+        source("pairs", tmp_path)
+
+
+def test_a_file_with_another_digest_is_refused(tmp_path):
+    file = pairs_file(tmp_path)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert content(source("pairs", file, sha256=digest)) == expected(["aa", "bb"])
+    write(file, {**RAW, "bb": RAW["bb"][:3]})
+    with pytest.raises(UserError, match=rf"{file} is another file than the config means: its sha256 is [0-9a-f]{{64}}"):
+        source("pairs", file, sha256=digest)
+    with pytest.raises(UserError, match="is a folder"):
+        source("pairs", tmp_path, sha256=digest)
+    with pytest.raises(UserError, match="does not exist"):
+        source("pairs", tmp_path / "none.json", sha256=digest)
+    with pytest.raises(ValueError, match="'re-arc' reads none"):
+        SourceConfig(kind="re-arc", sha256=digest)
+
+
+def test_tasks_in_quarantine_are_left_out(tmp_path):
+    file = pairs_file(tmp_path)
+    assert content(source("pairs", file, quarantine=["aa"])) == expected(["bb"])
+    assert len(source("re-arc", quarantine=["ff28f65a"]).tasks) == len(source("re-arc").tasks) - 1
+    with pytest.raises(UserError, match="has no task cc: take it out of its quarantine"):
+        source("pairs", file, quarantine=["cc"])
+
+
 # ---- generators ----------------------------------------------------------------------------------------------------
 
 
@@ -307,7 +358,7 @@ def test_every_training_task_has_a_generator(arc):
 
 @pytest.mark.parametrize("kind", ["re-arc", "counting"])
 def test_generated_pairs_depend_on_the_rng_alone(kind):
-    found = source(kind, max_tasks=12, max_pairs=2)  # max_pairs is for files
+    found = source(kind, max_tasks=12)
     first = content(found, count=5)
     assert first == content(found, count=5)
     assert {len(pairs) for pairs in first.values()} == {5}
@@ -338,6 +389,41 @@ def test_a_generator_that_fails_is_asked_again(rng):
     pair = re_arc_pair(fails_at_first, rng, (0.0, 1.0))
     assert (pair.input.shape, pair.output.tolist()) == ((2, 2), [[2]])
     assert len(set(asked)) == len(asked) == 5, "with another seed each time"
+
+
+def test_a_generator_that_takes_too_long_is_asked_again(rng, caplog):
+    asked = []
+
+    def slow_at_first(random: Random, low: float, high: float) -> dict[str, Any]:
+        asked.append(random.random())
+        while len(asked) < 3:
+            try:
+                random.random()
+            except Exception:  # as a generator may do
+                continue
+        return {"input": [[1]], "output": [[2]]}
+
+    with caplog.at_level(logging.WARNING):
+        assert re_arc_pair(slow_at_first, rng, (0.0, 1.0), 0.05).output.tolist() == [[2]]
+    assert len(set(asked)) == 3, "with another seed each time"
+    assert [message.split(" for")[0] for message in caplog.messages] == ["slow_at_first took over 0.05 s"] * 2
+
+    def always_slow(random: Random, low: float, high: float) -> dict[str, Any]:
+        while True:
+            random.random()
+
+    with pytest.raises(RuntimeError, match=r"always_slow made no legal pair in 3 draws .*, 3 of which took too long"):
+        re_arc_pair(always_slow, rng, (0.0, 1.0), 0.05)
+
+
+def test_a_pool_has_so_many_pairs_the_same_for_every_seed():
+    found = source("re-arc", max_tasks=5, max_pairs=20)
+    for maker in found.tasks.values():
+        drawn = [keys(maker(named_rng(seed), 4)) for seed in range(30)]
+        assert {len(pairs) for pairs in drawn} == {16, 4}, "blocks: the first 16, and the other 4"
+        assert 2 <= len({pair for pairs in drawn for pair in pairs}) <= 20
+    again = source("re-arc", max_tasks=5, max_pairs=20)
+    assert content(again, seed=3) == content(found, seed=3) == content(pickle.loads(pickle.dumps(found)), seed=3)
 
 
 def test_pairs_of_a_counting_task_share_its_rule():
