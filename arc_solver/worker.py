@@ -148,8 +148,10 @@ def make_worker(config: Config, number: int = 0, neighbours: int = 0) -> Worker:
     timeout_s = 60 * config.run.watchdog_minutes if watched else 0
     looking = Watchdog(timeout_s and max(timeout_s, FIRST_LOOK_S))
     looking.beat()
-    preflight(model, engine, start, config)
-    looking.rest()
+    try:
+        preflight(model, engine, start, config)
+    finally:
+        looking.rest()  # a process in which no worker could be made goes on
     watchdog = Watchdog(timeout_s)
     return Worker(model, start, config, engine, neighbours, watchdog.beat, watchdog.rest)
 

@@ -1,10 +1,12 @@
 """What would fail for every task fails before the first one, with the cause."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from conftest import TOY
 
-from arc_solver import decoder
+from arc_solver import decoder, executors
 from arc_solver.config import Config, FormatConfig, MachineError, load_config
 from arc_solver.engine import TorchEngine
 from arc_solver.kv_cache import _Step
@@ -68,3 +70,16 @@ def test_no_worker_begins_without_it(monkeypatch):
     monkeypatch.setattr(_Step, "update", lambda self, k, v: (k, v))
     with pytest.raises(MachineError, match="before the first task"):
         make_worker(load_config(None, ["run.device=cpu"]))
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_nothing_watches_a_process_after_the_first_look(works, monkeypatch):
+    """One in which no worker could be made goes on: what watched the look would end it ten minutes later."""
+    timers = []
+    monkeypatch.setattr(executors.faulthandler, "dump_traceback_later", lambda *_, **__: timers.append("set"))
+    monkeypatch.setattr(executors.faulthandler, "cancel_dump_traceback_later", lambda: timers.append("cancelled"))
+    if not works:
+        monkeypatch.setattr(_Step, "update", lambda self, k, v: (k, v))
+    with nullcontext() if works else pytest.raises(MachineError):
+        make_worker(load_config(None, ["run.device=cpu"]))
+    assert timers == ["set", "cancelled"]
