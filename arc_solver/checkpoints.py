@@ -1,8 +1,9 @@
 """Checkpoints of an offline run: complete, written whole or not at all, the last good one never in danger.
 
 checkpoints/step-0001000/model/ or adapter/    the weights, or the adapter that is trained instead
-                         optimizers.pt         their states by parameter name, and the loss scale of fp16
+                         optimizers.pt         their states by parameter name, the loss scale of fp16, the average
                          progress.json         where the run stands
+before-decay/                                  the same, if asked for, of the step before the learning rate fell
 """
 
 import json
@@ -15,12 +16,15 @@ from typing import Any
 
 import torch
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from .config import MachineError, UserError, first_line
 from .devices import Devices
 from .files import sync_folder, write_json
 from .lora import save_lora
 from .model import Model, save_model
+
+BEFORE_DECAY = "before-decay"
 
 
 @dataclass
@@ -47,7 +51,9 @@ def save_checkpoint(
     lora: Any,
     base_dir: Path | None,
     optimizers: Sequence[Optimizer],
+    average: AveragedModel | None,
     progress: Progress,
+    name: str = "",
 ) -> None:
     """Writes all that a continued run needs. Killed at any moment, the newest complete checkpoint is still there.
 
@@ -55,13 +61,19 @@ def save_checkpoint(
 
     Args:
         lora: PEFT's model, if an adapter is trained, on the checkpoint in `base_dir`.
+        average: of the weights, if one is kept.
+        name: of the folder, for one that is kept beside the run's newest; "": that.
 
     Raises:
         MachineError: it cannot be written.
     """
-    folder = out_dir / "checkpoints" / f"step-{progress.total_steps:07d}"
+    folder = out_dir / (name or f"checkpoints/step-{progress.total_steps:07d}")
     weights = devices.weights(model.lm)
-    states = {"optimizers": devices.optimizer_states(model.lm, optimizers), "scaler": devices.scaler_state()}
+    states = {
+        "optimizers": devices.optimizer_states(model.lm, optimizers),
+        "scaler": devices.scaler_state(),
+        "average": average.state_dict() if average else None,
+    }
     if devices.main and not folder.exists():  # the last step may just have been saved
         temporary = folder.with_suffix(".part")
         try:
@@ -80,7 +92,7 @@ def save_checkpoint(
         except Exception as error:  # of many kinds, one for each library that writes
             shutil.rmtree(temporary, ignore_errors=True)
             raise MachineError(cannot_write(out_dir, error)) from error
-        for other in folder.parent.iterdir():
+        for other in folder.parent.iterdir() if not name else ():
             if other != folder:
                 shutil.rmtree(other)
     devices.wait()
@@ -102,9 +114,14 @@ def load_progress(checkpoint: Path) -> Progress:
 
 
 def load_states(
-    checkpoint: Path, devices: Devices, model: Model, optimizers: Sequence[Optimizer], moments_only: bool = False
+    checkpoint: Path,
+    devices: Devices,
+    model: Model,
+    optimizers: Sequence[Optimizer],
+    average: AveragedModel | None = None,
+    moments_only: bool = False,
 ) -> None:
-    """Gives optimizers (and the loss scale) the states of a checkpoint.
+    """Gives optimizers (and the loss scale, and the average of the weights) the states of a checkpoint.
 
     Args:
         moments_only: learning rates and other settings stay as they are, for a new stage.
@@ -121,6 +138,8 @@ def load_states(
     devices.load_optimizer_states(model.lm, optimizers, optimizer_states, str(file), moments_only)
     if devices.scaler and states["scaler"] and not moments_only:
         devices.scaler.load_state_dict(states["scaler"])
+    if average and not moments_only:
+        average.load_state_dict(states["average"])
 
 
 def checkpoint_beside(path: str) -> Path:

@@ -307,6 +307,11 @@ class TrainConfig(OptimConfig):
     parallel: Literal["ddp", "fsdp"] = "ddp"  # of several processes: copies of the model, or shards of one (FSDP2)
     loader_workers: NonNegativeInt = 1  # processes that make samples, for each training process
     checkpoint_every: PositiveInt = 250  # steps
+    # Decay of an exponential moving average of the weights, of all stages, which is what the run leaves; 0 = none.
+    ema: Beta = 0.0
+    # Whether the weights and the optimizer are kept as they are when "wsd" begins to decay, in DIR/before-decay:
+    # what adapts better is not certain, and another run can go on from there.
+    keep_before_decay: bool = False
     labels: Literal["all-but-first", "last", "all"] = "all-but-first"  # the outputs that are learnt
 
 
@@ -471,11 +476,13 @@ class Config(Section):
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise ValueError(f"two stages have the same name: {', '.join(names)}")
-        for key in ("precision", "checkpointing", "parallel"):
+        for key in ("precision", "checkpointing", "parallel", "ema"):
             if any(getattr(stage.train, key) != getattr(self.train, key) for stage in self.stages):
                 raise ValueError(f"train.{key} is one for all stages: set it in [train]")
         if self.lora.enabled and any(stage.train.optimizer == "muon" for stage in self.stages):
             raise ValueError('lora.enabled needs train.optimizer="adamw": Muon is for whole weight matrices')
+        if self.train.ema and (self.lora.enabled or self.train.parallel == "fsdp"):
+            raise ValueError("train.ema is for whole weights: leave it out with lora.enabled and with FSDP")
         for before, stage in zip(self.stages, self.stages[1:], strict=False):
             ours, theirs = stage.train.optimizer, before.train.optimizer
             if stage.start == "weights+optimizer" and ours != theirs:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .config import MachineError, OptimConfig
 
@@ -88,6 +89,13 @@ def make_optimizers(parameters: Iterable[tuple[str, nn.Parameter]], config: Opti
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]  # "lr" follows the schedule; a checkpoint holds both
     return optimizers
+
+
+def averaged(module: nn.Module, decay: float) -> AveragedModel | None:
+    """An exponential moving average of a module's weights, to be updated after each step; None if `decay` is 0."""
+    if not decay:
+        return None
+    return AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(decay))  # type: ignore[no-untyped-call]
 
 
 class Pace:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from .checkpoints import Progress, save_checkpoint
 from .clock import SPARE, RunClock
@@ -99,16 +100,24 @@ class Run:
     validation: Validation
     console: Console
     interrupts: Interrupts
+    average: AveragedModel | None = None  # of the weights, if one is kept
 
     @property
     def model(self) -> Model:
         return self.start.model
 
-    def save_checkpoint(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-        start, progress = self.start, self.progress
+    @property
+    def result(self) -> Model:
+        """What the run leaves: the model, with the average of its weights if one is kept."""
+        return replace(self.model, lm=self.average.module) if self.average else self.model
+
+    def save_checkpoint(self, optimizers: Sequence[torch.optim.Optimizer], name: str = "") -> None:
+        """See `checkpoints.save_checkpoint`."""
         with self.clock.measuring("checkpoint"), telling(self.console, "saving a checkpoint"):
-            progress.spent_s = self.clock.now_s()
-            save_checkpoint(self.out_dir, self.devices, start.model, start.lora, start.base_dir, optimizers, progress)
+            self.progress.spent_s = self.clock.now_s()
+            lora, base_dir = self.start.lora, self.start.base_dir
+            states = (optimizers, self.average, self.progress)
+            save_checkpoint(self.out_dir, self.devices, self.model, lora, base_dir, *states, name)
 
     def validate(self, answers: bool, then: tuple[str, ...] | None = None) -> dict[str, float]:
         """What validation measures now, as far as there is time for it and for what follows; see `RunClock.has_room`.
@@ -131,7 +140,8 @@ class Run:
         return measured
 
     def _loss_of(self, batch: Batch) -> Tensor:
-        return packed_loss(self.model, batch, partial(self.model.logits, through=self.module), reduction="sum")
+        through = self.average.module if self.average else self.module
+        return packed_loss(self.result, batch, partial(self.result.logits, through=through), reduction="sum")
 
     def _accuracy(self) -> float:
         """Has the time for which there is room, as replies may be long: NaN if that is too short. Shards never part."""
@@ -142,7 +152,7 @@ class Run:
         def is_over() -> bool:
             return time.monotonic() >= deadline or (alone and self.interrupts.asked)
 
-        return accuracy(self.model, self.validation.questions, self.config.predict.batch_tokens, is_over)
+        return accuracy(self.result, self.validation.questions, self.config.predict.batch_tokens, is_over)
 
 
 def make_validation(config: Config, corpus: Corpus) -> Validation:

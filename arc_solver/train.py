@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from .checkpoints import (
+    BEFORE_DECAY,
     Progress,
     cannot_write,
     checkpoint_beside,
@@ -45,11 +46,12 @@ from .corpus import Corpus, make_corpus
 from .devices import Compiling, Devices, compiled, compiling
 from .files import write_json
 from .model import packed_loss, recompute_activations
-from .optimize import Pace, Step, fit, make_optimizers
+from .model_card import TRAINING_FILE
+from .optimize import Pace, Step, averaged, fit, make_optimizers
 from .run import Interrupts, Run, make_validation, stage_stream, start_model
 from .stream import COUNTS, Batch, BatchStream, SampleStream, batches
 from .training_log import REFUSING_S, TrainingLog, telling
-from .training_report import Plan, expect_end, plot_rates, save_results, show_plan
+from .training_report import Plan, describe, expect_end, plot_rates, save_results, show_plan
 from .validate import write_partition
 
 
@@ -101,7 +103,9 @@ def train(
         module = devices.share(start.model.lm)
         begin()
         interrupts = Interrupts(alone=devices.processes == 1)
-        run = Run(config, out_dir, devices, corpus, start, module, progress, clock, validation, console, interrupts)
+        average = averaged(start.model.lm, config.train.ema)
+        parts = (devices, corpus, start, module, progress, clock, validation, console, interrupts, average)
+        run = Run(config, out_dir, *parts)
         expect_end(run, plan, entered - began)
         _train_stages(run, plan, checkpoint)
         with telling(console, "saving the results"):
@@ -193,7 +197,7 @@ def _train_stages(run: Run, plan: Plan, checkpoint: Path | None) -> None:
             optimizers = make_optimizers(run.model.lm.named_parameters(), stage.train)
             if progress.step:
                 assert checkpoint
-                load_states(checkpoint, run.devices, run.model, optimizers)
+                load_states(checkpoint, run.devices, run.model, optimizers, run.average)
             elif stage.start == "weights+optimizer":
                 source = checkpoint or checkpoint_beside(run.config.model.adapter or run.config.model.path)
                 load_states(source, run.devices, run.model, optimizers, moments_only=True)
@@ -239,6 +243,7 @@ def _train_stage(
     packed = BatchStream(stream, train.batch_tokens, train.batches_per_step)
     source = batches(packed, progress.step, train.loader_workers, devices.process, devices.processes)
     asked = False  # in any process, to end
+    before = 0.0  # share of the peak learning rate in the step before
 
     def backward_at(_: int) -> Tensor:
         nonlocal asked
@@ -252,12 +257,19 @@ def _train_stage(
         return devices.backward(loss_of, run.module, mine, learnt)
 
     def after_step(step: Step) -> None:
+        nonlocal before
         interrupts.watch()
+        if run.average:
+            run.average.update_parameters(run.model.lm)
         progress.step, progress.total_steps = step.step, progress.total_steps + 1
         progress.counted_from_s = pace.counted_from_s
         ending = asked or (interrupts.asked and devices.processes == 1)
         log.step(stage.name, step, {} if ending else _validated(run))
         ending = ending or (interrupts.asked and devices.processes == 1)  # while it was validated
+        if train.keep_before_decay and train.schedule == "wsd" and before == 1.0 > step.rate:
+            run.save_checkpoint(optimizers, BEFORE_DECAY)
+            write_json(run.out_dir / BEFORE_DECAY / "model" / TRAINING_FILE, describe(run))
+        before = step.rate
         if ending or _checkpoint_is_due(run, train):
             run.save_checkpoint(optimizers)
         if ending:

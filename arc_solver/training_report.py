@@ -26,10 +26,11 @@ from .clock import about
 from .config import AdaptConfig, Config, UserError
 from .corpus import Corpus
 from .devices import Devices
-from .files import write_json
+from .files import commit, sha256, write_json, write_whole
 from .lora import merged_model
 from .memory import MemoryEstimate, estimate_memory, first_tokens, gigabytes, peak_memory
 from .model import Model, packed_loss, save_model
+from .model_card import TRAINING_FILE, earlier_runs, model_card
 from .optimize import step_rate
 from .peft_format import CONFIG_FILE as ADAPTER_CONFIG
 from .report import loss_curve, rate_curve
@@ -141,7 +142,7 @@ def expect_end(run: Run, plan: Plan, import_s: float) -> None:
 def save_results(run: Run, estimate: MemoryEstimate, console: Console) -> None:
     """Writes the model and the adapter, with what a model card needs."""
     devices, start, save = run.devices, run.start, run.config.lora.save
-    weights = devices.weights(start.model.lm)
+    weights = devices.weights(run.result.lm)
     if not devices.main:
         return
     peak = peak_memory(devices.device)
@@ -157,12 +158,13 @@ def save_results(run: Run, estimate: MemoryEstimate, console: Console) -> None:
             save_model(merged_model(last / "adapter", start.base_dir), folders[-1], saved_as)
     else:
         folders.append(run.out_dir / "model")
-        save_model(start.model, folders[-1], saved_as, weights)
-    about = describe(run, estimate, peak)
+        save_model(run.result, folders[-1], saved_as, weights)
+    about = {**describe(run), "memory_estimate_bytes": estimate.total, "memory_peak_bytes": peak}
     for folder in folders:
-        write_json(folder / "training.json", about)
+        write_json(folder / TRAINING_FILE, about)
         if run.progress.total_steps:
             loss_curve(run.out_dir / "log.jsonl", folder / "loss.png")
+        write_whole(folder / "README.md", model_card(about))
     _show_results(run, estimate, peak, folders, console)
 
 
@@ -196,8 +198,8 @@ def _solve_command(run: Run, result: Path) -> str:
     return shlex.join(["bin/solve", *words])
 
 
-def describe(run: Run, estimate: MemoryEstimate, peak: int) -> dict[str, Any]:
-    """The figures of a training run for a model card."""
+def describe(run: Run) -> dict[str, Any]:
+    """The figures of a training run so far, for a model card."""
     progress, device = run.progress, run.devices.device
     return {
         "parameters": run.model.parameters_count,
@@ -206,17 +208,25 @@ def describe(run: Run, estimate: MemoryEstimate, peak: int) -> dict[str, Any]:
         "minutes": round(progress.spent_s / 60, 1),
         "validation_loss": _rounded(progress.validation_loss),
         "accuracy": _rounded(progress.accuracy),
-        "counts": progress.counts,
-        "memory_estimate_bytes": estimate.total,
-        "memory_peak_bytes": peak,
+        "sources": {label: {**_about_source(run, label), **counts} for label, counts in progress.counts.items()},
         "leak_audit": _audited(run.corpus, run.config),
         "seed": run.config.run.seed,
+        "commit": commit(),
         "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "processes": run.devices.processes,
         "torch": torch.__version__,
         "arc_solver": __version__,
         "config": run.config.model_dump(mode="json", exclude_defaults=True),
+        "earlier": earlier_runs(run.config.model.path),
     }
+
+
+def _about_source(run: Run, label: str) -> dict[str, Any]:
+    """What a source is: how many tasks of it are trained on, its licence, and the digest of its file."""
+    source = next(source for mixture in run.corpus.mixtures for source in mixture if source.config.label == label)
+    file = Path(source.config.path)
+    digest = sha256(file) if source.config.path and file.is_file() else None
+    return {"tasks": len(source.tasks), "licence": source.config.licence or None, "sha256": digest}
 
 
 def _rounded(measured: float) -> float | None:

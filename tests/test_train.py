@@ -21,6 +21,7 @@ from small_runs import log, run, small, train_command, weights, write_config
 from arc_solver.checkpoints import latest_checkpoint
 from arc_solver.config import Config, UserError, load_config
 from arc_solver.corpus import make_corpus
+from arc_solver.counting import COUNTING_TASKS
 from arc_solver.devices import Devices, compiling
 from arc_solver.leaks import TrainingData
 from arc_solver.model import Model, load_model, new_model, packed_loss, recompute_activations, save_model
@@ -68,14 +69,15 @@ def test_training_twice_gives_identical_weights(tmp_path):
     assert same(first, weights(tmp_path / "b" / "model"))
     assert not same(first, new_model(TOY, small().format, seed=0).lm.state_dict())
     names = {file.name for file in (tmp_path / "a" / "model").iterdir()}
-    assert {"model.safetensors", "tokenizer.json", "training.json", "training_data.json", "loss.png"} <= names
+    beside = {"tokenizer.json", "training.json", "training_data.json", "loss.png", "README.md"}
+    assert {"model.safetensors", *beside} <= names
 
 
 @pytest.mark.parametrize("case", ["stages", "lora", "fp16"])
 def test_a_run_killed_at_random_steps_ends_like_an_uninterrupted_one(case, qwen, tmp_path):
     """kill -9 at random moments, three times, and --resume each time: bit-identical weights, an unbroken log."""
     config = {
-        "stages": small(TWO_STAGES, train={"loader_workers": 1}),
+        "stages": small(TWO_STAGES, train={"loader_workers": 1, "ema": 0.9}),
         "lora": lora_config(qwen),
         "fp16": small(train={"precision": "fp16", "optimizer": "adamw", "checkpoint_every": 2}),
     }[case]
@@ -135,6 +137,39 @@ def test_a_first_stage_takes_over_the_optimizer_of_an_earlier_run(tmp_path):
     stages = [{"name": "more", "start": "weights+optimizer"}]
     train(small(stages, model={"path": str(tmp_path / "a" / "model")}), tmp_path / "b")
     assert adam_steps(tmp_path / "b") == {12.0}
+
+
+def test_the_moving_average_of_the_weights_is_what_a_run_leaves(tmp_path):
+    steady = {"schedule": "constant", "warmup": 0.0}
+    train(small(train={**steady, "steps": 4, "ema": 0.75}), tmp_path / "averaged")
+    average = None
+    for steps in range(1, 5):
+        train(small(train={**steady, "steps": steps}), tmp_path / str(steps))
+        now = weights(tmp_path / str(steps) / "model")
+        average = now if average is None else {name: 0.75 * average[name] + 0.25 * w for name, w in now.items()}
+    found = weights(tmp_path / "averaged" / "model")
+    for name, weight in average.items():
+        torch.testing.assert_close(found[name], weight, msg=name)
+    assert same(weights(latest_checkpoint(tmp_path / "averaged") / "model"), now), "what is trained is not averaged"
+
+
+def test_what_is_kept_from_before_the_decay_can_be_continued(tmp_path):
+    first = {"schedule": "wsd", "decay": 0.5, "warmup": 0.0, "keep_before_decay": True}
+    train(small(train=first), tmp_path / "a")
+    kept = tmp_path / "a" / "before-decay"
+    progress = json.loads((kept / "progress.json").read_text())
+    assert progress["total_steps"] == 4, "the rates of six steps are 1, 1, 1, 5/6, 1/2, 1/6"
+    assert not same(weights(kept / "model"), weights(tmp_path / "a" / "model"))
+    stages = [{"name": "more", "start": "weights+optimizer"}]
+    train(small(stages, model={"path": str(kept / "model")}, run={"device": "cpu", "seed": 1}), tmp_path / "b")
+    assert adam_steps(tmp_path / "b") == {4.0 + 6.0}
+    about = json.loads((tmp_path / "b" / "model" / "training.json").read_text())
+    (earlier,) = about["earlier"]
+    assert (earlier["steps"], earlier["tokens"], earlier["seed"]) == (4, progress["tokens"], 0)
+    card = (tmp_path / "b" / "model" / "README.md").read_text()
+    assert f"| tokens seen | {progress['tokens'] + about['tokens']:,}, in 2 runs |" in card
+    counting = sum(run["sources"]["counting"]["samples"] for run in (earlier, about))
+    assert f"| counting | {len(COUNTING_TASKS)} | {counting:,} |" in card
 
 
 def test_an_optimizer_state_that_does_not_fit_is_refused(tmp_path):
@@ -340,7 +375,7 @@ def test_logs_and_figures(tmp_path, capfd):
     assert [e.step for e in events.Scalars("loss/train")] == [1, 2, 3, 4, 5, 6]
     assert [e.value for e in events.Scalars("loss/train")] == pytest.approx([r["loss"] for r in steps], abs=1e-6)
     about = json.loads((tmp_path / "a" / "model" / "training.json").read_text())
-    assert sum(counts["tokens"] for counts in about["counts"].values()) == about["tokens"] == steps[-1]["tokens"]
+    assert sum(counts["tokens"] for counts in about["sources"].values()) == about["tokens"] == steps[-1]["tokens"]
     assert about["memory_peak_bytes"] > 0 and about["memory_estimate_bytes"] > 0
     shown = capfd.readouterr().err
     said = (

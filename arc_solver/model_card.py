@@ -1,0 +1,73 @@
+"""The card of a trained model: a README.md beside the weights, made of the figures that the run leaves."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .leaks import DATA_FILE
+
+TRAINING_FILE = "training.json"  # the figures of a run, beside the weights that it left
+CARRIED = ("tokens", "steps", "minutes", "sources", "seed", "machine", "commit")  # of an earlier run, into a later one
+
+
+def earlier_runs(path: str) -> list[dict[str, Any]]:
+    """The runs that made the weights in `model.path`, first to last; empty where that is not known."""
+    file = Path(path) / TRAINING_FILE
+    if not path or not file.is_file():
+        return []
+    about = json.loads(file.read_text())
+    return [*about.get("earlier", []), {name: about[name] for name in CARRIED if name in about}]
+
+
+def model_card(about: Mapping[str, Any]) -> str:
+    """The card in Markdown, of the figures of `training_report.describe`."""
+    runs = [*about["earlier"], about]
+    tokens, minutes = (sum(run[name] for run in runs) for name in ("tokens", "minutes"))
+    rows = [
+        ("parameters", f"{about['parameters']:,}"),
+        ("tokens seen", f"{tokens:,}, in {len(runs)} run{'s' * (len(runs) > 1)}"),
+        ("time", f"{minutes:,.0f} minutes"),
+        ("machines", ", ".join(dict.fromkeys(run["machine"] for run in runs))),
+        ("commits", ", ".join(dict.fromkeys(run["commit"] or "unknown" for run in runs))),
+        ("seeds", ", ".join(str(run["seed"]) for run in runs)),
+        ("leak audit", about["leak_audit"]),
+        ("validation loss", "not measured" if (loss := about["validation_loss"]) is None else f"{loss} nats a token"),
+    ]
+    return "\n".join(
+        [
+            "# Model card",
+            "",
+            "A causal language model for ARC-AGI tasks, over the 64-id vocabulary of arc_solver, left by `bin/train`.",
+            f"`{TRAINING_FILE}` has all figures and the config, `{DATA_FILE}` what the leak audit compares with.",
+            "",
+            "| | |",
+            "|---|---|",
+            *(f"| {name} | {value} |" for name, value in rows),
+            "",
+            "What it was trained on, all runs together. An augmented sample shows some pairs of one task.",
+            "",
+            "| source | tasks | samples | tokens | licence | sha256 of its file |",
+            "|---|---|---|---|---|---|",
+            *_source_rows(runs),
+            "",
+            "![training and validation loss of the last run](loss.png)",
+            "",
+        ]
+    )
+
+
+def _source_rows(runs: list[Mapping[str, Any]]) -> list[str]:
+    """A row for each source, with the samples and tokens of all runs; tasks, licence and digest are the last run's."""
+    sums: dict[str, Counter[str]] = {}
+    latest: dict[str, Mapping[str, Any]] = {}
+    for run in runs:
+        for label, source in run["sources"].items():
+            sums.setdefault(label, Counter()).update({name: source[name] for name in ("samples", "tokens")})
+            latest[label] = source
+    return [
+        f"| {label} | {latest[label]['tasks']:,} | {total['samples']:,} | {total['tokens']:,} |"
+        f" {latest[label]['licence'] or 'see there'} | {latest[label]['sha256'] or ''} |"
+        for label, total in sums.items()
+    ]
