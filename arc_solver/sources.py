@@ -94,8 +94,12 @@ def read_source(config: SourceConfig) -> Source:
 def _check_digest(config: SourceConfig) -> None:
     file = Path(config.path)
     if not file.is_file():
-        kind = "is a folder" if file.is_dir() else "does not exist"
-        raise UserError(f"source '{config.label}' has a sha256, which is of a file, and {file} {kind}")
+        if file.is_dir():
+            raise UserError(f"source '{config.label}' has a sha256, which is of a file, and {file} is a folder")
+        raise UserError(
+            f"source '{config.label}': {file} does not exist: make it (docs/data.md says how, for the configs that come"
+            " with arc_solver), or leave the source out"
+        )
     if (found := sha256(file)) != config.sha256:
         raise UserError(
             f"source '{config.label}': {file} is another file than the config means: its sha256 is {found}; get or make"
