@@ -100,10 +100,13 @@ def read_submission(file: Path, tasks: Sequence[Task] | None) -> Submission:
     if missing := sorted(wanted.keys() - content.keys()):
         raise UserError(
             f"{file}: no answer to {len(missing)} of {len(wanted)} tasks, e.g. {missing[0]};"
-            " if it answers a part of them, name it with --ids or --limit"
+            " if it answers a part of them, name it with --ids, --limit or --sample"
         )
     if unknown := sorted(content.keys() - wanted.keys()):
-        raise UserError(f"{file}: answers to {len(unknown)} tasks that --tasks does not hold, e.g. {unknown[0]!r}")
+        raise UserError(
+            f"{file}: answers to {len(unknown)} tasks that --tasks does not hold, e.g. {unknown[0]!r}; give --ids,"
+            " --limit or --sample only if it was made with that"
+        )
     return {
         task_id: _read_outputs(content[task_id], len(task.test), f"{file}: task {task_id}")
         for task_id, task in wanted.items()

@@ -10,13 +10,14 @@ repaired and no task is dropped: a bad task stops the loading.
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .config import TasksConfig, UserError
+from .config import TasksConfig, UserError, named_rng
 
 MAX_SIDE = 30
 COLOURS = 10
@@ -130,10 +131,13 @@ def challenge(task: Task) -> dict[str, list[dict[str, list[list[int]]]]]:
 
 
 def load_tasks(config: TasksConfig, outputs: bool = True) -> TaskSet:
-    """The tasks that a config names, selected by its ids and limit; without `outputs`, no test output is looked at.
+    """The tasks that a config names, selected by its ids and limit or sample.
+
+    Args:
+        outputs: whether test outputs are looked at.
 
     Raises:
-        UserError: the source does not exist, holds something bad, or lacks one of the ids.
+        UserError: the source does not exist, holds something bad, lacks one of the ids, or has too few to sample from.
     """
     found = _read(config, outputs)
     by_id = {task.id: task for task in found.tasks}
@@ -145,13 +149,31 @@ def load_tasks(config: TasksConfig, outputs: bool = True) -> TaskSet:
         tasks = [by_id[i] for i in dict.fromkeys(config.ids)]
     if config.limit:
         tasks = smallest(tasks, config.limit)
+    if config.sample > len(tasks):
+        raise UserError(
+            f"tasks.sample (--sample) is {config.sample}, and there are {len(tasks)} tasks to draw from: give at most"
+            " that, or leave it out for all"
+        )
+    if config.sample:
+        tasks = sample(tasks, config.sample, config.sample_seed)
     kept = {task.id for task in tasks}
-    return TaskSet(found.name, tuple(tasks), {i: s for i, s in found.solutions.items() if i in kept})
+    return replace(found, tasks=tuple(tasks), solutions={i: s for i, s in found.solutions.items() if i in kept})
 
 
 def smallest(tasks: Sequence[Task], count: int) -> list[Task]:
     """The tasks with the fewest tokens, fewest first; equal ones by id."""
     return sorted(tasks, key=lambda task: (task.tokens, task.id))[:count]
+
+
+def sample(tasks: Sequence[Task], count: int, seed: int) -> list[Task]:
+    """A stratified sample: one task from each of `count` strata by number of tokens, fewest first.
+
+    Strata are as equal as can be, and the larger ones lie among all numbers of tokens, so that small tasks have no
+    better chance than large ones.
+    """
+    ordered, rng = smallest(tasks, len(tasks)), named_rng(seed, "sample", count)
+    cuts = [i * len(ordered) // count for i in range(count + 1)]
+    return [ordered[rng.integers(*stratum)] for stratum in pairwise(cuts)]
 
 
 def _read(config: TasksConfig, outputs: bool) -> TaskSet:

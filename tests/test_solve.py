@@ -105,6 +105,9 @@ def test_the_whole_sentence_is_reproducible(checkpoint, challenges, tmp_path):
         (["run.device=gpu"], "is no device"),
         (["--limit", "0"], "--limit is at least 1"),
         (["--limit", "few"], "invalid int value"),
+        (["--sample", "0"], "--sample is at least 1"),
+        (["--sample", "3", "--limit", "5"], "leave one of them out"),
+        (["--sample", "21"], "there are 20 tasks to draw from"),
     ],
 )
 def test_what_a_user_gets_wrong_is_one_sentence(words, said, tmp_path):
