@@ -87,7 +87,8 @@ def test_the_whole_sentence_is_reproducible(checkpoint, challenges, tmp_path):
     for record in log:
         assert sum(map(sum, record["votes"])) <= 3 * len(record["votes"])
         assert record["cost"]["accepted"] <= record["cost"]["decoded"]
-    for text in ("test outputs solved", str(tmp_path / "a"), "leak audit passed", "seed 0", "4 tasks"):
+    assert summary["data"] == found.data
+    for text in ("(pass@1)", "Wilson", found.digest, str(tmp_path / "a"), "leak audit passed", "seed 0", "4 tasks"):
         assert text in first.stdout.replace("\n", "")
     assert "seed 1" in other.stdout
     assert len(json.loads((tmp_path / "c" / "submission.json").read_text())) == 2
