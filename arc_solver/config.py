@@ -128,6 +128,17 @@ class TasksConfig(Section):
     solutions: str = ""  # solutions file; "" = found beside the challenges by its usual name
     ids: tuple[str, ...] = ()  # only these tasks
     limit: NonNegativeInt = 0  # the first N tasks by number of tokens; 0 = all
+    sample: NonNegativeInt = 0  # N tasks drawn at random, spread over all numbers of tokens; 0 = all
+    sample_seed: int = 0  # of that draw, whatever run.seed is
+
+    @model_validator(mode="after")
+    def _check(self) -> "TasksConfig":
+        if self.limit and self.sample:
+            raise ValueError(
+                f"tasks.limit (--limit {self.limit}) takes the smallest tasks and tasks.sample (--sample {self.sample})"
+                " draws tasks of all sizes: leave one of them out, or set it to 0"
+            )
+        return self
 
 
 class FormatConfig(Section):
@@ -592,14 +603,24 @@ def add_task_arguments(parser: Parser, required: bool = False) -> None:
     parser.add_argument("--solutions", metavar="FILE", help="solutions file, if not beside the challenges")
     parser.add_argument("--ids", help="only these tasks, separated by commas")
     parser.add_argument("--limit", type=int, metavar="N", help="the N tasks with the fewest tokens")
+    parser.add_argument("--sample", type=int, metavar="N", help="N tasks drawn at random, spread over all sizes")
+    parser.add_argument("--sample-seed", type=int, metavar="S", help="of that draw; default 0")
 
 
 def task_overrides(args: argparse.Namespace) -> list[str]:
     """What those arguments say, as overrides for `load_config`."""
-    if args.limit is not None and args.limit < 1:
-        raise UserError(f"--limit is at least 1, got {args.limit}; leave it out for all tasks")
+    for option, count in (("--limit", args.limit), ("--sample", args.sample)):
+        if count is not None and count < 1:
+            raise UserError(f"{option} is at least 1, got {count}; leave it out for all tasks")
     ids = None if args.ids is None else [i.strip() for i in args.ids.split(",")]
-    given = {"spec": args.tasks, "solutions": args.solutions, "ids": ids, "limit": args.limit}
+    given = {
+        "spec": args.tasks,
+        "solutions": args.solutions,
+        "ids": ids,
+        "limit": args.limit,
+        "sample": args.sample,
+        "sample_seed": args.sample_seed,
+    }
     return [f"tasks.{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given.items() if value is not None]
 
 

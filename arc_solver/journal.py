@@ -17,6 +17,7 @@ import math
 import os
 import shutil
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -77,6 +78,25 @@ class Result:
             "error": self.error,
         }
 
+    @staticmethod
+    def read(file: Path, task: Task) -> "Result":
+        """The result of a task that a file holds.
+
+        Raises:
+            UserError, KeyError: it holds none.
+        """
+        content = read_json(file)
+        predictions = parse_predictions(content, task, file)
+        return Result(
+            task.id,
+            predictions,
+            content["adaptation"],
+            content["seconds"],
+            content["predicting"],
+            content["fallback"],
+            content["error"],
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class Standing:
@@ -87,7 +107,9 @@ class Standing:
     adapted: bool
     fallback: str | None
     agreement: float  # share of the views that gave the first attempt; of several test inputs, the least
-    solved: list[bool] | None  # each test output; None: not known
+    seconds: float  # of one worker, adaptation and asking, in this stage and those before it
+    first: list[bool] | None  # whether the first attempt solves each test output; None: not known
+    solved: list[bool] | None  # whether one of both does
     covered: list[bool] | None  # whether the right answer is among the candidates
 
 
@@ -133,8 +155,9 @@ class Journal:
     def keep(self, result: Result, stage: str = "tasks") -> Standing:
         """Writes a task's result, once and for all. The submission follows: see `follow`."""
         self._write(self.run_dir / stage / f"{result.task_id}.json", result.to_json())
-        task, adapted = self.tasks[result.task_id], result.adaptation is not None
-        standing = _judged(task, self.found, self.config, stage, result.predictions, adapted, result.fallback)
+        task, before = self.tasks[result.task_id], self.standings.get(result.task_id)
+        earlier_s = before.seconds if before and before.stage != stage else 0.0
+        standing = _judged(task, self.found, self.config, stage, result, earlier_s)
         self._stand(task.id, standing)
         return standing
 
@@ -348,37 +371,32 @@ def config_text(config: Config) -> str:
 
 def saved_standings(run_dir: Path, found: TaskSet, config: Config) -> Iterator[tuple[str, Path, Standing | None]]:
     """Task, file and standing of all results, of a task the best one last; None: the file cannot be read."""
+    seconds: dict[str, float] = defaultdict(float)
     for stage in STAGES:
         for task in found.tasks:
             file, standing = run_dir / stage / f"{task.id}.json", None
             if not file.exists():
                 continue
             with suppress(UserError, KeyError):
-                content = read_json(file)
-                predictions = parse_predictions(content, task, file)
-                adapted, fallback = content["adaptation"] is not None, content["fallback"]
-                standing = _judged(task, found, config, stage, predictions, adapted, fallback)
+                result = Result.read(file, task)
+                standing = _judged(task, found, config, stage, result, seconds[task.id])
+                seconds[task.id] = standing.seconds
             yield task.id, file, standing
 
 
-def _judged(
-    task: Task,
-    found: TaskSet,
-    config: Config,
-    stage: str,
-    predictions: Predictions,
-    adapted: bool,
-    fallback: str | None,
-) -> Standing:
-    """How a task stands with these candidates."""
+def _judged(task: Task, found: TaskSet, config: Config, stage: str, result: Result, earlier_s: float) -> Standing:
+    """How a task stands with a result, after so many seconds of earlier stages."""
+    predictions = result.predictions
     attempts = vote(predictions, task, config.vote)
     solutions = {i: grids for i, grids in found.solutions.items() if i == task.id}
     return Standing(
         stage,
         attempts,
-        adapted,
-        fallback,
+        result.adaptation is not None,
+        result.fallback,
         min(_agreement(predictions, task, test, config) for test in range(len(task.test))),
+        earlier_s + result.seconds,
+        solved({task.id: [both[:1] for both in attempts]}, solutions).get(task.id),
         solved({task.id: attempts}, solutions).get(task.id),
         solved(candidate_grids({task.id: predictions}, solutions), solutions).get(task.id),
     )

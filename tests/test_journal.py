@@ -87,6 +87,45 @@ def test_later_stages_count_more_and_placeholders_are_tried_again(tmp_path, rng)
         assert counts(found, journal.standings)["answered"] == 1
 
 
+def test_one_attempt_two_and_all_candidates_are_scored_side_by_side(tmp_path, rng):
+    """The right answer comes first, second, third, not at all; a fifth task is not come to."""
+    found = some_tasks(rng, 5)
+    with opened(tmp_path, found) as journal:
+        for task, place in zip(found.tasks, (1, 2, 3, None), strict=False):
+            answers = []
+            for t, right in enumerate(found.solutions[task.id]):
+                ranking = [grid("7"), grid("77"), grid("777")]
+                if place:
+                    ranking.insert(place - 1, right)
+                votes = [range(10 * n, 10 * n + 8 - n) for n in range(len(ranking))]
+                answers += [
+                    Candidate(t, cells, tuple(views), (), (-1.0,) * 40)
+                    for cells, views in zip(ranking, votes, strict=True)
+                ]
+            journal.keep(result(task, predictions=Predictions((0,) * 40, tuple(answers))))
+    with opened(tmp_path, found) as again:
+        for standings in (journal.standings, again.standings):
+            content = counts(found, standings)
+            columns = [content[key] for key in ("pass@1", "score", "coverage")]
+            assert [score["tasks_solved"] for score in columns] == [1, 2, 3]
+            assert [score["outputs_solved"] for score in columns] == [1, 3, 4]  # the second task has two
+            assert all((score["tasks"], score["outputs"]) == (5, 7) for score in columns)
+
+
+def test_the_time_of_a_task_is_that_of_all_its_stages(tmp_path, rng):
+    found = some_tasks(rng, 4)
+    first, second, third, _ = found.tasks
+    with opened(tmp_path, found) as journal:
+        assert counts(found, journal.standings)["seconds_per_task"] is None
+        for stage, seconds in (("unadapted", 1), ("tasks", 20), ("again", 300)):
+            journal.keep(result(first, seconds=seconds), stage)
+        journal.keep(result(second, seconds=5))
+        journal.keep(result(third, seconds=7, fallback="placeholder"))  # which is no answer
+    with opened(tmp_path, found) as again:
+        for standings in (journal.standings, again.standings):
+            assert counts(found, standings)["seconds_per_task"] == {"median": 163, "longest": 321}
+
+
 def test_adaptations_come_back_as_they_were(tmp_path, rng, toy_model):
     found = some_tasks(rng, 2)
     adapters = [random_adapter(toy_model, seed) for seed in range(2)]
@@ -219,6 +258,7 @@ def test_the_status_is_read_while_a_run_goes_on(tmp_path):
         name, content = read_status(journal.run_dir)
     assert (name, content["tasks"], content["answered"], content["adapted"]) == ("demo", 3, 2, 2)
     assert content["score"]["outputs_solved"] == content["coverage"]["outputs_solved"] == 2
+    assert content["data"] == found.data
     with pytest.raises(UserError, match="is no run"):
         read_status(tmp_path)
 

@@ -87,7 +87,8 @@ def test_the_whole_sentence_is_reproducible(checkpoint, challenges, tmp_path):
     for record in log:
         assert sum(map(sum, record["votes"])) <= 3 * len(record["votes"])
         assert record["cost"]["accepted"] <= record["cost"]["decoded"]
-    for text in ("test outputs solved", str(tmp_path / "a"), "leak audit passed", "seed 0", "4 tasks"):
+    assert summary["data"] == found.data
+    for text in ("(pass@1)", "Wilson", found.digest, str(tmp_path / "a"), "leak audit passed", "seed 0", "4 tasks"):
         assert text in first.stdout.replace("\n", "")
     assert "seed 1" in other.stdout
     assert len(json.loads((tmp_path / "c" / "submission.json").read_text())) == 2
@@ -105,6 +106,9 @@ def test_the_whole_sentence_is_reproducible(checkpoint, challenges, tmp_path):
         (["run.device=gpu"], "is no device"),
         (["--limit", "0"], "--limit is at least 1"),
         (["--limit", "few"], "invalid int value"),
+        (["--sample", "0"], "--sample is at least 1"),
+        (["--sample", "3", "--limit", "5"], "leave one of them out"),
+        (["--sample", "21"], "there are 20 tasks to draw from"),
     ],
 )
 def test_what_a_user_gets_wrong_is_one_sentence(words, said, tmp_path):

