@@ -11,25 +11,23 @@ stand or fall together. A run may still be going on.
 import json
 import math
 import re
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from .candidates import STAGES, Predictions
-from .config import Config, Parser, UserError, VoteConfig, load_config, named_rng, run_main
+from .config import Config, Parser, UserError, VoteConfig, load_config, run_main
+from .paired import Outputs, difference
 from .submission import Score, Submission, candidate_grids, coverage, score, solved, write_submission
 from .tasks import Solutions, Task, TaskSet, grid_key, load_tasks, read_json
 from .vote import RULES, vote
 
-RESAMPLES = 10_000
 BASELINE = "votes"  # what the other rules are compared with
 
 
@@ -47,16 +45,6 @@ class SavedRun:
     def missing(self) -> int:
         """Tasks that the run has not come to."""
         return len(self.found.tasks) - len(self.predictions)
-
-
-@dataclass(frozen=True)
-class Difference:
-    """What a rule solves beside another, in test outputs."""
-
-    won: int  # solved by this rule only
-    lost: int  # solved by the other only
-    interval: tuple[float, float]  # 95%, of won - lost
-    p: float  # of a sign test: how often chance alone splits the outputs so unevenly
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------
@@ -192,8 +180,6 @@ def _figures(result: Score) -> str:
 
 # ---- comparing -----------------------------------------------------------------------------------------------------
 
-Outputs = dict[tuple[str, int], list[bool]]  # task id and number of the run -> whether each test output is solved
-
 
 def compare(runs: Sequence[SavedRun]) -> Table:
     """All rules on the tasks that the runs have solved, as far as their solutions are known.
@@ -226,30 +212,6 @@ def _known_solutions(run: SavedRun) -> Solutions:
             f" ({run.found.name}): give tasks.solutions=FILE"
         )
     return known
-
-
-def difference(ours: Outputs, other: Outputs) -> Difference:
-    """Compares what two rules solve of the same outputs. The interval is a paired bootstrap over task ids.
-
-    A resample draws as many tasks as there are. Their differences are few whole numbers, so it is drawn as how often
-    each of them comes up.
-    """
-    assert ours.keys() == other.keys()
-    changes: dict[str, list[int]] = defaultdict(list)
-    for key, outputs in ours.items():
-        changes[key[0]] += [int(a) - int(b) for a, b in zip(outputs, other[key], strict=True)]
-    steps = [step for task in changes.values() for step in task]
-    values, counts = np.unique([sum(task) for task in changes.values()], return_counts=True)
-    draws_RD = named_rng(0, "paired bootstrap").multinomial(len(changes), counts / len(changes), RESAMPLES)
-    low, high = np.percentile(draws_RD @ values, [2.5, 97.5])
-    won, lost = steps.count(1), steps.count(-1)
-    return Difference(won, lost, (float(low), float(high)), sign_test(won, lost))
-
-
-def sign_test(won: int, lost: int) -> float:
-    """The exact two-sided p of so uneven a split, or a more uneven one, of fair coins (McNemar's test, exactly)."""
-    as_uneven = sum(math.comb(won + lost, k) for k in range(min(won, lost) + 1))
-    return min(1.0, 2 * as_uneven / 2 ** (won + lost))
 
 
 def _totals(outputs: Outputs) -> tuple[str, str, str]:

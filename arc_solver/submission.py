@@ -6,7 +6,7 @@ The format is Kaggle's: `{task id: [{"attempt_1": grid, "attempt_2": grid}, one 
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import sqrt
 from pathlib import Path
 from statistics import NormalDist
@@ -19,6 +19,7 @@ from rich.table import Table
 from .candidates import Predictions
 from .config import Parser, UserError, add_task_arguments, load_config, run_main, task_overrides
 from .files import write_whole
+from .paired import Outputs, difference
 from .tasks import Attempts, Grid, Solutions, Task, TaskSet, load_tasks, make_grid, read_json, same_grid
 from .vote import NO_ANSWER
 
@@ -234,33 +235,86 @@ def merge(first: Submission, second: Submission) -> Submission:
 
 def main(arguments: list[str]) -> int:
     parser = Parser(prog="bin/score", description="Validate and score a submission.")
-    parser.add_argument("submission", type=Path, help="submission.json")
+    parser.add_argument("submission", type=Path, nargs="+", help="submission.json; several only with --against")
     add_task_arguments(parser, required=True)
+    parser.add_argument(
+        "--against",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="OTHER",
+        help="submissions for the same tasks, as many: what the first solve beside these, with an interval",
+    )
     parser.add_argument("--validate", action="store_true", help="only say whether it is whole; needs no solutions")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     args = parser.parse_args(arguments)
-    found = load_tasks(load_config(None, task_overrides(args)).tasks)
-    if args.validate:
-        answers = read_submission(args.submission, found.tasks)
-        outputs = sum(map(len, answers.values()))
-        print(
-            json.dumps({"valid": True, "tasks": len(answers), "outputs": outputs})
-            if args.json
-            else f"{args.submission} is whole: two attempts for each of {outputs} outputs of {len(answers)} tasks"
+    if len(args.submission) != (len(args.against) or 1):
+        raise UserError(
+            f"{len(args.submission)} submissions and {len(args.against)} after --against: give one, or as many of both"
         )
-        return 0
+    found = load_tasks(load_config(None, task_overrides(args)).tasks)
+    if args.against:
+        return _compare(args.submission, args.against, found, args.json)
+    (file,) = args.submission
+    if args.validate:
+        return _validate(file, found, args.json)
+    return _score(file, found, args.json)
+
+
+def _validate(file: Path, found: TaskSet, as_json: bool) -> int:
+    answers = read_submission(file, found.tasks)
+    outputs = sum(map(len, answers.values()))
+    print(
+        json.dumps({"valid": True, "tasks": len(answers), "outputs": outputs})
+        if as_json
+        else f"{file} is whole: two attempts for each of {outputs} outputs of {len(answers)} tasks"
+    )
+    return 0
+
+
+def _score(file: Path, found: TaskSet, as_json: bool) -> int:
     if not found.solutions:
-        raise UserError(f"{args.tasks} has no solutions to score against: give --solutions FILE")
-    answers = read_submission(args.submission, found.tasks)
+        raise UserError(f"{found.name} has no solutions to score against: give --solutions FILE")
+    answers = read_submission(file, found.tasks)
     both, first = (rule(answers, found.solutions).to_json() for rule in (score, score_first))
     if unscored := len(found.tasks) - both["tasks"]:
         print(f"note: {unscored} of {len(found.tasks)} tasks have no solution and are not scored", file=sys.stderr)
-    if args.json:
+    if as_json:
         print(json.dumps({**both, "pass@1": first, "data": found.data}))
         return 0
-    table = Table(title=escape(f"{args.submission} on {found.name}"), show_header=False)
+    table = Table(title=escape(f"{file} on {found.name}"), show_header=False)
     for row in (*score_rows(first, both, None), *data_rows(found.data)):
         table.add_row(*map(escape, row))
+    Console().print(table)
+    return 0
+
+
+def _compare(ours: Sequence[Path], others: Sequence[Path], found: TaskSet, as_json: bool) -> int:
+    """Prints what some submissions solve beside others, pair by pair: two models' runs with the same seeds, say."""
+    if not found.solutions:
+        raise UserError(f"{found.name} has no solutions to compare by: give --solutions FILE")
+    outputs: list[Outputs] = [
+        {
+            (task_id, run): right
+            for run, file in enumerate(files)
+            for task_id, right in solved(read_submission(file, found.tasks), found.solutions).items()
+        }
+        for files in (ours, others)
+    ]
+    change = difference(*outputs)
+    low, high = change.interval
+    shares = [sum(map(sum, part.values())) / sum(map(len, part.values())) for part in outputs]
+    if as_json:
+        print(json.dumps({"shares_of_outputs": shares, **asdict(change), "tasks": len(found.solutions)}))
+        return 0
+    table = Table(title=f"{len(found.solutions)} tasks, {len(ours)} runs of each", show_header=False)
+    table.add_row("share of outputs", f"{shares[0]:.1%} against {shares[1]:.1%}")
+    table.add_row("solved by these only, by the others only", f"{change.won}, {change.lost}")
+    table.add_row(
+        "difference in outputs, paired bootstrap over tasks, 95%",
+        f"{change.won - change.lost:+d} ({low:+.0f} to {high:+.0f})",
+    )
+    table.add_row("p of a sign test", f"{change.p:.2g}")
     Console().print(table)
     return 0
 

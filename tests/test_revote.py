@@ -13,7 +13,8 @@ from rich.console import Console
 
 from arc_solver.candidates import Candidate, Predictions
 from arc_solver.config import Config, UserError, VoteConfig
-from arc_solver.revote import compare, difference, main, read_run, select, sign_test
+from arc_solver.paired import difference, sign_test
+from arc_solver.revote import compare, main, read_run, select
 from arc_solver.solve import main as solve_main
 from arc_solver.submission import coverage, read_submission, score
 from arc_solver.tasks import Pair, Task, TasksConfig, load_tasks

@@ -190,3 +190,28 @@ def test_bin_score_validates_without_solutions(tmp_path, capsys):
     (tmp_path / "s.json").write_text(json.dumps({"aa": []}))
     with pytest.raises(UserError, match="aa"):
         main(words)
+
+
+def test_bin_score_compares_submissions_pair_by_pair(tmp_path, capsys):
+    """Two runs each: in one ours solves a task that the other does not, in the other it lacks two."""
+    found = load_tasks(TasksConfig(spec="arc-agi-1/evaluation", limit=6))
+    ids = [task.id for task in found.tasks]
+
+    def run(name: str, *right: int) -> str:
+        answers = {i: [(g, g) if ids.index(i) in right else (Y, Y) for g in found.solutions[i]] for i in ids}
+        write_submission(answers, tmp_path / name)
+        return str(tmp_path / name)
+
+    ours, others = [run("a", 0, 1), run("b", 0)], [run("c", 0), run("d", 0, 2, 3)]
+    words = ["--tasks", "arc-agi-1/evaluation", "--limit", "6"]
+    assert main([*ours, "--against", *others, *words, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    outputs = {n: len(found.solutions[ids[n]]) for n in range(6)}
+    assert (said["won"], said["lost"], said["tasks"]) == (outputs[1], outputs[2] + outputs[3], 6)
+    low, high = said["interval"]
+    assert low <= said["won"] - said["lost"] <= high
+    assert main([*ours, "--against", *others, *words]) == 0
+    assert "paired bootstrap over tasks" in " ".join(capsys.readouterr().out.split())
+    for files in ([*ours, "--against", others[0]], ours):
+        with pytest.raises(UserError, match="give one, or as many of both"):
+            main([*files, *words])
