@@ -22,7 +22,7 @@ from .bench_schedule import TASKS, overhead_s
 from .bench_solve import RANDOM_TASKS, RANDOM_VIEWS, SCORE_TASKS, SETTINGS, large_tasks, random_model
 from .bench_solve import compare as compare_solving
 from .bench_train import BF16, QWEN_05B, compare, flop_utilisation
-from .config import CorpusConfig, FormatConfig, Parser, UserError, run_main
+from .config import CorpusConfig, FormatConfig, ModelConfig, Parser, TrainConfig, UserError, run_main
 from .files import commit
 from .model import pick_device, precision_of
 from .sources import read_source
@@ -31,6 +31,11 @@ from .tasks import TasksConfig, TaskSet, load_tasks
 from .training_report import cpu_name
 
 MEASURED_S = 5.0  # how long a speed is measured
+SMALL_SHAPES = (
+    ModelConfig(),
+    ModelConfig(layers=8),
+    ModelConfig(layers=8, width=384, heads=6, kv_heads=6, mlp_width=1024),
+)
 
 
 @dataclass(frozen=True)
@@ -73,8 +78,20 @@ def bench_train() -> list[Row]:
         Row("peak_memory", ours.peak_memory_bytes / 2**20, field.peak_memory_bytes / 2**20, memory, "MiB"),
     ]
     if torch.cuda.is_available():
-        share = flop_utilisation(QWEN_05B, BF16, steps=10, device="cuda")
+        share = flop_utilisation(QWEN_05B, BF16, steps=10, device="cuda").share
         rows.append(Row("flop_utilisation", 100 * share, None, None, "% of peak, Qwen2.5-0.5B's shape"))
+    return rows
+
+
+def bench_scratch() -> list[Row]:
+    """Training small models from scratch: tokens a second, and how much of the device's peak that is."""
+    device = pick_device("auto")
+    train = TrainConfig(batch_tokens=32_768 if device.type == "cuda" else 8192, precision="bf16")
+    rows = []
+    for shape in SMALL_SHAPES:
+        found = flop_utilisation(shape, train, steps=10, device=str(device))
+        name = f"{shape.layers} layers of {shape.width}, {found.parameters / 1e6:.1f} million parameters"
+        rows.append(Row(name, round(found.tokens_per_s), None, None, f"tokens/s, {found.share:.0%} of the peak"))
     return rows
 
 
@@ -140,6 +157,7 @@ def bench_memory() -> list[Row]:
 BENCHES: dict[str, Callable[[], list[Row]]] = {
     "stream": bench_stream,
     "train": bench_train,
+    "scratch": bench_scratch,
     "solve": bench_solve,
     "schedule": bench_schedule,
     "precision": bench_precision,

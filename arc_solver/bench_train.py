@@ -192,8 +192,17 @@ def _packed(file: Path) -> list[Batch]:
     return [pack([draw.sample for draw in batch], BATCH_TOKENS) for batch in shared]
 
 
-def flop_utilisation(shape: ModelConfig, train: TrainConfig, steps: int, device: str) -> float:
-    """Share of the device's own peak that training all weights reaches, in packed bf16 batches of ARC-AGI-1 tasks.
+@dataclass(frozen=True)
+class Utilisation:
+    """What training all weights of a shape makes of a device."""
+
+    parameters: int
+    tokens_per_s: float  # of whole batches, padding included
+    share: float  # of the device's peak
+
+
+def flop_utilisation(shape: ModelConfig, train: TrainConfig, steps: int, device: str) -> Utilisation:
+    """Trains all weights, on packed bf16 batches of ARC-AGI-1 tasks, and compares with the device's own peak.
 
     A token costs 6 operations a parameter, and in attention 12 a layer, unit of width and token that it sees (Chowdhery
     et al. 2022, arXiv 2204.02311, appendix B), of which half are masked. The peak is measured, by a large product.
@@ -209,8 +218,9 @@ def flop_utilisation(shape: ModelConfig, train: TrainConfig, steps: int, device:
     lengths = [batch.ends_S.diff(prepend=torch.zeros(1, dtype=torch.int64)) for batch in batches[WARM:]]
     seen = sum(int((length**2).sum()) for length in lengths)
     attention = 6 * shape.layers * shape.heads * shape.head_dim * seen
-    dense = 6 * model.parameters_count * train.batch_tokens * (len(batches) - WARM)
-    return (dense + attention) / spent_s / peak_flops(devices.device)
+    tokens = train.batch_tokens * (len(batches) - WARM)
+    flops = 6 * model.parameters_count * tokens + attention
+    return Utilisation(model.parameters_count, tokens / spent_s, flops / spent_s / peak_flops(devices.device))
 
 
 def peak_flops(device: torch.device) -> float:

@@ -10,7 +10,9 @@ from arc_solver import bench
 from arc_solver.bench_field import read_samples
 from arc_solver.bench_schedule import overhead_s
 from arc_solver.bench_train import BF16, KEPT, MAX_TOKENS, SAMPLES, _packed, flop_utilisation, make_samples
+from arc_solver.config import FormatConfig
 from arc_solver.encode import PAD
+from arc_solver.model import new_model
 
 
 def test_rows_have_one_form(monkeypatch, capsys):
@@ -51,4 +53,6 @@ def test_the_overhead_of_a_task_is_measured():
 
 def test_flop_utilisation_is_a_share():
     small = BF16.model_copy(update={"batch_tokens": 4096, "compile": "no"})
-    assert 0 < flop_utilisation(TOY, small, steps=1, device="cpu") < 1
+    found = flop_utilisation(TOY, small, steps=1, device="cpu")
+    assert 0 < found.share < 1
+    assert found.tokens_per_s > 0 and found.parameters == new_model(TOY, FormatConfig(), seed=0).parameters_count
