@@ -277,7 +277,8 @@ def _be_quiet(_: int) -> None:
     import signal
 
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
+    for name in (signal.SIGINT, signal.SIGTERM):  # the main process's to handle, also where a whole group gets them
+        signal.signal(name, signal.SIG_IGN)
     if sys.platform == "linux":  # a killed main process leaves no worker behind
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)

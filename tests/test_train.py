@@ -324,15 +324,22 @@ def test_validation_that_takes_too_much_of_the_time_is_left_out(ticking, tmp_pat
     assert "no validation: it would take" in shown and "no time to measure the validation loss at the end" in shown
 
 
-def test_an_interrupted_run_saves_a_checkpoint_after_its_step(tmp_path):
-    config = small(train={"steps": 60, "checkpoint_every": 1000}, validation={"every": 1000})
+@pytest.mark.parametrize("whole_group", [False, True])
+def test_an_interrupted_run_saves_a_checkpoint_after_its_step(whole_group, tmp_path):
+    """Ctrl-C, or a SIGTERM that a scheduler sends to all processes of a job."""
+    config = small(
+        train={"steps": 60, "checkpoint_every": 1000, "loader_workers": int(whole_group)}, validation={"every": 1000}
+    )
     train(config, tmp_path / "whole")
     command = train_command(write_config(config, tmp_path), tmp_path / "cut")
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     while len(log_lines(tmp_path / "cut")) < 2:
         assert process.poll() is None
         time.sleep(0.001)
-    process.send_signal(signal.SIGINT)
+    if whole_group:
+        os.killpg(process.pid, signal.SIGTERM)
+    else:
+        process.send_signal(signal.SIGINT)
     said = process.communicate()[1]
     assert process.returncode == 1 and "Traceback" not in said
     saved = latest_checkpoint(tmp_path / "cut")
