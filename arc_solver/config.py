@@ -157,6 +157,8 @@ class ModelConfig(Section):
     # The base's linear layers in 8 or 4 bit while tasks are solved, for models that have no room else: the extra
     # `quantize`. Adapters are not quantised. "" = 16 or 32 bit, as the machine multiplies
     quantize: Quantize = ""
+    # bin/train: layers that are added to the model in `path`, without a change of what it computes; see deepen.py.
+    deepen: NonNegativeInt = 0
     layers: PositiveInt = 5
     width: PositiveInt = 256
     heads: PositiveInt = 4
@@ -169,6 +171,8 @@ class ModelConfig(Section):
     def _check(self) -> "ModelConfig":
         if self.heads % self.kv_heads or self.head_dim % 2:
             raise ValueError("heads must be a multiple of kv_heads, and head_dim even")
+        if self.deepen and not self.path:
+            raise ValueError("model.deepen adds layers to a trained model: give its folder as model.path")
         return self
 
 
@@ -492,6 +496,8 @@ class Config(Section):
                 raise ValueError(f"train.{key} is one for all stages: set it in [train]")
         if self.lora.enabled and any(stage.train.optimizer == "muon" for stage in self.stages):
             raise ValueError('lora.enabled needs train.optimizer="adamw": Muon is for whole weight matrices')
+        if self.model.deepen and self.lora.enabled:
+            raise ValueError("model.deepen is for training whole weights: leave it out with lora.enabled")
         if self.train.ema and (self.lora.enabled or self.train.parallel == "fsdp"):
             raise ValueError("train.ema is for whole weights: leave it out with lora.enabled and with FSDP")
         for before, stage in zip(self.stages, self.stages[1:], strict=False):

@@ -29,9 +29,7 @@ def model_card(about: Mapping[str, Any]) -> str:
         ("parameters", f"{about['parameters']:,}"),
         ("tokens seen", f"{tokens:,}, in {len(runs)} run{'s' * (len(runs) > 1)}"),
         ("time", f"{minutes:,.0f} minutes"),
-        ("machines", ", ".join(dict.fromkeys(run["machine"] for run in runs))),
-        ("commits", ", ".join(dict.fromkeys(run["commit"] or "unknown" for run in runs))),
-        ("seeds", ", ".join(str(run["seed"]) for run in runs)),
+        *((f"{name}s", _listed(runs, name)) for name in ("machine", "commit", "seed")),
         ("leak audit", about["leak_audit"]),
         ("validation loss", "not measured" if (loss := about["validation_loss"]) is None else f"{loss} nats a token"),
     ]
@@ -58,12 +56,17 @@ def model_card(about: Mapping[str, Any]) -> str:
     )
 
 
+def _listed(runs: list[Mapping[str, Any]], name: str) -> str:
+    """What the runs say, first to last, each thing once; older versions did not note all of it."""
+    return ", ".join(dict.fromkeys(str(run.get(name, "")) or "unknown" for run in runs))
+
+
 def _source_rows(runs: list[Mapping[str, Any]]) -> list[str]:
     """A row for each source, with the samples and tokens of all runs; tasks, licence and digest are the last run's."""
     sums: dict[str, Counter[str]] = {}
     latest: dict[str, Mapping[str, Any]] = {}
     for run in runs:
-        for label, source in run["sources"].items():
+        for label, source in run.get("sources", {}).items():
             sums.setdefault(label, Counter()).update({name: source[name] for name in ("samples", "tokens")})
             latest[label] = source
     return [
