@@ -13,7 +13,7 @@ CARRIED = ("tokens", "steps", "minutes", "sources", "seed", "machine", "commit")
 
 
 def earlier_runs(path: str) -> list[dict[str, Any]]:
-    """The runs that made the weights in `model.path`, first to last; empty where that is not known."""
+    """The runs that made the weights or the adapter in a folder, first to last; empty where that is not known."""
     file = Path(path) / TRAINING_FILE
     if not path or not file.is_file():
         return []

@@ -116,9 +116,17 @@ class Run:
         """See `checkpoints.save_checkpoint`."""
         with self.clock.measuring("checkpoint"), telling(self.console, "saving a checkpoint"):
             self.progress.spent_s = self.clock.now_s()
-            lora, base_dir = self.start.lora, self.start.base_dir
-            states = (optimizers, self.average, self.progress)
-            save_checkpoint(self.out_dir, self.devices, self.model, lora, base_dir, *states, name)
+            save_checkpoint(
+                self.out_dir,
+                self.devices,
+                self.model,
+                self.start.lora,
+                self.start.base_dir,
+                optimizers,
+                self.average,
+                self.progress,
+                name,
+            )
 
     def validate(self, answers: bool, then: tuple[str, ...] | None = None) -> dict[str, float]:
         """What validation measures now, as far as there is time for it and for what follows; see `RunClock.has_room`.

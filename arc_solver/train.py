@@ -103,9 +103,20 @@ def train(
         module = devices.share(start.model.lm)
         begin()
         interrupts = Interrupts(alone=devices.processes == 1)
-        average = averaged(start.model.lm, config.train.ema)
-        parts = (devices, corpus, start, module, progress, clock, validation, console, interrupts, average)
-        run = Run(config, out_dir, *parts)
+        run = Run(
+            config,
+            out_dir,
+            devices,
+            corpus,
+            start,
+            module,
+            progress,
+            clock,
+            validation,
+            console,
+            interrupts,
+            averaged(start.model.lm, config.train.ema),
+        )
         expect_end(run, plan, entered - began)
         _train_stages(run, plan, checkpoint)
         with telling(console, "saving the results"):
@@ -267,8 +278,7 @@ def _train_stage(
         log.step(stage.name, step, {} if ending else _validated(run))
         ending = ending or (interrupts.asked and devices.processes == 1)  # while it was validated
         if train.keep_before_decay and train.schedule == "wsd" and before == 1.0 > step.rate:
-            run.save_checkpoint(optimizers, BEFORE_DECAY)
-            write_json(run.out_dir / BEFORE_DECAY / "model" / TRAINING_FILE, describe(run))
+            _keep_before_decay(run, optimizers)
         before = step.rate
         if ending or _checkpoint_is_due(run, train):
             run.save_checkpoint(optimizers)
@@ -285,6 +295,20 @@ def _train_stage(
         scaler=devices.scaler,
         after_step=after_step,
     )
+
+
+def _keep_before_decay(run: Run, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Saves what another run can go on from. A run that was killed and passes here once more has it already."""
+    folder = run.out_dir / BEFORE_DECAY
+    file = folder / ("adapter" if run.start.lora else "model") / TRAINING_FILE
+    if run.devices.agreed(float(file.exists())):
+        return
+    if run.devices.main:  # what a kill left of it
+        shutil.rmtree(folder, ignore_errors=True)
+    run.devices.wait()
+    run.save_checkpoint(optimizers, BEFORE_DECAY)
+    if run.devices.main:
+        write_json(file, describe(run))
 
 
 def _announcement(choice: Compiling, pace: Pace) -> str:

@@ -217,7 +217,7 @@ def describe(run: Run) -> dict[str, Any]:
         "torch": torch.__version__,
         "arc_solver": __version__,
         "config": run.config.model_dump(mode="json", exclude_defaults=True),
-        "earlier": earlier_runs(run.config.model.path),
+        "earlier": earlier_runs(run.config.model.adapter or run.config.model.path),
     }
 
 

@@ -172,6 +172,15 @@ def test_what_is_kept_from_before_the_decay_can_be_continued(tmp_path):
     assert f"| counting | {len(COUNTING_TASKS)} | {counting:,} |" in card
 
 
+def test_an_adapter_is_kept_from_before_the_decay_too(qwen, tmp_path):
+    train(lora_config(qwen, train={"schedule": "wsd", "decay": 0.5, "keep_before_decay": True}), tmp_path / "a")
+    kept = tmp_path / "a" / "before-decay" / "adapter"
+    base = {"path": str(tmp_path / "a" / "base"), "adapter": str(kept)}
+    train(lora_config(qwen, model=base), tmp_path / "b")
+    (earlier,) = json.loads((tmp_path / "b" / "model" / "training.json").read_text())["earlier"]
+    assert earlier["steps"] == json.loads((kept.parent / "progress.json").read_text())["total_steps"] < 6
+
+
 def test_an_optimizer_state_that_does_not_fit_is_refused(tmp_path):
     train(small(), tmp_path / "a")
     stages = [{"name": "more", "start": "weights+optimizer"}]
