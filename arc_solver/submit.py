@@ -32,7 +32,7 @@ from .leaks import leak_audit, read_training_data
 from .push import Pusher, State, TimedOut, Waiting
 from .rehearsal import Failed, Layout, Terms, competition_files, rehearse
 from .replica import NEEDED, image_python
-from .tasks import TaskSet, load_tasks, smallest
+from .tasks import TaskSet, load_tasks
 
 RELEASES = Path("runs/submit")
 STEPS = ("build", "check", "dry-run", "push", "submit")
@@ -199,16 +199,15 @@ def _rehearse_once(
         audit = str(leak_audit(trained_on, found)) if trained_on else "no leak audit: the model does not say"
         solved = f"{ran.score.outputs_solved} of {ran.score.outputs} test outputs solved in this time"
         say(f"{solved}: {spec}, seed {config.run.seed}; {audit}")
-        done |= {"score": ran.score.to_json(), "seed": config.run.seed, "audit": audit}
+        done |= {"score": ran.score.to_json(), "data": found.data, "seed": config.run.seed, "audit": audit}
     return done
 
 
 def _some(spec: str, count: int) -> TaskSet:
-    found = load_tasks(TasksConfig(spec=spec))
+    found = load_tasks(TasksConfig(spec=spec, limit=count))
     if count > len(found.tasks):
         raise UserError(f"--rehearse is at most {len(found.tasks)}, as many tasks as {spec} has")
-    tasks = tuple(smallest(found.tasks, count))
-    return TaskSet(found.name, tasks, {task.id: found.solutions[task.id] for task in tasks})
+    return found
 
 
 def _push(release: Release, config: Config, args: Any, say: Say) -> dict[str, Any]:
