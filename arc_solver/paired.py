@@ -23,6 +23,10 @@ class Difference:
     interval: tuple[float, float]  # 95%, of won - lost
     p: float  # of a sign test: how often chance alone splits the outputs so unevenly
 
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{self.won - self.lost:+d} ({low:+.0f} to {high:+.0f})"
+
 
 def difference(ours: Outputs, other: Outputs) -> Difference:
     """Compares what two rules, models or settings solve of the same outputs, in one run or several.

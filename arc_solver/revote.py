@@ -221,9 +221,7 @@ def _totals(outputs: Outputs) -> tuple[str, str, str]:
 
 def _against(ours: Outputs, other: Outputs) -> tuple[str, ...]:
     found = difference(ours, other)
-    low, high = found.interval
-    change = f"{found.won - found.lost:+d} ({low:+.0f} to {high:+.0f})"
-    return change, str(found.won), str(found.lost), f"{found.p:.2g}"
+    return str(found), str(found.won), str(found.lost), f"{found.p:.2g}"
 
 
 def _title(runs: Sequence[SavedRun], tasks: int) -> Text:

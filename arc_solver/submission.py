@@ -302,7 +302,6 @@ def _compare(ours: Sequence[Path], others: Sequence[Path], found: TaskSet, as_js
         for files in (ours, others)
     ]
     change = difference(*outputs)
-    low, high = change.interval
     shares = [sum(map(sum, part.values())) / sum(map(len, part.values())) for part in outputs]
     if as_json:
         print(json.dumps({"shares_of_outputs": shares, **asdict(change), "tasks": len(found.solutions)}))
@@ -310,10 +309,7 @@ def _compare(ours: Sequence[Path], others: Sequence[Path], found: TaskSet, as_js
     table = Table(title=f"{len(found.solutions)} tasks, {len(ours)} runs of each", show_header=False)
     table.add_row("share of outputs", f"{shares[0]:.1%} against {shares[1]:.1%}")
     table.add_row("solved by these only, by the others only", f"{change.won}, {change.lost}")
-    table.add_row(
-        "difference in outputs, paired bootstrap over tasks, 95%",
-        f"{change.won - change.lost:+d} ({low:+.0f} to {high:+.0f})",
-    )
+    table.add_row("difference in outputs, paired bootstrap over tasks, 95%", str(change))
     table.add_row("p of a sign test", f"{change.p:.2g}")
     Console().print(table)
     return 0

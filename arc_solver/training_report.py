@@ -224,8 +224,9 @@ def describe(run: Run) -> dict[str, Any]:
 def _about_source(run: Run, label: str) -> dict[str, Any]:
     """What a source is: how many tasks of it are trained on, its licence, and the digest of its file."""
     source = next(source for mixture in run.corpus.mixtures for source in mixture if source.config.label == label)
-    file = Path(source.config.path)
-    digest = sha256(file) if source.config.path and file.is_file() else None
+    file, digest = Path(source.config.path), source.config.sha256 or None  # which was checked when it was read
+    if not digest and source.config.path and file.is_file():
+        digest = sha256(file)
     return {"tasks": len(source.tasks), "licence": source.config.licence or None, "sha256": digest}
 
 
