@@ -5,11 +5,14 @@ workers, processes or what ran before. So a run resumes at any step at once, and
 batches, none of them twice.
 """
 
+import atexit
 import ctypes
 import pickle
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -257,7 +260,10 @@ def batches(
         num_workers=workers,
         worker_init_fn=_be_quiet,
     )
-    groups = map(_received, loader)
+    loaded = iter(loader)
+    atexit.register(_end_workers, weakref.ref(loaded))
+    groups = map(_received, loaded)
+    del loaded  # with the last reference, which `groups` has, its workers end
     skipped = first_step % GROUP
     while True:
         lanes = [next(groups) for _ in mine]
@@ -271,6 +277,12 @@ def _received(sent: bytes) -> list[Batch]:
     if isinstance(found, UserError):
         raise found
     return found
+
+
+def _end_workers(loaded: "weakref.ref[Any]") -> None:
+    """They ignore the SIGTERM with which multiprocessing ends what is left at exit, and it would wait without end."""
+    if (still := loaded()) is not None and hasattr(still, "_shutdown_workers"):  # which one without workers lacks
+        still._shutdown_workers()
 
 
 def _be_quiet(_: int) -> None:

@@ -464,6 +464,21 @@ def test_what_a_worker_refuses_is_one_sentence(small):
     assert "\n" not in str(caught.value)
 
 
+def test_a_process_ends_though_its_loader_is_still_held():
+    """As a traceback may hold it. Workers ignore the SIGTERM that multiprocessing ends what is left with."""
+    code = (
+        "import multiprocessing; from arc_solver.config import *\n"
+        "from arc_solver.sources import read_source; from arc_solver.stream import *\n"
+        "counting = read_source(SourceConfig(kind='counting'))\n"
+        "packed = BatchStream(SampleStream([counting], CorpusConfig(), FormatConfig(), 0), 2048)\n"
+        "sys.held = batches(packed, 0, workers=2)\n"
+        "next(sys.held)\n"
+        "print(len(multiprocessing.active_children()))"
+    )
+    ran = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=300)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "2\n", "")
+
+
 def fork_workers() -> None:
     multiprocessing.set_start_method("fork", force=True)
 
