@@ -22,15 +22,16 @@ from .bench_schedule import TASKS, overhead_s
 from .bench_solve import RANDOM_TASKS, RANDOM_VIEWS, SCORE_TASKS, SETTINGS, large_tasks, random_model
 from .bench_solve import compare as compare_solving
 from .bench_train import BF16, QWEN_05B, compare, flop_utilisation
-from .config import CorpusConfig, FormatConfig, ModelConfig, Parser, TrainConfig, UserError, run_main
+from .config import CorpusConfig, FormatConfig, ModelConfig, Parser, TrainConfig, UserError, named_rng, run_main
 from .files import commit
 from .model import pick_device, precision_of
-from .sources import read_source
+from .sources import PairMaker, read_source
 from .stream import SampleStream
 from .tasks import TasksConfig, TaskSet, load_tasks
 from .training_report import cpu_name
 
 MEASURED_S = 5.0  # how long a speed is measured
+DRAWS, PAIRS = 40, 4  # pairs of each rule that are timed, and of each task among them
 SMALL_SHAPES = (
     ModelConfig(),
     ModelConfig(layers=8),
@@ -48,7 +49,10 @@ class Row:
 
 
 def bench_stream() -> list[Row]:
-    """Tokens a second that one core feeds: drawing, augmenting and encoding samples; then with live RE-ARC too."""
+    """Tokens a second that one core feeds: drawing, augmenting and encoding samples; then with live RE-ARC too.
+
+    Then what a RE-ARC pair takes: of all rules, and of the slowest.
+    """
     torch.set_num_threads(1)
     rows = []
     live, files = (read_source(source) for source in CorpusConfig().sources)
@@ -62,7 +66,21 @@ def bench_stream() -> list[Row]:
             if (elapsed := time.perf_counter() - start) > MEASURED_S:
                 break
         rows.append(Row(name, round(tokens / elapsed), None, None, "tokens/s per core"))
+    means = {rule: _mean_draw_ms(maker) for rule, maker in live.tasks.items()}
+    slowest = max(means, key=means.__getitem__)
+    rows.append(Row("a live RE-ARC pair", sum(means.values()) / len(means), None, None, "ms"))
+    rows.append(Row(f"a pair of the slowest rule, {slowest}", means[slowest], None, None, "ms"))
     return rows
+
+
+def _mean_draw_ms(maker: PairMaker) -> float:
+    """CPU time of a pair, over `DRAWS` that are drawn a task's worth at a time."""
+    rng = named_rng(0, "bench")
+    maker(rng, 1)  # imports and first calls are not measured
+    start = time.process_time()
+    for _ in range(DRAWS // PAIRS):
+        maker(rng, PAIRS)
+    return 1000 * (time.process_time() - start) / (DRAWS // PAIRS * PAIRS)
 
 
 def bench_train() -> list[Row]:

@@ -237,7 +237,8 @@ def main(arguments: list[str]) -> int:
     parser = Parser(prog="bin/score", description="Validate and score a submission.")
     parser.add_argument("submission", type=Path, nargs="+", help="submission.json; several only with --against")
     add_task_arguments(parser, required=True)
-    parser.add_argument(
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument(
         "--against",
         type=Path,
         nargs="+",
@@ -245,7 +246,7 @@ def main(arguments: list[str]) -> int:
         metavar="OTHER",
         help="submissions for the same tasks, as many: what the first solve beside these, with an interval",
     )
-    parser.add_argument("--validate", action="store_true", help="only say whether it is whole; needs no solutions")
+    either.add_argument("--validate", action="store_true", help="only say whether it is whole; needs no solutions")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     args = parser.parse_args(arguments)
     if len(args.submission) != (len(args.against) or 1):

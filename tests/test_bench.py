@@ -17,6 +17,7 @@ from arc_solver.model import new_model
 
 def test_rows_have_one_form(monkeypatch, capsys):
     monkeypatch.setattr(bench, "MEASURED_S", 0.05)
+    monkeypatch.setattr(bench, "DRAWS", bench.PAIRS)
     assert bench.main(["stream", "--json"]) == 0
     content = json.loads(capsys.readouterr().out)
     assert set(content) == {"rows", "machine", "precision", "commit"}

@@ -215,3 +215,5 @@ def test_bin_score_compares_submissions_pair_by_pair(tmp_path, capsys):
     for files in ([*ours, "--against", others[0]], ours):
         with pytest.raises(UserError, match="give one, or as many of both"):
             main([*files, *words])
+    with pytest.raises(UserError, match="--validate: not allowed with argument --against"):
+        main([*ours, "--against", *others, *words, "--validate"])
