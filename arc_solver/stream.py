@@ -261,15 +261,28 @@ def batches(
         worker_init_fn=_be_quiet,
     )
     loaded = iter(loader)
-    atexit.register(_end_workers, weakref.ref(loaded))
-    groups = map(_received, loaded)
-    del loaded  # with the last reference, which `groups` has, its workers end
+    atexit.register(_end_workers, weakref.ref(loaded))  # where this is held until then
     skipped = first_step % GROUP
-    while True:
-        lanes = [next(groups) for _ in mine]
-        for i in range(skipped, GROUP):
-            yield [lane[i] for lane in lanes]
-        skipped = 0
+    try:
+        while True:
+            lanes = [_received(next(loaded)) for _ in mine]
+            for i in range(skipped, GROUP):
+                yield [lane[i] for lane in lanes]
+            skipped = 0
+    finally:
+        _end_workers(weakref.ref(loaded))
+
+
+def _end_workers(loaded: "weakref.ref[Any]") -> None:
+    """For certain. PyTorch asks them through queues, which are gone where this is found by the garbage collector.
+
+    Then it sends SIGTERM, as multiprocessing does at exit, which they ignore; and multiprocessing waits without end.
+    """
+    if (still := loaded()) is not None and hasattr(still, "_workers"):  # which one without workers lacks
+        still._shutdown_workers()
+        for worker in still._workers:
+            worker.kill()
+            worker.join()
 
 
 def _received(sent: bytes) -> list[Batch]:
@@ -277,12 +290,6 @@ def _received(sent: bytes) -> list[Batch]:
     if isinstance(found, UserError):
         raise found
     return found
-
-
-def _end_workers(loaded: "weakref.ref[Any]") -> None:
-    """They ignore the SIGTERM with which multiprocessing ends what is left at exit, and it would wait without end."""
-    if (still := loaded()) is not None and hasattr(still, "_shutdown_workers"):  # which one without workers lacks
-        still._shutdown_workers()
 
 
 def _be_quiet(_: int) -> None:

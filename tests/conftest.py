@@ -1,6 +1,8 @@
+import gc
 import json
+import multiprocessing
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -28,11 +30,29 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# The longest first: a file is one process's, and at the end no other could help with it.
+LONGEST = ("runs", "train", "dry_run", "rehearsal", "solve", "devices", "memory", "soak", "executors")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {f"test_{name}": i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("vllm") and not find_spec("vllm"):
         pytest.skip("needs vLLM: bin/test --all runs it in an environment of its own")
     if item.get_closest_marker("transformers4") and not TRANSFORMERS_4.exists():
         pytest.skip("needs transformers 4 in an environment of its own, which bin/test --all makes")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_running() -> Iterator[None]:
+    """A process that a test leaves is waited for when all have run, maybe without end."""
+    yield
+    if multiprocessing.active_children():
+        gc.collect()  # a loader that the traceback of an expected error held
+    assert not multiprocessing.active_children()
 
 
 def random_grid(rng: np.random.Generator, largest: int = 30) -> Grid:

@@ -171,7 +171,7 @@ def refuses(said: str, folder: Path, base_dir: Path) -> None:
             start_model(load_config(None, words), nothing, Path("none"), None, nothing, nothing, nothing)
 
 
-@pytest.mark.parametrize(("settings", "said"), REFUSED, ids=str)
+@pytest.mark.parametrize(("settings", "said"), REFUSED, ids=[", ".join(settings) for settings, _ in REFUSED])
 def test_what_would_give_other_numbers_is_refused_by_name(settings, said, base_dir, tmp_path):
     make_adapter(tmp_path, base_dir, lora_config(settings))
     refuses(said, tmp_path, base_dir)

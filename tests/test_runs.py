@@ -21,7 +21,7 @@ from arc_solver.tasks import Task, TasksConfig, load_tasks, same_grid, smallest
 
 HERE = Path(__file__).parent
 QUICK = ["adapt.steps=20", "adapt.rank=4", "predict.views=8", "run.show=0"]
-KILLS = 20
+KILLS = int(os.environ.get("ARC_SOLVER_KILLS", "6"))
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """Draws, packed batches and the loader, from files that are written here and from the default mixture."""
 
+import gc
 import json
 import multiprocessing
 import os
@@ -477,6 +478,19 @@ def test_a_process_ends_though_its_loader_is_still_held():
     )
     ran = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=300)
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "2\n", "")
+
+
+def test_a_loader_that_the_garbage_collector_finds_leaves_no_worker(packed, monkeypatch):
+    """As in a traceback that refers to itself: by then its queues are gone."""
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)  # seconds that PyTorch waits for each
+    source = batches(packed, 0, workers=2)
+    next(source)
+    assert len(multiprocessing.active_children()) == 2
+    cycle: list[Any] = [source]
+    cycle.append(cycle)
+    del source, cycle
+    gc.collect()
+    assert not multiprocessing.active_children()
 
 
 def fork_workers() -> None:
