@@ -108,8 +108,9 @@ def bench_scratch() -> list[Row]:
     rows = []
     for shape in SMALL_SHAPES:
         found = flop_utilisation(shape, train, steps=10, device=str(device))
-        name = f"{shape.layers} layers of {shape.width}, {found.parameters / 1e6:.1f} million parameters"
-        rows.append(Row(name, round(found.tokens_per_s), None, None, f"tokens/s, {found.share:.0%} of the peak"))
+        name = f"{found.parameters / 1e6:.1f}M_parameters"
+        rows.append(Row(name, round(found.tokens_per_s), None, None, f"tokens/s, {shape.layers} x {shape.width}"))
+        rows.append(Row(f"{name}_share", round(found.share, 3), None, None, "of the device's peak"))
     return rows
 
 

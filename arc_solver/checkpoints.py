@@ -3,7 +3,7 @@
 checkpoints/step-0001000/model/ or adapter/    the weights, or the adapter that is trained instead
                          optimizers.pt         their states by parameter name, the loss scale of fp16, the average
                          progress.json         where the run stands
-before-decay/                                  the same, if asked for, of the step before the learning rate fell
+before-decay/                                  the same, if asked for, after the first step of the decay
 """
 
 import json
@@ -38,6 +38,7 @@ class Progress:
     spent_s: float = 0.0
     stage_began_s: float = 0.0
     counted_from_s: float = 0.0  # the stage's schedule counts seconds from there on; see `optimize.Pace`
+    rate: float = 0.0  # share of the peak learning rate in the stage's last step
     loss: float = math.nan  # training loss, averaged over about 20 steps
     validation_loss: float = math.nan
     accuracy: float = math.nan
@@ -131,7 +132,7 @@ def load_states(
     """
     file = checkpoint / "optimizers.pt"
     try:
-        states = torch.load(file, weights_only=True)
+        states = torch.load(file, map_location="cpu", weights_only=True)
         optimizer_states = states["optimizers"]
     except Exception as error:  # a missing, cut or foreign file
         raise UserError(f"the optimizer state in {file} cannot be read: {first_line(error)}") from None

@@ -15,6 +15,7 @@ import os
 import re
 import sys
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, get_args
@@ -157,8 +158,6 @@ class ModelConfig(Section):
     # The base's linear layers in 8 or 4 bit while tasks are solved, for models that have no room else: the extra
     # `quantize`. Adapters are not quantised. "" = 16 or 32 bit, as the machine multiplies
     quantize: Quantize = ""
-    # bin/train: layers that are added to the model in `path`, without a change of what it computes; see deepen.py.
-    deepen: NonNegativeInt = 0
     layers: PositiveInt = 5
     width: PositiveInt = 256
     heads: PositiveInt = 4
@@ -171,8 +170,6 @@ class ModelConfig(Section):
     def _check(self) -> "ModelConfig":
         if self.heads % self.kv_heads or self.head_dim % 2:
             raise ValueError("heads must be a multiple of kv_heads, and head_dim even")
-        if self.deepen and not self.path:
-            raise ValueError("model.deepen adds layers to a trained model: give its folder as model.path")
         return self
 
 
@@ -247,8 +244,8 @@ class SourceConfig(Section):
 
 class CorpusConfig(Section):
     sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)] = (
-        SourceConfig(kind="re-arc", weight=0.8),
-        SourceConfig(kind="tasks", path="arc-agi-1/training", weight=0.2),
+        SourceConfig(kind="re-arc", weight=0.8, licence="MIT"),
+        SourceConfig(kind="tasks", path="arc-agi-1/training", weight=0.2, licence="Apache-2.0"),
     )
     pairs: tuple[PositiveInt, PositiveInt] = (3, 6)  # pairs in a sample, drawn uniformly
     max_tokens: PositiveInt = 1024  # longest sample
@@ -324,8 +321,8 @@ class TrainConfig(OptimConfig):
     checkpoint_every: PositiveInt = 250  # steps
     # Decay of an exponential moving average of the weights, of all stages, which is what the run leaves; 0 = none.
     ema: Beta = 0.0
-    # Whether the weights and the optimizer are kept as they are when "wsd" begins to decay, in DIR/before-decay:
-    # what adapts better is not certain, and another run can go on from there.
+    # Whether the weights and the optimizer are kept as they are when "wsd" begins to decay, in DIR/before-decay, so
+    # that another run can go on from there. Of several stages with that schedule, the last one's stay.
     keep_before_decay: bool = False
     labels: Literal["all-but-first", "last", "all"] = "all-but-first"  # the outputs that are learnt
 
@@ -491,13 +488,16 @@ class Config(Section):
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise ValueError(f"two stages have the same name: {', '.join(names)}")
+        origins = {(source.label, source.kind, source.path) for stage in self.stages for source in stage.corpus.sources}
+        if twice := [label for label, count in Counter(label for label, *_ in origins).items() if count > 1]:
+            raise ValueError(f"sources of two stages have the name '{twice[0]}' and are not the same: rename one")
         for key in ("precision", "checkpointing", "parallel", "ema"):
             if any(getattr(stage.train, key) != getattr(self.train, key) for stage in self.stages):
                 raise ValueError(f"train.{key} is one for all stages: set it in [train]")
         if self.lora.enabled and any(stage.train.optimizer == "muon" for stage in self.stages):
             raise ValueError('lora.enabled needs train.optimizer="adamw": Muon is for whole weight matrices')
-        if self.model.deepen and self.lora.enabled:
-            raise ValueError("model.deepen is for training whole weights: leave it out with lora.enabled")
+        if any(stage.train.keep_before_decay and stage.train.schedule != "wsd" for stage in self.stages):
+            raise ValueError('train.keep_before_decay is for train.schedule="wsd", which stays before it decays')
         if self.train.ema and (self.lora.enabled or self.train.parallel == "fsdp"):
             raise ValueError("train.ema is for whole weights: leave it out with lora.enabled and with FSDP")
         for before, stage in zip(self.stages, self.stages[1:], strict=False):
@@ -618,6 +618,8 @@ def task_overrides(args: argparse.Namespace) -> list[str]:
     for option, count in (("--limit", args.limit), ("--sample", args.sample)):
         if count is not None and count < 1:
             raise UserError(f"{option} is at least 1, got {count}; leave it out for all tasks")
+    if args.sample_seed is not None and args.sample is None:
+        raise UserError("--sample-seed is of the draw that --sample N makes: give that too, or leave it out")
     ids = None if args.ids is None else [i.strip() for i in args.ids.split(",")]
     given = {
         "spec": args.tasks,

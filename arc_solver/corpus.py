@@ -23,6 +23,7 @@ class Corpus:
     partition: "Partition"
     trained_on: TrainingData  # of all stages
     overlaps: tuple[Overlap, ...]  # training tasks that the audit found, and that were left out or allowed
+    unsolved: int = 0  # tasks to be scored on whose test outputs the audit could not compare with
 
 
 def make_corpus(config: Config) -> Corpus:
@@ -36,7 +37,7 @@ def make_corpus(config: Config) -> Corpus:
     configs = dict.fromkeys(source for stage in config.stages for source in stage.corpus.sources)
     sources = {source: read_source(source).without(kept_out) for source in configs}
     keys = {source: known_keys(sources[source]) for source in configs}
-    scored = [load_tasks(TasksConfig(spec=spec)) for spec in config.audit.scored_on]
+    scored = [_scored_on(spec) for spec in config.audit.scored_on]
     overlaps = find_overlaps(keys, [*scored, partition.validation])
     if overlaps and config.audit.overlap == "refuse":
         raise UserError(_refusal(overlaps, config))
@@ -48,7 +49,15 @@ def make_corpus(config: Config) -> Corpus:
             sources[source] = sources[source].without(found)
             keys[source] = {i: known for i, known in keys[source].items() if i not in found}
     mixtures = tuple(tuple(sources[source] for source in stage.corpus.sources) for stage in config.stages)
-    return Corpus(mixtures, partition, training_data(keys), tuple(overlaps))
+    unsolved = sum(task.id not in found.solutions for found in scored for task in found.tasks)
+    return Corpus(mixtures, partition, training_data(keys), tuple(overlaps), unsolved)
+
+
+def _scored_on(spec: str) -> TaskSet:
+    try:
+        return load_tasks(TasksConfig(spec=spec))
+    except UserError as error:
+        raise UserError(f"audit.scored_on: {error} (docs/data.md says how the files in data/ are made)") from None
 
 
 def _refusal(overlaps: Sequence[Overlap], config: Config) -> str:

@@ -33,7 +33,7 @@ from .candidates import STAGES, Predictions
 from .config import Config, MachineError, UserError, first_line, load_config
 from .files import commit, lock, write_json, write_whole
 from .revote import parse_predictions
-from .submission import blank_submission, candidate_grids, solved, write_submission
+from .submission import blank_submission, candidate_grids, first_attempts, solved, write_submission
 from .tasks import Attempts, Task, TaskSet, challenge, read_json
 from .vote import rank, vote
 
@@ -107,7 +107,8 @@ class Standing:
     adapted: bool
     fallback: str | None
     agreement: float  # share of the views that gave the first attempt; of several test inputs, the least
-    seconds: float  # of one worker, adaptation and asking, in this stage and those before it
+    earlier_s: float  # of one worker, adaptation and asking, in the stages before
+    seconds: float  # and in this one too
     first: list[bool] | None  # whether the first attempt solves each test output; None: not known
     solved: list[bool] | None  # whether one of both does
     covered: list[bool] | None  # whether the right answer is among the candidates
@@ -156,7 +157,9 @@ class Journal:
         """Writes a task's result, once and for all. The submission follows: see `follow`."""
         self._write(self.run_dir / stage / f"{result.task_id}.json", result.to_json())
         task, before = self.tasks[result.task_id], self.standings.get(result.task_id)
-        earlier_s = before.seconds if before and before.stage != stage else 0.0
+        earlier_s = 0.0
+        if before:
+            earlier_s = before.earlier_s if before.stage == stage else before.seconds
         standing = _judged(task, self.found, self.config, stage, result, earlier_s)
         self._stand(task.id, standing)
         return standing
@@ -395,8 +398,9 @@ def _judged(task: Task, found: TaskSet, config: Config, stage: str, result: Resu
         result.adaptation is not None,
         result.fallback,
         min(_agreement(predictions, task, test, config) for test in range(len(task.test))),
+        earlier_s,
         earlier_s + result.seconds,
-        solved({task.id: [both[:1] for both in attempts]}, solutions).get(task.id),
+        solved({task.id: first_attempts(attempts)}, solutions).get(task.id),
         solved({task.id: attempts}, solutions).get(task.id),
         solved(candidate_grids({task.id: predictions}, solutions), solutions).get(task.id),
     )

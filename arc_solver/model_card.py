@@ -9,35 +9,42 @@ from typing import Any
 from .leaks import DATA_FILE
 
 TRAINING_FILE = "training.json"  # the figures of a run, beside the weights that it left
-CARRIED = ("tokens", "steps", "minutes", "sources", "seed", "machine", "commit")  # of an earlier run, into a later one
+# Of an earlier run, into a later one:
+CARRIED = ("began_with", "tokens", "steps", "minutes", "sources", "leak_audit", "seed", "machine", "commit")
 
 
 def earlier_runs(path: str) -> list[dict[str, Any]]:
-    """The runs that made the weights or the adapter in a folder, first to last; empty where that is not known."""
+    """The runs that made the weights or the adapter in a folder, first to last; empty where nothing of ours says so."""
     file = Path(path) / TRAINING_FILE
     if not path or not file.is_file():
         return []
-    about = json.loads(file.read_text())
+    try:
+        about = json.loads(file.read_text())
+    except ValueError:
+        return []
+    if not isinstance(about, dict) or not {"tokens", "steps", "minutes"} <= about.keys():
+        return []
     return [*about.get("earlier", []), {name: about[name] for name in CARRIED if name in about}]
 
 
-def model_card(about: Mapping[str, Any]) -> str:
+def model_card(about: Mapping[str, Any], kind: str = "causal language model") -> str:
     """The card in Markdown, of the figures of `training_report.describe`."""
-    runs = [*about["earlier"], about]
+    runs: list[Mapping[str, Any]] = [*about["earlier"], about]
     tokens, minutes = (sum(run[name] for run in runs) for name in ("tokens", "minutes"))
     rows = [
         ("parameters", f"{about['parameters']:,}"),
+        ("began with", runs[0].get("began_with", "unknown") or "new weights"),
         ("tokens seen", f"{tokens:,}, in {len(runs)} run{'s' * (len(runs) > 1)}"),
         ("time", f"{minutes:,.0f} minutes"),
         *((f"{name}s", _listed(runs, name)) for name in ("machine", "commit", "seed")),
-        ("leak audit", about["leak_audit"]),
+        ("leak audit", _listed(runs, "leak_audit")),
         ("validation loss", "not measured" if (loss := about["validation_loss"]) is None else f"{loss} nats a token"),
     ]
     return "\n".join(
         [
             "# Model card",
             "",
-            "A causal language model for ARC-AGI tasks, over the 64-id vocabulary of arc_solver, left by `bin/train`.",
+            f"A {kind} for ARC-AGI tasks, over the 64-id vocabulary of arc_solver, left by `bin/train`.",
             f"`{TRAINING_FILE}` has all figures and the config, `{DATA_FILE}` what the leak audit compares with.",
             "",
             "| | |",
@@ -62,14 +69,19 @@ def _listed(runs: list[Mapping[str, Any]], name: str) -> str:
 
 
 def _source_rows(runs: list[Mapping[str, Any]]) -> list[str]:
-    """A row for each source, with the samples and tokens of all runs; tasks, licence and digest are the last run's."""
+    """A row for each source, with the samples and tokens of all runs; tasks, licence and digest are the last run's.
+
+    Another for the runs of older versions, which did not note their sources.
+    """
     sums: dict[str, Counter[str]] = {}
     latest: dict[str, Mapping[str, Any]] = {}
     for run in runs:
         for label, source in run.get("sources", {}).items():
             sums.setdefault(label, Counter()).update({name: source[name] for name in ("samples", "tokens")})
             latest[label] = source
-    return [
+    unknown = sum(run["tokens"] for run in runs if "sources" not in run)
+    rows = [f"| not noted | | | {unknown:,} | | |"] if unknown else []
+    return rows + [
         f"| {label} | {latest[label]['tasks']:,} | {total['samples']:,} | {total['tokens']:,} |"
         f" {latest[label]['licence'] or 'see there'} | {latest[label]['sha256'] or ''} |"
         for label, total in sums.items()

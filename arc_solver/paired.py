@@ -21,7 +21,7 @@ class Difference:
     won: int  # solved by this one only
     lost: int  # solved by the other only
     interval: tuple[float, float]  # 95%, of won - lost
-    p: float  # of a sign test: how often chance alone splits the outputs so unevenly
+    p: float  # of a sign test over tasks: how often chance alone splits those that differ so unevenly
 
     def __str__(self) -> str:
         low, high = self.interval
@@ -31,7 +31,8 @@ class Difference:
 def difference(ours: Outputs, other: Outputs) -> Difference:
     """Compares what two rules, models or settings solve of the same outputs, in one run or several.
 
-    The interval is of a paired bootstrap over task ids, as the outputs of a task stand or fall together.
+    The interval is of a paired bootstrap over task ids, and the sign test counts a task once, by what it wins in all
+    runs: the outputs of a task stand or fall together, in one run as in another.
 
     A resample draws as many tasks as there are. Their differences are few whole numbers, so it is drawn as how often
     each of them comes up.
@@ -41,11 +42,12 @@ def difference(ours: Outputs, other: Outputs) -> Difference:
     for key, outputs in ours.items():
         changes[key[0]] += [int(a) - int(b) for a, b in zip(outputs, other[key], strict=True)]
     steps = [step for task in changes.values() for step in task]
-    values, counts = np.unique([sum(task) for task in changes.values()], return_counts=True)
+    nets = [sum(task) for task in changes.values()]
+    values, counts = np.unique(nets, return_counts=True)
     draws_RD = named_rng(0, "paired bootstrap").multinomial(len(changes), counts / len(changes), RESAMPLES)
     low, high = np.percentile(draws_RD @ values, [2.5, 97.5])
-    won, lost = steps.count(1), steps.count(-1)
-    return Difference(won, lost, (float(low), float(high)), sign_test(won, lost))
+    p = sign_test(sum(net > 0 for net in nets), sum(net < 0 for net in nets))
+    return Difference(steps.count(1), steps.count(-1), (float(low), float(high)), p)
 
 
 def sign_test(won: int, lost: int) -> float:

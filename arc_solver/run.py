@@ -20,7 +20,6 @@ from .checkpoints import Progress, save_checkpoint
 from .clock import SPARE, RunClock
 from .config import Config, UserError, named_rng
 from .corpus import Corpus
-from .deepen import deepened
 from .devices import Devices
 from .leaks import NOTHING
 from .lora import attach_lora, base_it_names, check_targets, continue_lora, trained_with, with_adapter
@@ -234,8 +233,7 @@ def _start_weights(config: Config, checkpoint: Path | None, console: Console, se
     model, cut = load_any(folder, config.model.path, config.format)
     if cut:
         console.print(str(cut))
-    model = with_adapter(model, config.model.adapter, folder)
-    return deepened(model, config.model.deepen) if config.model.deepen else model
+    return with_adapter(model, config.model.adapter, folder)
 
 
 def _start_lora(

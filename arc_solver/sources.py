@@ -61,8 +61,8 @@ class Source:
         return replace(self, tasks={i: maker for i, maker in self.tasks.items() if i not in ids})
 
     def known_pairs(self, task_id: str) -> Sequence[Pair]:
-        """Pairs that say what a task is: all of an ordinary one, 4 of a generator, the first 64 of many samples."""
-        return self.tasks[task_id](named_rng(0, "leak audit", task_id), 4)[:64]
+        """Pairs that say what a task is: all that a file has, or some of a generator's."""
+        return self.tasks[task_id](named_rng(0, "leak audit", task_id), 4)
 
 
 def read_source(config: SourceConfig) -> Source:

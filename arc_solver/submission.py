@@ -152,7 +152,11 @@ def score(submission: Mapping[str, Sequence[Attempts]], solutions: Solutions) ->
 
 def score_first(submission: Mapping[str, Sequence[Attempts]], solutions: Solutions) -> Score:
     """The score of first attempts alone."""
-    return total(solved({i: [both[:1] for both in outputs] for i, outputs in submission.items()}, solutions))
+    return total(solved({i: first_attempts(outputs) for i, outputs in submission.items()}, solutions))
+
+
+def first_attempts(outputs: Sequence[Attempts]) -> list[tuple[Grid]]:
+    return [both[:1] for both in outputs]
 
 
 def coverage(predictions: Mapping[str, Predictions], solutions: Solutions) -> Score:

@@ -203,7 +203,7 @@ def _train_stages(run: Run, plan: Plan, checkpoint: Path | None) -> None:
         for index in range(progress.stage, len(stages)):
             stage = stages[index]
             if index > progress.stage:
-                progress.stage, progress.step, progress.stage_began_s = index, 0, clock.now_s()
+                progress.stage, progress.step, progress.rate, progress.stage_began_s = index, 0, 0.0, clock.now_s()
                 checkpoint = latest_checkpoint(run.out_dir)
             optimizers = make_optimizers(run.model.lm.named_parameters(), stage.train)
             if progress.step:
@@ -254,7 +254,6 @@ def _train_stage(
     packed = BatchStream(stream, train.batch_tokens, train.batches_per_step)
     source = batches(packed, progress.step, train.loader_workers, devices.process, devices.processes)
     asked = False  # in any process, to end
-    before = 0.0  # share of the peak learning rate in the step before
 
     def backward_at(_: int) -> Tensor:
         nonlocal asked
@@ -268,7 +267,6 @@ def _train_stage(
         return devices.backward(loss_of, run.module, mine, learnt)
 
     def after_step(step: Step) -> None:
-        nonlocal before
         interrupts.watch()
         if run.average:
             run.average.update_parameters(run.model.lm)
@@ -277,9 +275,9 @@ def _train_stage(
         ending = asked or (interrupts.asked and devices.processes == 1)
         log.step(stage.name, step, {} if ending else _validated(run))
         ending = ending or (interrupts.asked and devices.processes == 1)  # while it was validated
-        if train.keep_before_decay and train.schedule == "wsd" and before == 1.0 > step.rate:
+        decays, progress.rate = progress.rate == 1.0 > step.rate, step.rate
+        if train.keep_before_decay and decays:
             _keep_before_decay(run, optimizers)
-        before = step.rate
         if ending or _checkpoint_is_due(run, train):
             run.save_checkpoint(optimizers)
         if ending:
@@ -298,12 +296,10 @@ def _train_stage(
 
 
 def _keep_before_decay(run: Run, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    """Saves what another run can go on from. A run that was killed and passes here once more has it already."""
+    """Saves what another run can go on from, in place of what an earlier stage or a shorter schedule kept."""
     folder = run.out_dir / BEFORE_DECAY
     file = folder / ("adapter" if run.start.lora else "model") / TRAINING_FILE
-    if run.devices.agreed(float(file.exists())):
-        return
-    if run.devices.main:  # what a kill left of it
+    if run.devices.main:
         shutil.rmtree(folder, ignore_errors=True)
     run.devices.wait()
     run.save_checkpoint(optimizers, BEFORE_DECAY)

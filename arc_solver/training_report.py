@@ -27,6 +27,7 @@ from .config import AdaptConfig, Config, UserError
 from .corpus import Corpus
 from .devices import Devices
 from .files import commit, sha256, write_json, write_whole
+from .leaks import TrainingData
 from .lora import merged_model
 from .memory import MemoryEstimate, estimate_memory, first_tokens, gigabytes, peak_memory
 from .model import Model, packed_loss, save_model
@@ -77,22 +78,29 @@ def show_plan(config: Config, corpus: Corpus, model: Model, devices: Devices, co
         )
     held_out = corpus.partition
     console.print(f"validation on {len(held_out.validation.tasks)} held-out tasks of {held_out.config.of}")
-    console.print(_audited(corpus, config))
+    console.print(_audited(corpus, config, model.trained_on))
     plan = _plan(config, corpus, model, devices)
     console.print(str(plan.memory))
     return plan
 
 
-def _audited(corpus: Corpus, config: Config) -> str:
+def _audited(corpus: Corpus, config: Config, trained_on: TrainingData | None) -> str:
+    """What the audit of the run's sources found, and what of it nobody can know. `trained_on`: of the model."""
     sets = ", ".join([*config.audit.scored_on, "the validation tasks"])
-    if not corpus.overlaps:
-        found = f"leak audit passed: no training task is among {sets}, by id or by content"
-        seen = len(corpus.trained_on.demonstrated)
-        return f"{found}; of {seen} tasks the demonstrations, not the test pairs, are trained on" if seen else found
     ids = {overlap.task_id for overlap in corpus.overlaps}
-    if config.audit.overlap == "exclude":
-        return f"leak audit passed: {len(ids)} tasks are left out, for being among {sets}"
-    return f"leak audit: {len(ids)} training tasks are among {sets}, and the config allows it: no score is clean"
+    if not ids:
+        said = [f"leak audit passed: no training task is among {sets}, by id or by content"]
+    elif config.audit.overlap == "exclude":
+        said = [f"leak audit passed: {len(ids)} tasks are left out, for being among {sets}"]
+    else:
+        said = [f"leak audit: {len(ids)} training tasks are among {sets}, and the config allows it: no score is clean"]
+    if seen := len(corpus.trained_on.demonstrated):
+        said.append(f"of {seen} tasks the demonstrations, not the test pairs, are trained on")
+    if corpus.unsolved:
+        said.append(f"the test outputs of {corpus.unsolved} of those tasks are not known, so not compared with")
+    if trained_on and trained_on.pretrained:
+        said.append(f"what {', '.join(sorted(trained_on.pretrained))} saw in pretraining is not known")
+    return "; ".join(said)
 
 
 def _plan(config: Config, corpus: Corpus, model: Model, devices: Devices) -> Plan:
@@ -162,9 +170,10 @@ def save_results(run: Run, estimate: MemoryEstimate, console: Console) -> None:
     about = {**describe(run), "memory_estimate_bytes": estimate.total, "memory_peak_bytes": peak}
     for folder in folders:
         write_json(folder / TRAINING_FILE, about)
+        kind = "LoRA adapter" if folder.name == "adapter" else "causal language model"
         if run.progress.total_steps:
             loss_curve(run.out_dir / "log.jsonl", folder / "loss.png")
-        write_whole(folder / "README.md", model_card(about))
+        write_whole(folder / "README.md", model_card(about, kind))
     _show_results(run, estimate, peak, folders, console)
 
 
@@ -201,7 +210,9 @@ def _solve_command(run: Run, result: Path) -> str:
 def describe(run: Run) -> dict[str, Any]:
     """The figures of a training run so far, for a model card."""
     progress, device = run.progress, run.devices.device
+    base = run.config.model.adapter or run.config.model.path
     return {
+        "began_with": base,
         "parameters": run.model.parameters_count,
         "tokens": progress.tokens,
         "steps": progress.total_steps,
@@ -209,7 +220,7 @@ def describe(run: Run) -> dict[str, Any]:
         "validation_loss": _rounded(progress.validation_loss),
         "accuracy": _rounded(progress.accuracy),
         "sources": {label: {**_about_source(run, label), **counts} for label, counts in progress.counts.items()},
-        "leak_audit": _audited(run.corpus, run.config),
+        "leak_audit": _audited(run.corpus, run.config, run.model.trained_on),
         "seed": run.config.run.seed,
         "commit": commit(),
         "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
@@ -217,7 +228,7 @@ def describe(run: Run) -> dict[str, Any]:
         "torch": torch.__version__,
         "arc_solver": __version__,
         "config": run.config.model_dump(mode="json", exclude_defaults=True),
-        "earlier": earlier_runs(run.config.model.adapter or run.config.model.path),
+        "earlier": earlier_runs(base),
     }
 
 

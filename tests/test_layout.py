@@ -7,7 +7,7 @@ import arc_solver
 
 SENTENCE = """
     config clock files tasks report augment encode counting sources leaks corpus stream attention decoder
-    checkpoint_format model deepen kv_cache devices memory pretrained peft_format adapters lora token_tree drafter
+    checkpoint_format model kv_cache devices memory pretrained peft_format adapters lora token_tree drafter
     block engine vllm_engine engines validate optimize checkpoints training_log run model_card training_report train
     adapt candidates predict preflight vote paired submission revote executors worker journal budget schedule status
     solve image bundle check replica sandbox run_notebook rehearsal kaggle_wire kaggle_client push submit

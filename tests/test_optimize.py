@@ -11,6 +11,7 @@ from arc_solver.config import (
     FormatConfig,
     MachineError,
     OptimConfig,
+    SourceConfig,
     StageConfig,
     TrainConfig,
     UserError,
@@ -290,7 +291,8 @@ def test_muon_is_for_hidden_matrices():
 def test_a_stage_is_what_its_sections_say_with_its_own_settings_on_top(tmp_path):
     file = tmp_path / "stages.toml"
     file.write_text(
-        '[train]\nsteps = 7\nlr = 0.5\n[corpus]\nmax_tokens = 99\n[[stages]]\nname = "a"\ntrain.steps = 3\n'
+        "[train]\nsteps = 7\nlr = 0.5\nkeep_before_decay = true\n[corpus]\nmax_tokens = 99\n"
+        '[[stages]]\nname = "a"\ntrain.steps = 3\n'
         '[[stages]]\nname = "b"\nstart = "weights+optimizer"\ncorpus.pairs = [2, 2]\n'
         '[[stages.corpus.sources]]\nkind = "counting"\n'
     )
@@ -308,10 +310,21 @@ def test_a_stage_is_what_its_sections_say_with_its_own_settings_on_top(tmp_path)
         ("stages.1.train.optimizer=adamw", "starts from the optimizer of 'a', which is muon"),
         ("stages.1.train.precision=fp16", r"train\.precision is one for all stages"),
         ("stages.1.start=moments", r"stages\.1\.start"),
+        ("train.schedule=cosine", r"train\.keep_before_decay is for"),
         ("stages.1.train.step=3", r"unknown setting stages\.1\.train\.step; known: optimizer".replace("; ", r".*; ")),
     ):
         with pytest.raises(UserError, match=message):
             load_config(file, [override])
+
+
+def test_sources_of_two_stages_that_have_one_name_are_one_source():
+    """What became of their samples is counted together, and a model card has one licence and one digest for them."""
+    sources = [SourceConfig(kind=kind, name="mine").model_dump() for kind in ("counting", "re-arc")]
+    stages = [{"name": source["kind"], "corpus": {"sources": [source]}} for source in sources]
+    with pytest.raises(ValueError, match="sources of two stages have the name 'mine' and are not the same"):
+        Config.model_validate({"stages": stages})
+    stages[1]["corpus"] = stages[0]["corpus"]
+    assert Config.model_validate({"stages": stages})
 
 
 @pytest.mark.parametrize("text", ["stages = 3", "train = 3", '[[stages]]\nname = "a"\ntrain = 3'])

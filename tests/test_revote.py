@@ -188,7 +188,7 @@ def test_a_planted_difference_is_inside_the_interval(tmp_path):
     assert low == pytest.approx(28 - 1.96 * 7.63, abs=2)  # the deviation of the sum of 16 times +2, 4 times -1 and 60 0
     assert high == pytest.approx(28 + 1.96 * 7.63, abs=2)
     assert product[5:7] == ["32", "4"]
-    assert 0 < float(product[7]) < 0.001
+    assert float(product[7]) == pytest.approx(0.012, abs=0.001)  # 16 tasks won, 4 lost
 
 
 def test_the_interval_is_that_of_resampled_tasks(rng):
@@ -210,6 +210,13 @@ def test_two_runs_of_one_task_count_as_one_task():
     apart = {(str(i), 0): [i < 20] for i in range(80)}
     together, alone = (difference(o, {key: [False] for key in o}).interval for o in (ours, apart))
     assert together[1] - together[0] > 1.2 * (alone[1] - alone[0])
+
+
+def test_the_sign_test_counts_a_task_once():
+    """Five tasks won, each in both of two runs and with both of its outputs, are five fair coins and not twenty."""
+    ours = {(str(i), run): [i < 5] * 2 for i in range(9) for run in (0, 1)}
+    found = difference(ours, {key: [False] * 2 for key in ours})
+    assert (found.won, found.lost, found.p) == (20, 0, 2 / 2**5)
 
 
 def test_the_sign_test_by_hand():

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -172,6 +173,56 @@ def test_what_is_kept_from_before_the_decay_can_be_continued(tmp_path):
     assert f"| counting | {len(COUNTING_TASKS)} | {counting:,} |" in card
 
 
+def test_a_longer_schedule_keeps_its_own_step_before_the_decay(ticking, tmp_path):
+    """The run goes on where the first schedule had ended; what that one kept has 90 seconds less in it."""
+    train(long_run(schedule="wsd", keep_before_decay=True), tmp_path / "a", max_s=100.0)
+    kept = tmp_path / "a" / "before-decay" / "progress.json"
+    first = json.loads(kept.read_text())
+    assert first["rate"] < 1.0
+    ticking["now"] = log(tmp_path / "a")[-2]["elapsed_s"]
+    train(long_run(schedule="wsd", keep_before_decay=True), tmp_path / "a", max_s=400.0, resume=True)
+    rates = {step["step"]: step["rate"] for step in log(tmp_path / "a")[:-1]}
+    second = json.loads(kept.read_text())["total_steps"]
+    assert second > first["total_steps"] and rates[second - 1] == 1.0 > rates[second]
+
+
+def test_a_run_that_goes_on_from_its_last_steady_step_keeps_what_comes_after_it(tmp_path, monkeypatch):
+    steady = {"schedule": "wsd", "decay": 0.5, "warmup": 0.0, "keep_before_decay": True}
+    train(small(train=steady), tmp_path / "whole")
+    seen: list[int] = []
+
+    def interrupted_in_the_third_step(self: Interrupts) -> None:
+        seen.append(1)
+        self.asked = len(seen) == 3
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Interrupts, "watch", interrupted_in_the_third_step)
+        train(small(train=steady), tmp_path / "cut")
+    assert latest_checkpoint(tmp_path / "cut").name == "step-0000003"
+    train(small(train=steady), tmp_path / "cut", resume=True)
+    assert same(*(weights(tmp_path / name / "before-decay" / "model") for name in ("whole", "cut")))
+
+
+def test_a_card_says_what_is_not_known_of_earlier_runs(tmp_path):
+    """Of a version that did not note its sources; and of a folder whose training.json is somebody else's."""
+    train(small(), tmp_path / "a")
+    file = tmp_path / "a" / "model" / "training.json"
+    about = json.loads(file.read_text())
+    here = {"path": str(tmp_path / "a" / "model")}
+
+    def card(name: str, earlier: str) -> str:
+        file.write_text(earlier)
+        train(small(model=here), tmp_path / name)
+        return (tmp_path / name / "model" / "README.md").read_text()
+
+    old = card("b", json.dumps({name: about[name] for name in ("tokens", "steps", "minutes")}))
+    assert f"| not noted | | | {about['tokens']:,} | | |" in old
+    assert "| leak audit | unknown, leak audit passed: no training task is among" in old
+    assert "| began with | unknown |" in old
+    for name, foreign in (("c", "[1]"), ("d", '{"epochs": 3}'), ("e", "{")):
+        assert f"| began with | {here['path']} |" in (found := card(name, foreign)) and "in 1 run |" in found
+
+
 def test_an_adapter_is_kept_from_before_the_decay_too(qwen, tmp_path):
     train(lora_config(qwen, train={"schedule": "wsd", "decay": 0.5, "keep_before_decay": True}), tmp_path / "a")
     kept = tmp_path / "a" / "before-decay" / "adapter"
@@ -279,8 +330,8 @@ def ticking(monkeypatch):
     return state
 
 
-def long_run():
-    return small(train={"steps": 100_000, "warmup": 0.1, "checkpoint_every": 20}, validation={"every": 20})
+def long_run(**train: Any) -> Config:
+    return small(train={"steps": 100_000, "warmup": 0.1, "checkpoint_every": 20, **train}, validation={"every": 20})
 
 
 def test_a_run_with_a_time_limit_ends_in_time_with_all_that_it_leaves(ticking, tmp_path):
