@@ -348,11 +348,11 @@ class AdaptConfig(OptimConfig):
     alpha: PositiveFloat = 32.0
     targets: Annotated[tuple[str, ...], Field(min_length=1)] = LINEAR_LAYERS
     lr: PositiveFloat = 3e-3
-    steps: PositiveInt = 180
+    steps: PositiveInt = 720
     # never: all steps are taken. leave-one-out: a task stops once the model, asked each demonstration given the others,
     # answers all of them exactly.
     stop: Literal["never", "leave-one-out"] = "never"
-    batch_size: PositiveInt = 4  # sequences a step
+    batch_size: PositiveInt = 1  # sequences a step; more steps of fewer solve more, see docs/test-time.md
     # How many tasks, of like length, are adapted at once: at most so many, and so many tokens a step. 0 = on a GPU all,
     # and 32,768; on a CPU an eighth of the tasks, so that all cores have work, and 2,048, as more hardly helps.
     together: NonNegativeInt = 0
