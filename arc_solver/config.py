@@ -137,7 +137,7 @@ class TasksConfig(Section):
         if self.limit and self.sample:
             raise ValueError(
                 f"tasks.limit (--limit {self.limit}) takes the smallest tasks and tasks.sample (--sample {self.sample})"
-                " draws tasks of all sizes: leave one of them out, or set it to 0"
+                " draws tasks of all sizes: leave one of them out (tasks.limit=0, tasks.sample=0)"
             )
         return self
 
@@ -217,7 +217,8 @@ class SourceConfig(Section):
     max_tasks: NonNegativeInt = 0  # a seeded choice of tasks, from which held-out ones are taken out; 0 = all
     # The first pairs of each task; of generated ones so many different pairs, made once. 0 = all, and new ones always.
     max_pairs: NonNegativeInt = 0
-    quarantine: tuple[str, ...] = ()  # tasks that are left out: rules that are wrong, or whose generator is slow
+    # Tasks that are left out, by id or by a pattern with *: rules that are wrong, or scored on, or slow to generate.
+    quarantine: tuple[str, ...] = ()
     pair_seconds: PositiveFloat = 5.0  # re-arc: CPU time after which a draw of a pair is given up for another
     problem_augmentation: Share = 0.0  # share of the samples whose task is made into a new one
     difficulty: tuple[Share, Share] = (0.0, 0.3)  # re-arc: range, 0 easiest (smallest grids) .. 1

@@ -32,12 +32,12 @@ def make_corpus(config: Config) -> Corpus:
     Raises:
         UserError: a source cannot be read, or tasks to be scored on are among the training tasks.
     """
+    scored = [_scored_on(spec) for spec in config.audit.scored_on]  # first: generating takes longer
     partition = make_partition(config.validation, config.audit.exclude)
     kept_out = {task.id for task in partition.validation.tasks} | set(config.audit.exclude)
     configs = dict.fromkeys(source for stage in config.stages for source in stage.corpus.sources)
     sources = {source: read_source(source).without(kept_out) for source in configs}
     keys = {source: known_keys(sources[source]) for source in configs}
-    scored = [_scored_on(spec) for spec in config.audit.scored_on]
     overlaps = find_overlaps(keys, [*scored, partition.validation])
     if overlaps and config.audit.overlap == "refuse":
         raise UserError(_refusal(overlaps, config))

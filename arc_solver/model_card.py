@@ -33,11 +33,15 @@ def model_card(about: Mapping[str, Any], kind: str = "causal language model") ->
     tokens, minutes = (sum(run[name] for run in runs) for name in ("tokens", "minutes"))
     rows = [
         ("parameters", f"{about['parameters']:,}"),
-        ("began with", runs[0].get("began_with", "unknown") or "new weights"),
+        (
+            "began with",
+            ", then ".join(dict.fromkeys(run.get("began_with", "unknown") or "new weights" for run in runs)),
+        ),
         ("tokens seen", f"{tokens:,}, in {len(runs)} run{'s' * (len(runs) > 1)}"),
-        ("time", f"{minutes:,.0f} minutes"),
+        ("time", f"{minutes:,.1f} minutes"),
         *((f"{name}s", _listed(runs, name)) for name in ("machine", "commit", "seed")),
         ("leak audit", _listed(runs, "leak_audit")),
+        ("not trained on", _kept_out(about)),
         ("validation loss", "not measured" if (loss := about["validation_loss"]) is None else f"{loss} nats a token"),
     ]
     return "\n".join(
@@ -56,16 +60,23 @@ def model_card(about: Mapping[str, Any], kind: str = "causal language model") ->
             "| source | tasks | samples | tokens | licence | sha256 of its file |",
             "|---|---|---|---|---|---|",
             *_source_rows(runs),
-            "",
-            "![training and validation loss of the last run](loss.png)",
+            *(("", "![training and validation loss of the last run](loss.png)") if about["steps"] else ()),
             "",
         ]
     )
 
 
+def _kept_out(about: Mapping[str, Any]) -> str:
+    overlapping = sum(map(len, about["left_out"].values()))
+    return (
+        f"{len(about['held_out'])} tasks held out to validate on, and {overlapping} that the audit left out"
+        f" (`{TRAINING_FILE}` names them)"
+    )
+
+
 def _listed(runs: list[Mapping[str, Any]], name: str) -> str:
     """What the runs say, first to last, each thing once; older versions did not note all of it."""
-    return ", ".join(dict.fromkeys(str(run.get(name, "")) or "unknown" for run in runs))
+    return "; ".join(dict.fromkeys(str(run.get(name, "")) or "unknown" for run in runs))
 
 
 def _source_rows(runs: list[Mapping[str, Any]]) -> list[str]:

@@ -7,6 +7,7 @@ RE-ARC (Hodel 2024, arXiv 2404.07353) is one generator of pairs for each ARC-AGI
 ships them; only that part of it is loaded, which takes 10 ms and needs none of its requirements.
 """
 
+import fnmatch
 import importlib
 import importlib.util
 import logging
@@ -75,9 +76,13 @@ def read_source(config: SourceConfig) -> Source:
     if config.sha256:
         _check_digest(config)
     tasks = READERS[config.kind](config)
-    if unknown := sorted(set(config.quarantine) - tasks.keys()):
+    matched = {
+        pattern: {pattern} & tasks.keys() or set(fnmatch.filter(tasks, pattern)) for pattern in config.quarantine
+    }
+    if unknown := [pattern for pattern, ids in matched.items() if not ids]:
         raise UserError(f"source '{config.label}' has no task {unknown[0]}: take it out of its quarantine")
-    tasks = {i: maker for i, maker in tasks.items() if i not in config.quarantine}
+    quarantined = set().union(*matched.values())
+    tasks = {i: maker for i, maker in tasks.items() if i not in quarantined}
     if not tasks:
         raise UserError(f"source '{config.label}' has no task with two demonstrations or more: leave it out")
     if config.max_tasks:

