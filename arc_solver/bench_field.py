@@ -31,6 +31,7 @@ from .encode import IGNORE
 from .memory import peak_memory
 
 LIBRARIES = ("trl", "transformers", "peft", "datasets", "accelerate", "torch")
+BATCH_SIZE = 4  # samples a step
 
 Columns = dict[str, list[np.ndarray]]
 
@@ -165,7 +166,7 @@ def _parser() -> Parser:
     parser.add_argument("result", type=Path, help="JSON file to write")
     parser.add_argument("--steps", type=int, required=True, help="optimizer steps, the warm-up included")
     parser.add_argument("--warm", type=int, default=2, help="first steps, which are not measured")
-    parser.add_argument("--batch-size", type=int, default=4, help="samples a step")
+    parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, help="samples a step")
     parser.add_argument("--rank", type=int, default=same.rank)
     parser.add_argument("--alpha", type=float, default=same.alpha)
     parser.add_argument("--targets", default=",".join(same.targets), help="adapted layers, separated by commas")

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .bench_field import now_s, read_samples
+from .bench_field import BATCH_SIZE, now_s, read_samples
 from .config import (
     AdaptConfig,
     Config,
@@ -56,7 +56,6 @@ SHAPE: dict[str, Any] = {
     "num_key_value_heads": 2,
 }
 SAMPLES, MAX_TOKENS = 40, 2048
-BATCH_SIZE = 4  # samples a step of the field's
 BATCH_TOKENS = 4096  # a step of ours
 WARM = 2  # first steps, which are not measured
 BF16 = TrainConfig(optimizer="adamw", precision="bf16", batch_tokens=32_768)
@@ -84,7 +83,7 @@ def compare() -> dict[str, Side]:
         make_model(model_dir)
         make_samples(samples)
         common = [str(model_dir), str(samples), str(result)]
-        steps = ["--steps", str(SAMPLES // BATCH_SIZE), "--warm", str(WARM), "--batch-size", str(BATCH_SIZE)]
+        steps = ["--steps", str(SAMPLES // BATCH_SIZE), "--warm", str(WARM)]
         same = ["--device", device, "--precision", precision]
         head = ["--labelled-only"] if device == "cpu" else []  # what it does on a GPU by itself
         commands = {"ours": ["bench_train", *common, *same], "field": ["bench_field", *common, *same, *steps, *head]}

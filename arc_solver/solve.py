@@ -22,7 +22,6 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Task as BarTask
 from rich.rule import Rule
-from rich.table import Table
 from rich.text import Text
 
 from . import revote, status
@@ -50,6 +49,7 @@ from .model import checkpoint_dir, pick_device, precision_of
 from .report import save_picture, task_picture
 from .schedule import Finished, Schedule
 from .status import Meter
+from .submission import table_of
 from .tasks import Task, TaskSet, load_tasks, smallest
 from .vote import rank
 from .worker import asked_together, load_base, make_worker
@@ -210,11 +210,8 @@ def _picture(
             if ids and drawn:
                 shown.append(Rule(f"{title}: {min(len(ids), drawn)} of {len(ids)}"))
                 shown += [task_picture(journal.tasks[i], attempts[i], found.solutions[i]) for i in ids[:drawn]]
-    table = Table(title=escape(f"{found.name}, {_count(len(found.tasks), 'task')}, seed {config.run.seed}"))
-    table.show_header = False
-    for row in status.rows(summary):
-        table.add_row(*map(escape, row))
-    shown.append(table)
+    title = f"{found.name}, {_count(len(found.tasks), 'task')}, seed {config.run.seed}"
+    shown.append(table_of(title, status.rows(summary)))
     if summary["score"]:
         unknown = "no leak audit: this checkpoint does not say what it was trained on"
         shown.append(Text(str(leak_audit(trained_on, found)) if trained_on else unknown))

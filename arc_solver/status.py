@@ -14,13 +14,11 @@ from statistics import median
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from .config import Parser, UserError
 from .executors import Done
 from .journal import Journal, Standing, saved_config, saved_standings
-from .submission import Row, Score, data_rows, score_rows, total
+from .submission import Row, Score, data_rows, score_rows, table_of, total
 from .tasks import TaskSet, load_tasks, read_json
 from .worker import AdaptJob
 
@@ -196,9 +194,7 @@ def main(arguments: list[str]) -> int:
     if args.json:
         print(json.dumps(content))
         return 0
-    table = Table(title=escape(f"{args.status}: {name}"), show_header=False)
-    for row in rows(content):
-        table.add_row(*map(escape, row))
+    table = table_of(f"{args.status}: {name}", rows(content))
     if content.get("projected_end") and content["share_done"] < 1:
         table.add_row("projected end", time.strftime("%Y-%m-%d %H:%M", time.localtime(content["projected_end"])))
     Console().print(table)

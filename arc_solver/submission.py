@@ -5,7 +5,7 @@ The format is Kaggle's: `{task id: [{"attempt_1": grid, "attempt_2": grid}, one 
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import sqrt
 from pathlib import Path
@@ -223,6 +223,14 @@ def data_rows(data: Mapping[str, Any]) -> list[Row]:
     return [*chosen, ("data", f"{origin}digest {data['digest']}")]
 
 
+def table_of(title: str, rows: Iterable[Row]) -> Table:
+    """Rows as every command prints them."""
+    table = Table(title=escape(title), show_header=False)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    return table
+
+
 def merge(first: Submission, second: Submission) -> Submission:
     """Both solvers' best: attempt 1 of each, or what comes next where they agree.
 
@@ -290,10 +298,7 @@ def _score(file: Path, found: TaskSet, as_json: bool) -> int:
     if as_json:
         print(json.dumps({**both, "pass@1": first, "data": found.data}))
         return 0
-    table = Table(title=escape(f"{file} on {found.name}"), show_header=False)
-    for row in (*score_rows(first, both, None), *data_rows(found.data)):
-        table.add_row(*map(escape, row))
-    Console().print(table)
+    Console().print(table_of(f"{file} on {found.name}", (*score_rows(first, both, None), *data_rows(found.data))))
     return 0
 
 
@@ -318,7 +323,6 @@ def _compare(ours: Sequence[Path], others: Sequence[Path], found: TaskSet, as_js
         print(json.dumps({"shares_of_outputs": shares, **asdict(change), **about}))
         return 0
     runs = f"{len(ours)} run{'s' * (len(ours) > 1)} of each"
-    table = Table(title=escape(f"{ours[0]} against {others[0]}, {runs}, on {found.name}"), show_header=False)
     rows = [
         (
             "outputs solved, of all runs",
@@ -330,9 +334,7 @@ def _compare(ours: Sequence[Path], others: Sequence[Path], found: TaskSet, as_js
         ("tasks", f"{len(found.solutions)}"),
         *data_rows(found.data),
     ]
-    for row in rows:
-        table.add_row(*map(escape, row))
-    Console().print(table)
+    Console().print(table_of(f"{ours[0]} against {others[0]}, {runs}, on {found.name}", rows))
     return 0
 
 
