@@ -24,11 +24,10 @@ from .bench_solve import compare as compare_solving
 from .bench_train import BF16, QWEN_05B, compare, flop_utilisation
 from .config import CorpusConfig, FormatConfig, ModelConfig, Parser, TrainConfig, UserError, named_rng, run_main
 from .files import commit
-from .model import pick_device, precision_of
+from .hardware import cpu_name, pick_device, precision_of
 from .sources import PairMaker, read_source
 from .stream import SampleStream
 from .tasks import TasksConfig, TaskSet, load_tasks
-from .training_report import cpu_name
 
 MEASURED_S = 5.0  # how long a speed is measured
 DRAWS, PAIRS = 40, 4  # pairs of each rule that are timed, and of each task among them

@@ -28,7 +28,7 @@ import torch
 
 from .config import AdaptConfig, Parser, UserError, run_main
 from .encode import IGNORE
-from .memory import peak_memory
+from .hardware import peak_memory
 
 LIBRARIES = ("trl", "transformers", "peft", "datasets", "accelerate", "torch")
 BATCH_SIZE = 4  # samples a step

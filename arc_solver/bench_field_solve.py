@@ -45,8 +45,8 @@ from .config import (
     run_main,
 )
 from .encode import END, PAD, Cursor, Malformed, Prompt, Sample, decode_reply, encode_prompt, longest_reply
-from .memory import peak_memory
-from .model import Model, fast_dtype, is_ours, pick_device
+from .hardware import fast_dtype, peak_memory, pick_device
+from .model import Model, is_ours
 from .optimize import step_rate
 from .predict import views_of
 from .submission import Submission, write_submission

@@ -16,8 +16,9 @@ from .attention import Packing, sent
 from .bench_train import QWEN_05B
 from .config import AdaptConfig, FormatConfig, ModelConfig, named_rng
 from .devices import keep_freed_memory
-from .memory import kept_per_token, peak_memory, resident_memory
-from .model import Model, fast_dtype, new_model, pick_device
+from .hardware import fast_dtype, peak_memory, pick_device, resident_memory
+from .memory import kept_per_token
+from .model import Model, new_model
 
 SMOLLM2_135M = ModelConfig(layers=30, width=576, heads=9, kv_heads=3, head_dim=64, mlp_width=1536)
 QWEN3_4B = ModelConfig(layers=36, width=2560, heads=32, kv_heads=8, head_dim=128, mlp_width=9728)

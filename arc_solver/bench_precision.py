@@ -12,7 +12,8 @@ from .bench_field import now_s
 from .config import Config, load_config, named_rng
 from .devices import keep_freed_memory
 from .engine import TorchEngine
-from .model import Model, fast_dtype, load_model, pick_device
+from .hardware import fast_dtype, pick_device
+from .model import Model, load_model
 from .predict import predict_tasks
 from .tasks import Task, TasksConfig, load_tasks
 

@@ -36,7 +36,8 @@ from .candidates import Predictions
 from .config import FormatConfig, ModelConfig, PredictConfig, load_config, named_rng
 from .encode import PAD, encode_prompt, encode_sample
 from .engine import TorchEngine, TorchSession
-from .model import BUNDLED_DIR, Model, fast_dtype, load_model, new_model, pick_device, save_model
+from .hardware import fast_dtype, pick_device
+from .model import BUNDLED_DIR, Model, load_model, new_model, save_model
 from .predict import predict, views_of
 from .submission import read_submission, score
 from .tasks import Pair, Task, TasksConfig, TaskSet, challenge, load_tasks

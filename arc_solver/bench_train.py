@@ -39,9 +39,9 @@ from .config import (
 )
 from .devices import Devices, compiled, compiling
 from .encode import END, IGNORE, PAD, VOCABULARY, Sample
+from .hardware import fast_dtype, peak_memory
 from .lora import attach_lora
-from .memory import peak_memory
-from .model import Model, fast_dtype, new_model, packed_loss, prepare_transformers, read_weights
+from .model import Model, new_model, packed_loss, prepare_transformers, read_weights
 from .optimize import fit, make_optimizers
 from .pretrained import cut_vocabulary
 from .sources import read_source

@@ -32,7 +32,7 @@ from torch.optim import Optimizer
 from .attention import packs_in_one_graph
 from .clock import about
 from .config import Config, TrainConfig, UserError
-from .model import fast_dtype, pick_device
+from .hardware import fast_dtype, pick_device
 from .stream import Batch
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)

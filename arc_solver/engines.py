@@ -10,7 +10,7 @@ from .adapters import Adapter, fresh_adapter
 from .config import Config, named_rng
 from .encode import longest_reply
 from .engine import Engine, TorchEngine
-from .memory import free_memory
+from .hardware import free_memory
 from .model import Model, checkpoint_dir, save_model
 from .vllm_engine import VLLMEngine, check_positions, import_vllm
 

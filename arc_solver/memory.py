@@ -1,17 +1,11 @@
-"""How much memory a training run will take, and how much it took.
+"""How much memory a step of training will take, measured before the first one.
 
 What is kept for the backward pass depends on the architecture, on what is trained, on precision and on checkpointing.
 So it is measured and not derived: two short batches are run forward, and the bytes kept are extrapolated to a batch.
 """
 
-import math
-import os
-import re
-import resource
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +15,7 @@ from . import decoder
 from .attention import Packing
 from .config import TrainConfig
 from .devices import Devices
+from .hardware import resident_memory
 from .model import Model
 from .stream import Batch
 
@@ -116,72 +111,6 @@ def kept_per_token(model: Model, few: int = 64, many: int = 128) -> tuple[float,
     whole, layers = (kept_many - kept_few) / (many - few), text.num_hidden_layers
     # Recomputed: the input of each layer; of one layer what it keeps, and as much again of gradients.
     return whole, layers * text.hidden_size * size + 2 * whole / layers
-
-
-def free_memory(device: torch.device, processes: int = 1) -> int:
-    """Bytes that this process can have now on the device; of a CPU's an equal share for each of so many processes."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    limit, used = container_memory()
-    return int(min(_meminfo("MemAvailable"), max(0, limit - used))) // processes
-
-
-def whole_memory(device: torch.device, processes: int = 1) -> int:
-    """Bytes that the device has, whoever uses them; of a CPU's an equal share."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return int(min(_meminfo("MemTotal"), container_memory()[0])) // processes
-
-
-def _meminfo(name: str) -> int:
-    """What Linux says of a CPU's memory; elsewhere half of all of it."""
-    try:
-        found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-    except OSError:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    assert found, name
-    return int(found[1]) * 1024
-
-
-def container_memory(root: Path = Path("/sys/fs/cgroup")) -> tuple[float, int]:
-    """Bytes that Linux gives the container that this process is in, inf where it sets no limit, and those in use.
-
-    What files have in the cache, and nobody has read lately, counts as free.
-    """
-    names = ("memory.max", "memory.current", "memory.stat", "inactive_file")
-    if not (root / names[0]).is_file():  # the first version of control groups
-        root = root / "memory"
-        names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat", "total_inactive_file")
-    try:
-        limit, used, stat = ((root / name).read_text() for name in names[:3])
-    except OSError:
-        return math.inf, 0
-    cached = re.search(rf"^{names[3]} (\d+)$", stat, re.MULTILINE)
-    return float("inf" if limit.strip() == "max" else limit), int(used) - (int(cached[1]) if cached else 0)
-
-
-def resident_memory() -> int:
-    """Bytes of memory that this process has now."""
-    try:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * resource.getpagesize()
-    except OSError:
-        return peak_memory(torch.device("cpu"))
-
-
-def peak_memory(device: torch.device) -> int:
-    """The most bytes that this process has had, on the device."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        # Not getrusage, where there is another way: its maximum outlives exec, so a child inherits its parent's.
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        assert found
-        return int(found[1]) * 1024
-    except OSError:
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return most if sys.platform == "darwin" else most * 1024
 
 
 def first_tokens(batch: Batch, tokens: int) -> Batch:

@@ -358,41 +358,6 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def pick_device(name: str) -> torch.device:
-    """The device of a config: "auto" is a CUDA GPU where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (index and (kind == "cpu" or not index.isdecimal())):
-        raise UserError(f"run.device='{name}' is no device: use auto, cpu, cuda or cuda:N")
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise UserError(f"run.device={name} asks for a GPU that PyTorch does not find: use run.device=cpu")
-    return torch.device(name)
-
-
-def fast_dtype(device: torch.device) -> torch.dtype:
-    """What weights are held and multiplied in: bfloat16 where the hardware multiplies it, else float32."""
-    return torch.bfloat16 if _bf16_by(device) else torch.float32
-
-
-def precision_of(device: torch.device) -> str:
-    """The same in words, and why."""
-    if unit := _bf16_by(device):
-        return f"bf16 ({unit})"
-    if device.type == "cuda":
-        return "fp32 (the GPU does not multiply bf16, and fp16 overflows in some models)"
-    return "fp32 (the CPU has neither AMX nor AVX512_BF16)"
-
-
-@cache
-def _bf16_by(device: torch.device) -> str:
-    """What multiplies bfloat16: GPUs from Ampere on, x86 CPUs with AMX or AVX512_BF16. "" = nothing does."""
-    if device.type == "cuda":
-        return "tensor cores" if torch.cuda.is_bf16_supported(including_emulation=False) else ""
-    asks = {"AMX": "_is_amx_tile_supported", "AVX512_BF16": "_is_avx512_bf16_supported"}
-    return next((unit for unit, ask in asks.items() if hasattr(torch.cpu, ask) and getattr(torch.cpu, ask)()), "")
-
-
 def prepare_transformers() -> None:
     """Registers the attention function, and keeps transformers and bitsandbytes from speaking between our lines."""
     from transformers import AttentionInterface

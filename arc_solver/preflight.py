@@ -16,7 +16,7 @@ from .adapters import Adapter, attached
 from .config import Config, MachineError, UserError, first_line, named_rng
 from .encode import IGNORE, Prompt, Sample, encode_prompt, encode_sample
 from .engine import Engine
-from .memory import free_memory
+from .hardware import free_memory
 from .model import Model
 from .tasks import Pair, Task, freeze
 

@@ -41,11 +41,11 @@ from .config import (
 )
 from .engines import check_engine, engine_kind
 from .executors import Executor, cores, make_executor
+from .hardware import pick_device, precision_of, whole_memory
 from .journal import Journal, open_journal, saved_config
 from .leaks import TrainingData, leak_audit
 from .lora import base_it_names
-from .memory import whole_memory
-from .model import checkpoint_dir, pick_device, precision_of
+from .model import checkpoint_dir
 from .report import save_picture, task_picture
 from .schedule import Finished, Schedule
 from .status import Meter

@@ -2,11 +2,8 @@
 
 import json
 import math
-import os
-import platform
 import shlex
 import shutil
-import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,9 +24,10 @@ from .config import AdaptConfig, Config, UserError
 from .corpus import Corpus
 from .devices import Devices
 from .files import commit, sha256, write_json, write_whole
+from .hardware import cpu_name, peak_memory
 from .leaks import TrainingData
 from .lora import merged_model
-from .memory import MemoryEstimate, estimate_memory, first_tokens, gigabytes, peak_memory
+from .memory import MemoryEstimate, estimate_memory, first_tokens, gigabytes
 from .model import Model, packed_loss, save_model
 from .model_card import TRAINING_FILE, earlier_runs, model_card
 from .optimize import step_rate
@@ -254,15 +252,6 @@ def _about_source(run: Run, label: str) -> dict[str, Any]:
 
 def _rounded(measured: float) -> float | None:
     return None if math.isnan(measured) else round(measured, 4)
-
-
-def cpu_name() -> str:
-    try:
-        lines = subprocess.run(["lscpu"], capture_output=True, text=True, check=True).stdout.splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("Model name"))
-    except (OSError, subprocess.CalledProcessError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} cores"
 
 
 def plot_rates(config: Config, picture: Path) -> None:

@@ -20,9 +20,9 @@ from .config import Config, PredictConfig, UserError, named_rng
 from .devices import keep_freed_memory
 from .engines import make_engine
 from .executors import Watchdog, cores
+from .hardware import fast_dtype, free_memory, peak_memory, pick_device
 from .lora import with_adapter, with_start
-from .memory import free_memory, peak_memory
-from .model import Model, checkpoint_dir, fast_dtype, load_model, pick_device
+from .model import Model, checkpoint_dir, load_model
 from .predict import predict_tasks
 from .preflight import preflight
 from .tasks import Task

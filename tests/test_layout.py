@@ -6,7 +6,7 @@ from pathlib import Path
 import arc_solver
 
 SENTENCE = """
-    config clock files tasks report augment encode counting sources leaks corpus stream attention decoder
+    config clock files hardware tasks report augment encode counting sources leaks corpus stream attention decoder
     checkpoint_format model kv_cache devices memory pretrained peft_format adapters lora token_tree drafter
     block engine vllm_engine engines validate optimize checkpoints training_log run model_card training_report train
     adapt candidates predict preflight vote paired submission revote executors worker journal budget schedule status

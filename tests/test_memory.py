@@ -10,7 +10,8 @@ import torch
 from small_runs import run, small, train_command, write_config
 
 from arc_solver.devices import Devices
-from arc_solver.memory import container_memory, estimate_memory, first_tokens, free_memory, whole_memory
+from arc_solver.hardware import container_memory, free_memory, whole_memory
+from arc_solver.memory import estimate_memory, first_tokens
 from arc_solver.model import new_model, packed_loss
 from arc_solver.sources import read_source
 from arc_solver.stream import BatchStream, SampleStream
@@ -47,7 +48,7 @@ def test_the_memory_of_a_container(tmp_path):
 
 def test_a_plan_keeps_to_the_container(monkeypatch):
     machine = free_memory(torch.device("cpu"))
-    monkeypatch.setattr("arc_solver.memory.container_memory", lambda: (1 << 20, 1 << 18))
+    monkeypatch.setattr("arc_solver.hardware.container_memory", lambda: (1 << 20, 1 << 18))
     assert machine > 1 << 20
     assert free_memory(torch.device("cpu"), 3) == 1 << 18
     assert whole_memory(torch.device("cpu")) == 1 << 20

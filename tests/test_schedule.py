@@ -16,8 +16,8 @@ from arc_solver.budget import Budget
 from arc_solver.candidates import Candidate, Predictions
 from arc_solver.config import Config
 from arc_solver.executors import InProcess
+from arc_solver.hardware import pick_device
 from arc_solver.journal import Journal, open_journal
-from arc_solver.model import pick_device
 from arc_solver.schedule import Finished, Schedule
 from arc_solver.tasks import Pair, Task, TaskSet
 from arc_solver.worker import AdaptJob, Outcome, Usage, asked_together

@@ -12,8 +12,8 @@ import numpy as np
 from conftest import TOY, hasty
 
 from arc_solver.config import FormatConfig
+from arc_solver.hardware import resident_memory
 from arc_solver.leaks import NOTHING
-from arc_solver.memory import resident_memory
 from arc_solver.model import new_model, save_model
 from arc_solver.solve import main
 
