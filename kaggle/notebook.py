@@ -87,7 +87,7 @@ print(f"solved after {time.monotonic() - BEGAN:.0f} s, exit code {solving.return
 
 # %%
 # In the run that is scored, whatever there is counts. Anywhere else a failure must be seen.
-score = [sys.executable, "-P", "-m", "arc_solver.submission", "--validate", str(WORKING / "submission.json")]
+score = [sys.executable, "-P", "-m", "arc_solver.score", "--validate", str(WORKING / "submission.json")]
 subprocess.run([*score, "--tasks", str(challenges)], check=True)
 summary = SCRATCH / "run" / "summary.json"
 answered = json.loads(summary.read_text())["answered"] if summary.exists() else 0

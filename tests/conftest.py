@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from arc_solver.config import FormatConfig, ModelConfig
-from arc_solver.encode import END, NEWLINE
-from arc_solver.model import Model, new_model
-from arc_solver.tasks import Grid, Pair, Task, TasksConfig, TaskSet, challenge, freeze, load_tasks
+from arc_solver.models.model import Model, new_model
+from arc_solver.puzzles.encode import END, NEWLINE
+from arc_solver.puzzles.tasks import Grid, Pair, Task, TasksConfig, TaskSet, challenge, freeze, load_tasks
 
 TRANSFORMERS_4 = Path(__file__).parents[1] / ".venv-transformers4" / "bin" / "python"
 TOY = ModelConfig(layers=2, width=32, heads=2, kv_heads=2, head_dim=16, mlp_width=64)

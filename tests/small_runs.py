@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from arc_solver.config import Config, load_config
-from arc_solver.model import load_model
+from arc_solver.models.model import load_model
 
 SMALL = {
     "run": {"device": "cpu"},

@@ -9,16 +9,16 @@ from conftest import TOY, flip_task
 from scipy.stats import chisquare
 from test_adapters import random_adapter
 
-import arc_solver.decoder
-from arc_solver import adapt as adapt_module
-from arc_solver.adapt import Adaptation, adapt, group_by_length, held_out_samples, planned_steps
-from arc_solver.adapters import LoraBank, attached, fresh_adapter
+import arc_solver.models.decoder
 from arc_solver.config import AdaptConfig, FormatConfig, named_rng
-from arc_solver.encode import IGNORE, INPUT, encode_sample
-from arc_solver.memory import kept_per_token
-from arc_solver.model import Model, load_model, new_model
-from arc_solver.optimize import step_rate
-from arc_solver.tasks import Pair, Task
+from arc_solver.models.adapters import LoraBank, attached, fresh_adapter
+from arc_solver.models.model import Model, load_model, new_model
+from arc_solver.puzzles.encode import IGNORE, INPUT, encode_sample
+from arc_solver.puzzles.tasks import Pair, Task
+from arc_solver.solving import adapt as adapt_module
+from arc_solver.solving.adapt import Adaptation, adapt, group_by_length, held_out_samples, planned_steps
+from arc_solver.training.memory import kept_per_token
+from arc_solver.training.optimize import step_rate
 
 
 def one_sided(count: int) -> Task:
@@ -240,7 +240,7 @@ def test_what_has_no_room_goes_through_the_model_part_by_part(tasks, toy_model, 
 def test_recomputing_by_transformers_too(tasks, toy_model, monkeypatch):
     config = CONFIG.model_copy(update={"steps": 2})
     expected = adapted(tasks, toy_model, config)
-    monkeypatch.setattr(arc_solver.decoder, "runs", lambda lm: False)
+    monkeypatch.setattr(arc_solver.models.decoder, "runs", lambda lm: False)
     found = adapted(tasks, toy_model, config.model_copy(update={"recompute": "yes"}))
     for task in tasks:
         assert_same(found[task.id], expected[task.id])

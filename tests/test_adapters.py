@@ -3,9 +3,9 @@ import pytest
 import torch
 from conftest import TOY
 
-from arc_solver.adapters import Adapter, attached, fresh_adapter, load_adapter, save_adapter
 from arc_solver.config import AdaptConfig, FormatConfig, UserError, named_rng
-from arc_solver.model import new_model, save_model
+from arc_solver.models.adapters import Adapter, attached, fresh_adapter, load_adapter, save_adapter
+from arc_solver.models.model import new_model, save_model
 
 CONFIG = AdaptConfig(rank=3, alpha=6)
 

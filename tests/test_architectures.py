@@ -18,9 +18,7 @@ from small_runs import log, small
 from test_engines import Plain, same_start
 from test_pretrained import SMALL, folder_with
 
-from arc_solver import decoder
-from arc_solver.adapt import adapt
-from arc_solver.adapters import Adapter, fresh_adapter
+from arc_solver.answers.vote import vote
 from arc_solver.config import (
     LINEAR_LAYERS,
     AdaptConfig,
@@ -32,16 +30,18 @@ from arc_solver.config import (
     load_config,
     named_rng,
 )
-from arc_solver.encode import encode_prompt, encode_reply, encode_sample
-from arc_solver.engine import TorchEngine
-from arc_solver.model import Model, load_model, packed_loss, save_model
-from arc_solver.predict import predict, views_of
-from arc_solver.pretrained import load_any
-from arc_solver.stream import pack
-from arc_solver.tasks import Grid, Pair, Task, challenge, freeze, same_grid
-from arc_solver.train import train
-from arc_solver.vote import vote
-from arc_solver.worker import load_base
+from arc_solver.data.stream import pack
+from arc_solver.decoding.torch_engine import TorchEngine
+from arc_solver.models import decoder
+from arc_solver.models.adapters import Adapter, fresh_adapter
+from arc_solver.models.model import Model, load_model, packed_loss, save_model
+from arc_solver.models.pretrained import load_any
+from arc_solver.puzzles.encode import encode_prompt, encode_reply, encode_sample
+from arc_solver.puzzles.tasks import Grid, Pair, Task, challenge, freeze, same_grid
+from arc_solver.solving.adapt import adapt
+from arc_solver.solving.predict import predict, views_of
+from arc_solver.solving.worker import load_base
+from arc_solver.training.train import train
 
 FORMAT = FormatConfig(positions="token")
 LIKELY = 0.03  # what the search is to find; a toss of three coins has 1/8

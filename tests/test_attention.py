@@ -9,7 +9,7 @@ import torch.nn.attention.varlen
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounter
 
-from arc_solver.attention import HALF, Packing, _flash, _padded, attention, packs_in_one_graph
+from arc_solver.models.attention import HALF, Packing, _flash, _padded, attention, packs_in_one_graph
 
 ENDS = torch.tensor([7, 8, 30, 31, 64])
 CPU = torch.device("cpu")

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from conftest import flip_task, grid, random_grid
 
-from arc_solver.augment import (
+from arc_solver.config import named_rng
+from arc_solver.puzzles.augment import (
     CHANGES,
     GEOMETRIES,
     Augmentation,
@@ -20,8 +21,7 @@ from arc_solver.augment import (
     random_problem_augmentation,
     spread_augmentations,
 )
-from arc_solver.config import named_rng
-from arc_solver.tasks import MAX_SIDE, Grid, Pair, grid_key, same_grid
+from arc_solver.puzzles.tasks import MAX_SIDE, Grid, Pair, grid_key, same_grid
 
 ALL_CHANGES = [change for kind in CHANGES.values() for change in kind]
 

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from conftest import TOY
 
-from arc_solver import bench
-from arc_solver.bench_field import read_samples
-from arc_solver.bench_schedule import overhead_s
-from arc_solver.bench_train import BF16, KEPT, MAX_TOKENS, SAMPLES, _packed, flop_utilisation, make_samples
+from arc_solver.bench import bench
+from arc_solver.bench.field_training import read_samples
+from arc_solver.bench.schedule import overhead_s
+from arc_solver.bench.training import BF16, KEPT, MAX_TOKENS, SAMPLES, _packed, flop_utilisation, make_samples
 from arc_solver.config import FormatConfig
-from arc_solver.encode import PAD
-from arc_solver.model import new_model
+from arc_solver.models.model import new_model
+from arc_solver.puzzles.encode import PAD
 
 
 def test_rows_have_one_form(monkeypatch, capsys):
@@ -41,7 +41,7 @@ def test_both_sides_of_the_training_bench_see_the_same_samples(tmp_path):
 @pytest.mark.parametrize("how", ["kept", "recomputed"])
 def test_the_estimate_of_a_step_is_near_its_peak(how):
     """In a process of its own, on a shape whose activations are most of it: within a quarter, and 64 MiB."""
-    command = [sys.executable, "-P", "-m", "arc_solver.bench_memory", "a small one", how]
+    command = [sys.executable, "-P", "-m", "arc_solver.bench.memory", "a small one", how]
     step = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     kept = 2048 * 12 * 256 * 2 * 10  # more than ten values of the width in every layer, in bf16
     assert (step["measured"] > kept) == (how == "kept")

@@ -7,9 +7,9 @@ import pytest
 import torch
 from conftest import flip_task
 
-from arc_solver.adapt import adapt
-from arc_solver.adapters import merge
-from arc_solver.bench_field_solve import (
+from arc_solver.answers.submission import read_submission
+from arc_solver.answers.vote import vote
+from arc_solver.bench.field_solving import (
     Field,
     Spent,
     _with_grid_positions,
@@ -21,13 +21,13 @@ from arc_solver.bench_field_solve import (
     submission_file,
 )
 from arc_solver.config import AdaptConfig, Config, FormatConfig, PredictConfig, UserError, VoteConfig, named_rng
-from arc_solver.encode import END, encode_prompt, encode_reply, encode_sample, longest_reply
-from arc_solver.engine import TorchEngine
-from arc_solver.model import BUNDLED_DIR, load_model
-from arc_solver.predict import predict
-from arc_solver.submission import read_submission
-from arc_solver.tasks import Pair, TasksConfig, load_tasks, same_grid
-from arc_solver.vote import vote
+from arc_solver.decoding.torch_engine import TorchEngine
+from arc_solver.models.adapters import merge
+from arc_solver.models.model import BUNDLED_DIR, load_model
+from arc_solver.puzzles.encode import END, encode_prompt, encode_reply, encode_sample, longest_reply
+from arc_solver.puzzles.tasks import Pair, TasksConfig, load_tasks, same_grid
+from arc_solver.solving.adapt import adapt
+from arc_solver.solving.predict import predict
 
 FEW = PredictConfig(views=6, drafts=False)
 # PEFT 0.21 asks transformers 5.23 for something by its old name.

@@ -1,13 +1,13 @@
 import pytest
 import torch
 
-from arc_solver.bench_field_solve import load_field
-from arc_solver.bench_solve import SCORED, SETTINGS, _rows_to_score, _score_rows, compare, large_tasks
+from arc_solver.bench.field_solving import load_field
+from arc_solver.bench.solving import SCORED, SETTINGS, _rows_to_score, _score_rows, compare, large_tasks
 from arc_solver.config import PredictConfig, named_rng
-from arc_solver.engine import TorchEngine
-from arc_solver.model import BUNDLED_DIR, load_model
-from arc_solver.predict import predict
-from arc_solver.tasks import TasksConfig, TaskSet, load_tasks
+from arc_solver.decoding.torch_engine import TorchEngine
+from arc_solver.models.model import BUNDLED_DIR, load_model
+from arc_solver.puzzles.tasks import TasksConfig, TaskSet, load_tasks
+from arc_solver.solving.predict import predict
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@ import time
 
 import pytest
 
-from arc_solver.budget import FIRST_SHARE, LEAST_SHARE, Budget, Work
+from arc_solver.solving.budget import FIRST_SHARE, LEAST_SHARE, Budget, Work
 
 NOTHING = Work()
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from conftest import TOY
 
-from arc_solver.bundle import CHECKOUT, Release, build, dataset_content
 from arc_solver.config import PACKAGE_DIR, FormatConfig, UserError, load_config
-from arc_solver.leaks import NOTHING
-from arc_solver.model import new_model, save_model
+from arc_solver.data.leaks import NOTHING
+from arc_solver.models.model import new_model, save_model
+from arc_solver.release.bundle import CHECKOUT, Release, build, dataset_content
 
 CPU = CHECKOUT / "configs" / "kaggle-cpu.toml"
 

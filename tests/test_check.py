@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from wheels import IMAGE, lock_of, make_wheel, sha256
 
-from arc_solver import check as check_module
-from arc_solver.check import check, slugify
 from arc_solver.config import PACKAGE_DIR, Config, KaggleConfig, UserError
+from arc_solver.release import check as check_module
+from arc_solver.release.check import check, slugify
 
 HEX = "0123456789abcdef" * 4
 PINNED = f"gcr.io/kaggle-images/python@sha256:{HEX}"

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from arc_solver.config import Config, UserError, ValidationConfig, load_config
-from arc_solver.corpus import Corpus, Partition, make_corpus, make_partition, validation_source
-from arc_solver.leaks import leak_audit
-from arc_solver.tasks import Task, grid_key
+from arc_solver.data.corpus import Corpus, Partition, make_corpus, make_partition, validation_source
+from arc_solver.data.leaks import leak_audit
+from arc_solver.puzzles.tasks import Task, grid_key
 
 COPIES = {("40853293", "070dd51e"), ("caa06a1f", "50a16a69")}  # training tasks that are evaluation tasks
 

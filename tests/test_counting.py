@@ -8,8 +8,8 @@ import pytest
 from scipy.ndimage import find_objects, label
 
 from arc_solver.config import named_rng
-from arc_solver.counting import COUNTING_TASKS
-from arc_solver.tasks import COLOURS, MAX_SIDE, Grid, Pair, grid_key, same_grid
+from arc_solver.data.counting import COUNTING_TASKS
+from arc_solver.puzzles.tasks import COLOURS, MAX_SIDE, Grid, Pair, grid_key, same_grid
 
 SEEDS = range(12)
 CORNERS = np.ones((3, 3))  # corner neighbours are connected too

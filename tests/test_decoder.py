@@ -7,15 +7,15 @@ import torch
 from conftest import TOY
 from test_adapters import random_adapter
 
-from arc_solver import decoder
-from arc_solver.adapters import attached
-from arc_solver.attention import Packing
 from arc_solver.config import AdaptConfig, FormatConfig
-from arc_solver.encode import VOCABULARY
-from arc_solver.kv_cache import KvCache
-from arc_solver.lora import attach_lora
-from arc_solver.model import Model, load_model, new_model, packed_loss, save_model
-from arc_solver.stream import Batch
+from arc_solver.data.stream import Batch
+from arc_solver.models import decoder
+from arc_solver.models.adapters import attached
+from arc_solver.models.attention import Packing
+from arc_solver.models.kv_cache import KvCache
+from arc_solver.models.lora import attach_lora
+from arc_solver.models.model import Model, load_model, new_model, packed_loss, save_model
+from arc_solver.puzzles.encode import VOCABULARY
 
 HEADS: dict[str, dict[str, Any]] = {
     "Qwen2": {"num_attention_heads": 4, "num_key_value_heads": 2},  # biases

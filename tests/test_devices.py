@@ -8,13 +8,13 @@ import torch
 from checkpoints import make_checkpoint
 from small_runs import log, run, small, train_command, weights, write_config
 
-from arc_solver.checkpoints import latest_checkpoint
 from arc_solver.config import UserError
-from arc_solver.devices import Devices, decoder_layers
-from arc_solver.model import new_model, packed_loss
-from arc_solver.sources import read_source
-from arc_solver.stream import BatchStream, SampleStream
-from arc_solver.train import train
+from arc_solver.data.sources import read_source
+from arc_solver.data.stream import BatchStream, SampleStream
+from arc_solver.models.model import new_model, packed_loss
+from arc_solver.training.checkpoints import latest_checkpoint
+from arc_solver.training.devices import Devices, decoder_layers
+from arc_solver.training.train import train
 
 SETTINGS = {"train": {"optimizer": "adamw", "batches_per_step": 2}}
 

@@ -3,10 +3,10 @@ import pytest
 from conftest import FORMATS
 
 from arc_solver.config import FormatConfig
-from arc_solver.drafter import Drafter, SameCell, above, left
-from arc_solver.encode import END, NEWLINE, VOCABULARY, encode_prompt, encode_reply
-from arc_solver.tasks import Pair, make_grid
-from arc_solver.token_tree import Grammar, TokenTree
+from arc_solver.decoding.drafter import Drafter, SameCell, above, left
+from arc_solver.decoding.token_tree import Grammar, TokenTree
+from arc_solver.puzzles.encode import END, NEWLINE, VOCABULARY, encode_prompt, encode_reply
+from arc_solver.puzzles.tasks import Pair, make_grid
 
 GRID = make_grid([[1, 2, 2], [1, 3, 3]], "grid")
 

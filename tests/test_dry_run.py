@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from arc_solver.bundle import CHECKOUT
 from arc_solver.config import MachineError
-from arc_solver.sandbox import namespaces
+from arc_solver.release.bundle import CHECKOUT
+from arc_solver.release.sandbox import namespaces
 
 QUICK = ["adapt.steps=20", "predict.views=4", "kaggle.smoke_tasks=2"]
 

@@ -3,7 +3,7 @@ import pytest
 from conftest import grid, random_grid
 
 from arc_solver.config import FormatConfig
-from arc_solver.encode import (
+from arc_solver.puzzles.encode import (
     COLOURS,
     END,
     GRID_STRIDE,
@@ -26,7 +26,7 @@ from arc_solver.encode import (
     longest_reply,
     sample_tokens,
 )
-from arc_solver.tasks import Pair, freeze, same_grid
+from arc_solver.puzzles.tasks import Pair, freeze, same_grid
 
 PLAIN = FormatConfig()
 FULL = FormatConfig(shape_header=True, row_numbers=True)

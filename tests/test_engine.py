@@ -7,12 +7,21 @@ from checkpoints import KINDS, make_lm
 from conftest import FORMATS, TOY, flip_task
 from test_adapters import random_adapter
 
-from arc_solver.adapt import adapt
 from arc_solver.config import AdaptConfig, FormatConfig
-from arc_solver.encode import END, NEWLINE, NUMBER, VOCABULARY, Cursor, decode_reply, encode_prompt, longest_reply
-from arc_solver.engine import Cost, TorchEngine, needed_context
-from arc_solver.kv_cache import bytes_per_token
-from arc_solver.model import ATTENTION, Model, new_model, prepare_transformers
+from arc_solver.decoding.torch_engine import Cost, TorchEngine, needed_context
+from arc_solver.models.kv_cache import bytes_per_token
+from arc_solver.models.model import ATTENTION, Model, new_model, prepare_transformers
+from arc_solver.puzzles.encode import (
+    END,
+    NEWLINE,
+    NUMBER,
+    VOCABULARY,
+    Cursor,
+    decode_reply,
+    encode_prompt,
+    longest_reply,
+)
+from arc_solver.solving.adapt import adapt
 
 
 def prompts_of(rng, format, count=10):
@@ -176,7 +185,7 @@ def test_every_architecture_decodes_as_it_does_plainly(kind, rng):
 
 
 def test_an_adapted_model_decodes_as_it_does_plainly(toy_model, rng):
-    from arc_solver.adapters import attached
+    from arc_solver.models.adapters import attached
 
     task = flip_task(rng)
     adapter = adapt([task], toy_model, AdaptConfig(steps=30, rank=4, lr=2e-2), [rng])[0].adapter

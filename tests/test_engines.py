@@ -14,13 +14,13 @@ import torch
 from conftest import random_grid
 from test_adapters import random_adapter
 
-from arc_solver.adapters import Adapter, attached, fresh_adapter
 from arc_solver.config import AdaptConfig, EngineConfig, FormatConfig, named_rng
-from arc_solver.encode import END, INPUT, NEWLINE, PAD, VOCABULARY, Cursor, Prompt, encode_prompt, encode_reply
-from arc_solver.engine import Engine, TorchEngine
-from arc_solver.model import Model, save_model
-from arc_solver.tasks import Pair
-from arc_solver.vllm_engine import VLLMEngine
+from arc_solver.decoding.torch_engine import Engine, TorchEngine
+from arc_solver.decoding.vllm_engine import VLLMEngine
+from arc_solver.models.adapters import Adapter, attached, fresh_adapter
+from arc_solver.models.model import Model, save_model
+from arc_solver.puzzles.encode import END, INPUT, NEWLINE, PAD, VOCABULARY, Cursor, Prompt, encode_prompt, encode_reply
+from arc_solver.puzzles.tasks import Pair
 
 FORMAT = FormatConfig(positions="token")
 CONTEXT = 512

@@ -18,9 +18,9 @@ import pytest
 import toy_workers
 from toy_workers import Toy
 
-import arc_solver.executors
+import arc_solver.solving.executors
 from arc_solver.config import UserError
-from arc_solver.executors import Done, Executor, Watchdog, make_executor
+from arc_solver.solving.executors import Done, Executor, Watchdog, make_executor
 
 PATIENCE_S = 60
 CLUSTER = """
@@ -259,7 +259,7 @@ def test_a_hung_worker_ends_by_itself(open_executor, capfd):
         found = answers(executor, ("hang", 0.5), ("double", 1))
     (hung,) = [done for done in found if done.died]
     assert hung.job == ("hang", 0.5)
-    if isinstance(executor, arc_solver.executors.Processes):
+    if isinstance(executor, arc_solver.solving.executors.Processes):
         assert "exit code 1" in hung.error
         said = capfd.readouterr().err
         assert "Timeout" in said
@@ -270,7 +270,7 @@ def test_no_timeout_is_no_watch():
     """It would be pytest's own timer that is changed."""
     for call in (Watchdog(0).beat, Watchdog(0).rest):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(arc_solver.executors, "faulthandler", None)
+            patch.setattr(arc_solver.solving.executors, "faulthandler", None)
             call()
 
 
@@ -349,7 +349,7 @@ def has_children(pid: int) -> bool:
 
 
 def test_ray_that_is_not_installed_is_named(monkeypatch):
-    monkeypatch.setattr(arc_solver.executors, "find_spec", lambda name: None)
+    monkeypatch.setattr(arc_solver.solving.executors, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'arc_solver\[cluster\]'"):
         make_executor("ray", Toy)
 

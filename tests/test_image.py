@@ -11,7 +11,7 @@ from packaging.version import Version
 from wheels import IMAGE, lock_of, make_wheel
 
 from arc_solver.config import MachineError, UserError
-from arc_solver.image import (
+from arc_solver.release.image import (
     KAGGLE_DIR,
     Changes,
     download,

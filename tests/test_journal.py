@@ -9,13 +9,13 @@ import torch
 from conftest import flip_task, grid
 from test_adapters import random_adapter
 
-from arc_solver.adapt import Adaptation
-from arc_solver.candidates import Candidate, Predictions
+from arc_solver.answers.candidates import Candidate, Predictions
+from arc_solver.answers.submission import read_submission
 from arc_solver.config import Config, MachineError, RunConfig, UserError, VoteConfig, duration_s
-from arc_solver.journal import Journal, Result, open_journal, saved_config
-from arc_solver.status import counts, last_summary, read_status
-from arc_solver.submission import read_submission
-from arc_solver.tasks import TaskSet, load_tasks
+from arc_solver.puzzles.tasks import TaskSet, load_tasks
+from arc_solver.solving.adapt import Adaptation
+from arc_solver.solving.journal import Journal, Result, open_journal, saved_config
+from arc_solver.solving.status import counts, last_summary, read_status
 
 VOTES = Config(vote=VoteConfig(rule="votes"))
 

@@ -25,14 +25,14 @@ from kaggle_server import (
 )
 
 from arc_solver.config import MachineError
-from arc_solver.kaggle_wire import Failure, Patience, Wire, _asked_wait_s, inside, short
+from arc_solver.release.wire import Failure, Patience, Wire, _asked_wait_s, inside, short
 
 WHEELS, NOTEBOOK = "ada/arc-solver-wheels", "ada/arc-solver"
 LOOP = """
 import contextlib, dataclasses, io, json, sys
 from pathlib import Path
 from arc_solver.config import MachineError, UserError
-from arc_solver.kaggle_client import Limits, Patience, connect
+from arc_solver.release.client import Limits, Patience, connect
 
 def plain(value):
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else str(value)
@@ -661,7 +661,7 @@ def once(env: dict[str, str], code: str = "kaggle.owner", before: str = "") -> s
     lines = [
         before,
         "from arc_solver.config import run_main",
-        "from arc_solver.kaggle_client import Patience, connect",
+        "from arc_solver.release.client import Patience, connect",
         f"def main(argv):\n    kaggle = connect(Patience(**{HURRY}))\n    print({code})\n    return 0",
         "run_main(main)",
     ]

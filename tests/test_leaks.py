@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from conftest import grid
 
-from arc_solver.augment import GEOMETRIES, Augmentation
 from arc_solver.config import SourceConfig
-from arc_solver.leaks import NOTHING, LeakAudit, TrainingData, find_overlaps, known_keys, leak_audit, pair_key
-from arc_solver.leaks import training_data as training_data_of
-from arc_solver.sources import Source
-from arc_solver.tasks import Grid, Pair, Task, TaskSet, freeze
+from arc_solver.data.leaks import NOTHING, LeakAudit, TrainingData, find_overlaps, known_keys, leak_audit, pair_key
+from arc_solver.data.leaks import training_data as training_data_of
+from arc_solver.data.sources import Source
+from arc_solver.puzzles.augment import GEOMETRIES, Augmentation
+from arc_solver.puzzles.tasks import Grid, Pair, Task, TaskSet, freeze
 
 MAKING = np.random.default_rng(0)
 

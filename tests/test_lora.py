@@ -9,11 +9,11 @@ from conftest import TOY
 from safetensors.torch import load, save_file
 from torch import nn
 
-from arc_solver import decoder
-from arc_solver.adapters import attached, load_adapter, merge
 from arc_solver.config import LINEAR_LAYERS, FormatConfig, LoraConfig, UserError, load_config
-from arc_solver.leaks import TrainingData
-from arc_solver.lora import (
+from arc_solver.data.leaks import TrainingData
+from arc_solver.models import decoder
+from arc_solver.models.adapters import attached, load_adapter, merge
+from arc_solver.models.lora import (
     BASE_FILE,
     attach_lora,
     base_it_names,
@@ -23,8 +23,8 @@ from arc_solver.lora import (
     trained_with,
     with_adapter,
 )
-from arc_solver.model import DATA_FILE, Model, load_model, new_model, save_model
-from arc_solver.pretrained import load_any
+from arc_solver.models.model import DATA_FILE, Model, load_model, new_model, save_model
+from arc_solver.models.pretrained import load_any
 
 pytestmark = [
     # PEFT 0.21 asks for it

@@ -9,12 +9,12 @@ import pytest
 import torch
 from small_runs import run, small, train_command, write_config
 
-from arc_solver.devices import Devices
-from arc_solver.hardware import container_memory, free_memory, whole_memory
-from arc_solver.memory import estimate_memory, first_tokens
-from arc_solver.model import new_model, packed_loss
-from arc_solver.sources import read_source
-from arc_solver.stream import BatchStream, SampleStream
+from arc_solver.data.sources import read_source
+from arc_solver.data.stream import BatchStream, SampleStream
+from arc_solver.models.hardware import container_memory, free_memory, whole_memory
+from arc_solver.models.model import new_model, packed_loss
+from arc_solver.training.devices import Devices
+from arc_solver.training.memory import estimate_memory, first_tokens
 
 WIDE = {"layers": 6, "width": 256, "heads": 4, "kv_heads": 4, "head_dim": 64, "mlp_width": 768}
 
@@ -48,7 +48,7 @@ def test_the_memory_of_a_container(tmp_path):
 
 def test_a_plan_keeps_to_the_container(monkeypatch):
     machine = free_memory(torch.device("cpu"))
-    monkeypatch.setattr("arc_solver.hardware.container_memory", lambda: (1 << 20, 1 << 18))
+    monkeypatch.setattr("arc_solver.models.hardware.container_memory", lambda: (1 << 20, 1 << 18))
     assert machine > 1 << 20
     assert free_memory(torch.device("cpu"), 3) == 1 << 18
     assert whole_memory(torch.device("cpu")) == 1 << 20

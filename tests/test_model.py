@@ -6,15 +6,24 @@ from checkpoints import make_checkpoint
 from conftest import TOY, random_grid
 from safetensors.torch import load, save_file
 
-from arc_solver.attention import Packing
 from arc_solver.config import FormatConfig, ModelConfig, UserError
-from arc_solver.encode import IGNORE, encode_sample
-from arc_solver.hardware import pick_device
-from arc_solver.leaks import NOTHING, TrainingData
-from arc_solver.model import ATTENTION, BUNDLED_DIR, Model, fingerprint, load_model, new_model, packed_loss, save_model
-from arc_solver.pretrained import load_any
-from arc_solver.stream import pack
-from arc_solver.tasks import Pair
+from arc_solver.data.leaks import NOTHING, TrainingData
+from arc_solver.data.stream import pack
+from arc_solver.models.attention import Packing
+from arc_solver.models.hardware import pick_device
+from arc_solver.models.model import (
+    ATTENTION,
+    BUNDLED_DIR,
+    Model,
+    fingerprint,
+    load_model,
+    new_model,
+    packed_loss,
+    save_model,
+)
+from arc_solver.models.pretrained import load_any
+from arc_solver.puzzles.encode import IGNORE, encode_sample
+from arc_solver.puzzles.tasks import Pair
 
 
 def samples(rng, format, count=4):

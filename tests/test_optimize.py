@@ -17,10 +17,10 @@ from arc_solver.config import (
     UserError,
     load_config,
 )
-from arc_solver.model import new_model
-from arc_solver.optimize import RECENT, Pace, Step, fit, make_optimizers, rate_at, step_rate
-from arc_solver.train import main
-from arc_solver.training_report import plot_rates
+from arc_solver.models.model import new_model
+from arc_solver.training.optimize import RECENT, Pace, Step, fit, make_optimizers, rate_at, step_rate
+from arc_solver.training.report import plot_rates
+from arc_solver.training.train import main
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_plot_lr_writes_a_picture_and_trains_nothing(tmp_path):
 def test_the_picture_has_every_step_of_every_stage(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(
-        "arc_solver.training_report.rate_curve", lambda rates, stages, file: drawn.append((rates, stages))
+        "arc_solver.training.report.rate_curve", lambda rates, stages, file: drawn.append((rates, stages))
     )
     stages = ({"name": "a", "train": {"steps": 2, "lr": 1.0}}, {"name": "b", "train": {"steps": 3, "lr": 0.1}})
     plot_rates(Config(train=TrainConfig(schedule="constant", warmup=0), stages=stages), tmp_path / "lr.png")

@@ -12,12 +12,12 @@ import torch
 from conftest import TOY
 from safetensors.torch import load_file, save_file
 
-from arc_solver.adapters import attached, fresh_adapter, load_adapter
 from arc_solver.config import AdaptConfig, FormatConfig, UserError, load_config, named_rng
-from arc_solver.lora import continue_lora, with_adapter, with_start
-from arc_solver.model import Model, load_model, new_model, save_model
-from arc_solver.peft_format import HARMLESS, MEANINGS, check_adapter
-from arc_solver.run import start_model
+from arc_solver.models.adapters import attached, fresh_adapter, load_adapter
+from arc_solver.models.lora import continue_lora, with_adapter, with_start
+from arc_solver.models.model import Model, load_model, new_model, save_model
+from arc_solver.models.peft_format import HARMLESS, MEANINGS, check_adapter
+from arc_solver.training.run import start_model
 
 pytestmark = [pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")]
 IDS_BT = torch.randint(14, (2, 24), generator=torch.Generator().manual_seed(0))

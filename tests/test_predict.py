@@ -7,14 +7,14 @@ import pytest
 from conftest import TOY, flip_task, grid, random_grid
 from test_engine import with_short_replies
 
-from arc_solver.augment import ColourPolicy, spread_augmentations
-from arc_solver.candidates import Candidate, Predictions
+from arc_solver.answers.candidates import Candidate, Predictions
 from arc_solver.config import FormatConfig, PredictConfig, named_rng
-from arc_solver.encode import END, INPUT, decode_reply, encode_prompt, encode_reply
-from arc_solver.engine import Cost, Found, Reply, Scored, TorchEngine, needed_context
-from arc_solver.model import Model, new_model
-from arc_solver.predict import predict, predict_tasks
-from arc_solver.tasks import freeze, grid_key, same_grid
+from arc_solver.decoding.torch_engine import Cost, Found, Reply, Scored, TorchEngine, needed_context
+from arc_solver.models.model import Model, new_model
+from arc_solver.puzzles.augment import ColourPolicy, spread_augmentations
+from arc_solver.puzzles.encode import END, INPUT, decode_reply, encode_prompt, encode_reply
+from arc_solver.puzzles.tasks import freeze, grid_key, same_grid
+from arc_solver.solving.predict import predict, predict_tasks
 
 FORMAT = FormatConfig()
 
@@ -209,7 +209,7 @@ def test_two_rounds_are_joined_under_the_views_of_both():
 
 def test_predictions_do_not_see_test_outputs(tmp_path, rng):
     """The same task file with other test outputs: the same candidates, to the bit."""
-    from arc_solver.tasks import TasksConfig, load_tasks
+    from arc_solver.puzzles.tasks import TasksConfig, load_tasks
 
     task, model = flip_task(rng), with_short_replies(new_model(TOY, FORMAT, seed=1))
     found = []

@@ -6,13 +6,14 @@ import pytest
 import torch
 from conftest import TOY
 
-from arc_solver import decoder, executors
 from arc_solver.config import Config, FormatConfig, MachineError, load_config
-from arc_solver.engine import TorchEngine
-from arc_solver.kv_cache import _Step
-from arc_solver.model import Model, new_model
-from arc_solver.preflight import preflight
-from arc_solver.worker import make_worker
+from arc_solver.decoding.torch_engine import TorchEngine
+from arc_solver.models import decoder
+from arc_solver.models.kv_cache import _Step
+from arc_solver.models.model import Model, new_model
+from arc_solver.solving import executors
+from arc_solver.solving.preflight import preflight
+from arc_solver.solving.worker import make_worker
 
 
 @pytest.fixture

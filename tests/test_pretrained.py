@@ -14,13 +14,13 @@ import pytest
 import torch
 from checkpoints import KINDS, make_checkpoint, make_tokenizer
 
-import arc_solver.attention
-import arc_solver.pretrained
-from arc_solver.attention import Packing
+import arc_solver.models.attention
+import arc_solver.models.pretrained
 from arc_solver.config import FormatConfig, UserError
-from arc_solver.encode import END, INPUT, NEWLINE, NUMBER, OUTPUT, PAD, TOKENS, VOCABULARY
-from arc_solver.model import Model, load_model, save_model
-from arc_solver.pretrained import check_attention, checkpoint_dir, cut_vocabulary, kept_ids, load_any
+from arc_solver.models.attention import Packing
+from arc_solver.models.model import Model, load_model, save_model
+from arc_solver.models.pretrained import check_attention, checkpoint_dir, cut_vocabulary, kept_ids, load_any
+from arc_solver.puzzles.encode import END, INPUT, NEWLINE, NUMBER, OUTPUT, PAD, TOKENS, VOCABULARY
 
 TOKEN = FormatConfig(positions="token")
 EXACT = [*range(10), NEWLINE, END, PAD]  # ids of ours that are each one id of the original
@@ -442,7 +442,7 @@ def test_attention_that_ours_does_not_reproduce_is_refused(tmp_path, monkeypatch
     """Ours is made to sharpen the scores, then to ignore where sequences end, then to fail."""
     model, _ = load_any(make_checkpoint(tmp_path, "qwen3"), "org/name", TOKEN)
     check_attention(model.lm, "org/name")
-    attend = arc_solver.attention.attend
+    attend = arc_solver.models.attention.attend
 
     def sharper(module, q, k, v, mask, **rest):
         return attend(module, 2 * q, k, v, mask, **rest)
@@ -455,12 +455,12 @@ def test_attention_that_ours_does_not_reproduce_is_refused(tmp_path, monkeypatch
 
     for broken, said in ((sharper, "its own attention"), (unpacked, "its own attention"), (failing, "heads differ$")):
         with monkeypatch.context() as patch:
-            patch.setitem(attention_functions(), arc_solver.model.ATTENTION, broken)
+            patch.setitem(attention_functions(), arc_solver.models.model.ATTENTION, broken)
             with pytest.raises(
                 UserError, match=rf"org/name: .*\(qwen3\) cannot be trained on packed sequences: {said}"
             ):
                 check_attention(model.lm, "org/name")
-        assert model.lm.config._attn_implementation == arc_solver.model.ATTENTION
+        assert model.lm.config._attn_implementation == arc_solver.models.model.ATTENTION
     check_attention(model.lm, "org/name")
 
 
@@ -565,7 +565,7 @@ def fetch(endpoint: str, home: Path, *paths: str) -> list[dict[str, str]]:
     code = (
         "import json, sys\n"
         "from arc_solver.config import UserError\n"
-        "from arc_solver.pretrained import checkpoint_dir\n"
+        "from arc_solver.models.pretrained import checkpoint_dir\n"
         "for path in sys.argv[1:]:\n"
         "    try:\n"
         "        print(json.dumps({'folder': str(checkpoint_dir(path))}))\n"

@@ -4,13 +4,13 @@ import pytest
 import torch
 from conftest import flip_task
 
-from arc_solver import decoder
-from arc_solver.adapt import adapt
 from arc_solver.config import AdaptConfig, MachineError, PredictConfig, UserError, load_config, named_rng
-from arc_solver.engine import TorchEngine
-from arc_solver.model import BUNDLED_DIR, load_model
-from arc_solver.predict import predict
-from arc_solver.preflight import preflight
+from arc_solver.decoding.torch_engine import TorchEngine
+from arc_solver.models import decoder
+from arc_solver.models.model import BUNDLED_DIR, load_model
+from arc_solver.solving.adapt import adapt
+from arc_solver.solving.predict import predict
+from arc_solver.solving.preflight import preflight
 
 pytest.importorskip("bitsandbytes", reason="needs the extra quantize")
 

@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 
-import arc_solver.replica
+import arc_solver.release.replica
 from arc_solver.config import PACKAGE_DIR, MachineError, UserError
-from arc_solver.rehearsal import (
+from arc_solver.puzzles.tasks import TasksConfig, TaskSet, load_tasks, read_file, same_grid
+from arc_solver.release.rehearsal import (
     CHALLENGES,
     SOLUTIONS,
     Failed,
@@ -28,9 +29,8 @@ from arc_solver.rehearsal import (
     competition_files,
     rehearse,
 )
-from arc_solver.replica import image_python
-from arc_solver.sandbox import USER_NAMESPACE, namespaces
-from arc_solver.tasks import TasksConfig, TaskSet, load_tasks, read_file, same_grid
+from arc_solver.release.replica import image_python
+from arc_solver.release.sandbox import USER_NAMESPACE, namespaces
 
 IMAGE = ("nbclient==0.10.2", "packaging==25.0")
 ANSWER = """
@@ -339,7 +339,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def test_too_much_time(bench, tmp_path, monkeypatch):
-    monkeypatch.setattr(arc_solver.rehearsal, "START_S", 6.0)
+    monkeypatch.setattr(arc_solver.release.rehearsal, "START_S", 6.0)
     text = why(bench, sleeper(tmp_path.name), tmp_path, Terms("rerun", clock=1e-6))
     assert text.startswith("rerun run: the notebook was not done after 6 s")
     assert "still here" in text
@@ -368,8 +368,8 @@ def test_too_much_memory_of_all_processes_together(bench, tmp_path):
 IN_ANOTHER = """
 import sys
 from pathlib import Path
-from arc_solver.rehearsal import Terms, rehearse
-from arc_solver.sandbox import namespaces
+from arc_solver.release.rehearsal import Terms, rehearse
+from arc_solver.release.sandbox import namespaces
 print(namespaces())
 paths = [Path(word) for word in sys.argv[1:]]
 print(rehearse(*paths, Terms("rerun"), print).score.outputs)
@@ -470,7 +470,7 @@ def test_the_image_is_made_once(bench, monkeypatch):
     def fail(*_: object) -> None:
         raise AssertionError("it is made again")
 
-    monkeypatch.setattr(arc_solver.replica, "_choose_base", fail)
+    monkeypatch.setattr(arc_solver.release.replica, "_choose_base", fail)
     folder = bench.python.parent.parent
     again = image_python(folder, print, ("nbclient", "ipykernel"), folder.parent / "image.txt")
     assert again == (bench.python, bench.differences)

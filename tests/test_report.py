@@ -5,8 +5,8 @@ import numpy as np
 from conftest import flip_task
 from rich.console import Console
 
-from arc_solver.report import grid_text, loss_curve, save_picture, task_picture
-from arc_solver.tasks import freeze
+from arc_solver.puzzles.pictures import grid_text, loss_curve, save_picture, task_picture
+from arc_solver.puzzles.tasks import freeze
 
 
 def test_pictures_show_every_cell(rng):

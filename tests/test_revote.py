@@ -11,14 +11,14 @@ import pytest
 from conftest import grid
 from rich.console import Console
 
-from arc_solver.candidates import Candidate, Predictions
+from arc_solver.answers.candidates import Candidate, Predictions
+from arc_solver.answers.paired import difference, sign_test
+from arc_solver.answers.revote import compare, main, read_run, select
+from arc_solver.answers.submission import coverage, read_submission, score
+from arc_solver.answers.vote import RULES, vote
 from arc_solver.config import Config, UserError, VoteConfig
-from arc_solver.paired import difference, sign_test
-from arc_solver.revote import compare, main, read_run, select
-from arc_solver.solve import main as solve_main
-from arc_solver.submission import coverage, read_submission, score
-from arc_solver.tasks import Pair, Task, TasksConfig, load_tasks
-from arc_solver.vote import RULES, vote
+from arc_solver.puzzles.tasks import Pair, Task, TasksConfig, load_tasks
+from arc_solver.solving.solve import main as solve_main
 
 X, RIGHT, WRONG, WORSE = grid("12", "34"), grid("56", "78"), grid("9"), grid("00")
 
@@ -121,7 +121,9 @@ def test_without_solutions_there_is_no_score(tmp_path, capsys):
 
 def test_the_command_needs_no_torch(run_dir):
     """It selects in the time that it takes to read the files."""
-    code = f"import sys; from arc_solver.revote import main; main(['--revote', {str(run_dir)!r}, '--all-rules']);"
+    code = (
+        f"import sys; from arc_solver.answers.revote import main; main(['--revote', {str(run_dir)!r}, '--all-rules']);"
+    )
     done = subprocess.run([sys.executable, "-P", "-c", code + "assert 'torch' not in sys.modules"], capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
 

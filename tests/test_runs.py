@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from conftest import TOY, flip_task, hasty, write_challenges
 
+from arc_solver.answers.submission import blank_submission, read_submission
 from arc_solver.config import FormatConfig
-from arc_solver.leaks import NOTHING
-from arc_solver.model import new_model, save_model
-from arc_solver.submission import blank_submission, read_submission
-from arc_solver.tasks import Task, TasksConfig, load_tasks, same_grid, smallest
+from arc_solver.data.leaks import NOTHING
+from arc_solver.models.model import new_model, save_model
+from arc_solver.puzzles.tasks import Task, TasksConfig, load_tasks, same_grid, smallest
 
 HERE = Path(__file__).parent
 QUICK = ["adapt.steps=20", "adapt.rank=4", "predict.views=8", "run.show=0"]
@@ -158,7 +158,7 @@ def test_a_run_is_continued_from_any_folder(checkpoint, challenges, tmp_path):
 FAULTY = f"""
 import os, sys, time
 sys.path.insert(0, {str(HERE.parent)!r})
-import arc_solver.worker as worker
+import arc_solver.solving.worker as worker
 adapt, predict_tasks = worker.adapt, worker.predict_tasks
 def hurt(tasks):
     %s
@@ -168,7 +168,7 @@ def bad_adapt(tasks, *rest):
 worker.adapt = bad_adapt
 if __name__ == "__main__":
     from arc_solver.config import run_main
-    from arc_solver.solve import main
+    from arc_solver.solving.solve import main
     run_main(main)
 """
 

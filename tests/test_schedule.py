@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 from conftest import flip_task, grid
 
-from arc_solver.adapt import Adaptation, group_by_length
-from arc_solver.adapters import Adapter
-from arc_solver.budget import Budget
-from arc_solver.candidates import Candidate, Predictions
+from arc_solver.answers.candidates import Candidate, Predictions
 from arc_solver.config import Config
-from arc_solver.executors import InProcess
-from arc_solver.hardware import pick_device
-from arc_solver.journal import Journal, open_journal
-from arc_solver.schedule import Finished, Schedule
-from arc_solver.tasks import Pair, Task, TaskSet
-from arc_solver.worker import AdaptJob, Outcome, Usage, asked_together
+from arc_solver.models.adapters import Adapter
+from arc_solver.models.hardware import pick_device
+from arc_solver.puzzles.tasks import Pair, Task, TaskSet
+from arc_solver.solving.adapt import Adaptation, group_by_length
+from arc_solver.solving.budget import Budget
+from arc_solver.solving.executors import InProcess
+from arc_solver.solving.journal import Journal, open_journal
+from arc_solver.solving.schedule import Finished, Schedule
+from arc_solver.solving.worker import AdaptJob, Outcome, Usage, asked_together
 
 CPU = pick_device("cpu")
 CONFIG = Config.model_validate(
@@ -113,8 +113,8 @@ GOOD = ("tasks", True, None, True)
 @pytest.fixture(autouse=True)
 def _no_weights(monkeypatch):
     """The pretender's adapters have none, which no file can hold."""
-    monkeypatch.setattr("arc_solver.journal.save_adapter", lambda adapter, folder: folder.mkdir(parents=True))
-    monkeypatch.setattr("arc_solver.journal.load_adapter", lambda folder: Adapter(1, 1.0, {}))
+    monkeypatch.setattr("arc_solver.solving.journal.save_adapter", lambda adapter, folder: folder.mkdir(parents=True))
+    monkeypatch.setattr("arc_solver.solving.journal.load_adapter", lambda folder: Adapter(1, 1.0, {}))
 
 
 def test_all_tasks_are_adapted_and_asked_the_longest_first(tmp_path):

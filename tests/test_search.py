@@ -8,9 +8,9 @@ from conftest import TOY
 from test_engine import answers, plainly, prompts_of, with_short_replies
 
 from arc_solver.config import FormatConfig
-from arc_solver.encode import END, NEWLINE, Cursor, encode_reply
-from arc_solver.engine import TorchEngine
-from arc_solver.model import Model, new_model
+from arc_solver.decoding.torch_engine import TorchEngine
+from arc_solver.models.model import Model, new_model
+from arc_solver.puzzles.encode import END, NEWLINE, Cursor, encode_reply
 
 FORMAT = FormatConfig()
 

@@ -15,19 +15,19 @@ from conftest import TOY, flip_task, hasty, write_challenges
 from small_runs import small
 from test_adapters import random_adapter
 
+from arc_solver.answers.submission import read_submission, score
+from arc_solver.answers.vote import vote
 from arc_solver.config import AdaptConfig, Config, FormatConfig, OptimConfig, PredictConfig, named_rng
-from arc_solver.encode import encode_sample
-from arc_solver.engine import TorchEngine
-from arc_solver.model import Model, load_model, new_model, packed_loss, save_model
-from arc_solver.optimize import fit, make_optimizers
-from arc_solver.predict import predict
-from arc_solver.solve import default_run_dir
-from arc_solver.stream import pack
-from arc_solver.submission import read_submission, score
-from arc_solver.tasks import Pair, TasksConfig, TaskSet, load_tasks, smallest
-from arc_solver.train import train
-from arc_solver.vote import vote
-from arc_solver.worker import AdaptJob, AskJob, Worker
+from arc_solver.data.stream import pack
+from arc_solver.decoding.torch_engine import TorchEngine
+from arc_solver.models.model import Model, load_model, new_model, packed_loss, save_model
+from arc_solver.puzzles.encode import encode_sample
+from arc_solver.puzzles.tasks import Pair, TasksConfig, TaskSet, load_tasks, smallest
+from arc_solver.solving.predict import predict
+from arc_solver.solving.solve import default_run_dir
+from arc_solver.solving.worker import AdaptJob, AskJob, Worker
+from arc_solver.training.optimize import fit, make_optimizers
+from arc_solver.training.train import train
 
 QUICK = ["adapt.steps=3", "adapt.rank=4", "predict.views=3"]
 

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from arc_solver.config import SourceConfig, UserError, named_rng
-from arc_solver.counting import COUNTING_TASKS
-from arc_solver.sources import READERS, Source, re_arc_generators, re_arc_pair, read_source
-from arc_solver.tasks import Pair, grid_key, make_pairs
+from arc_solver.data.counting import COUNTING_TASKS
+from arc_solver.data.sources import READERS, Source, re_arc_generators, re_arc_pair, read_source
+from arc_solver.puzzles.tasks import Pair, grid_key, make_pairs
 
 Raw = list[dict[str, Any]]
 FILE_KINDS = ("tasks", "demonstrations", "pairs")

@@ -18,9 +18,8 @@ import numpy as np
 import pytest
 
 from arc_solver.config import CorpusConfig, FormatConfig, SourceConfig, UserError
-from arc_solver.encode import IGNORE, INPUT, NEWLINE, OUTPUT, PAD, Sample
-from arc_solver.sources import Source, read_source
-from arc_solver.stream import (
+from arc_solver.data.sources import Source, read_source
+from arc_solver.data.stream import (
     COUNTS,
     FILLED,
     GROUP,
@@ -34,6 +33,7 @@ from arc_solver.stream import (
     pack_in_order,
     share_out,
 )
+from arc_solver.puzzles.encode import IGNORE, INPUT, NEWLINE, OUTPUT, PAD, Sample
 
 pytestmark = [  # of PyTorch on a machine with few cores, and of Python 3.12 where the tests before have started threads
     pytest.mark.filterwarnings("ignore:This DataLoader will create .* worker:UserWarning"),
@@ -125,7 +125,8 @@ def test_a_draw_depends_on_seed_names_and_index_alone(mixture):
 
 def test_a_draw_does_not_depend_on_the_hash_seed(default_mixture):
     code = (
-        "from arc_solver.config import *; from arc_solver.sources import read_source; from arc_solver.stream import *\n"
+        "from arc_solver.config import *; from arc_solver.data.sources import read_source\n"
+        "from arc_solver.data.stream import *\n"
         "mixture = [read_source(source) for source in CorpusConfig().sources]\n"
         "samples = SampleStream(mixture, CorpusConfig(), FormatConfig(), 5)\n"
         "print([int(samples[i].sample.ids_T.sum()) * len(samples[i].sample) for i in range(30, 60)])"
@@ -469,7 +470,7 @@ def test_a_process_ends_though_its_loader_is_still_held():
     """As a traceback may hold it. Workers ignore the SIGTERM that multiprocessing ends what is left with."""
     code = (
         "import multiprocessing; from arc_solver.config import *\n"
-        "from arc_solver.sources import read_source; from arc_solver.stream import *\n"
+        "from arc_solver.data.sources import read_source; from arc_solver.data.stream import *\n"
         "counting = read_source(SourceConfig(kind='counting'))\n"
         "packed = BatchStream(SampleStream([counting], CorpusConfig(), FormatConfig(), 0), 2048)\n"
         "sys.held = batches(packed, 0, workers=2)\n"

@@ -4,10 +4,10 @@ import json
 import pytest
 from conftest import grid
 
+from arc_solver.answers.submission import main, merge, read_submission, score, score_first, wilson, write_submission
 from arc_solver.config import UserError
-from arc_solver.solve import _parse
-from arc_solver.submission import main, merge, read_submission, score, score_first, wilson, write_submission
-from arc_solver.tasks import Pair, Task, TasksConfig, load_tasks
+from arc_solver.puzzles.tasks import Pair, Task, TasksConfig, load_tasks
+from arc_solver.solving.solve import _parse
 
 X, Y, Z = grid("12", "34"), grid("5"), grid("67")
 TASKS = [Task("aa", (Pair(X, Y),), (X, Y)), Task("bb", (Pair(X, Y),), (Z,))]

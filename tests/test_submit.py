@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from kaggle_server import CLIENTS, COMPETITION, KEY, SIGNATURE, Request, Server, client_path, environment
 
-from arc_solver.bundle import CHECKOUT, Release, build
-from arc_solver.check import check
 from arc_solver.config import load_config
+from arc_solver.release.bundle import CHECKOUT, Release, build
+from arc_solver.release.check import check
 
 NAME = "arc-solver-cpu"
 OWNED = f"ada/{NAME}"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from arc_solver.config import TasksConfig, UserError
-from arc_solver.tasks import Task, TaskSet, grid_key, load_tasks, make_pairs, sample, smallest, task_hash
+from arc_solver.puzzles.tasks import Task, TaskSet, grid_key, load_tasks, make_pairs, sample, smallest, task_hash
 
 GOOD = {
     "train": [{"input": [[1, 2]], "output": [[2], [1]]}, {"input": [[3]], "output": [[4]]}],

@@ -19,18 +19,18 @@ from checkpoints import make_checkpoint
 from conftest import TOY
 from small_runs import log, run, small, train_command, weights, write_config
 
-from arc_solver.checkpoints import latest_checkpoint
 from arc_solver.config import Config, UserError, load_config
-from arc_solver.corpus import make_corpus
-from arc_solver.counting import COUNTING_TASKS
-from arc_solver.devices import Devices, compiling
-from arc_solver.leaks import TrainingData
-from arc_solver.model import Model, load_model, new_model, packed_loss, recompute_activations, save_model
-from arc_solver.run import Interrupts
-from arc_solver.stream import SampleStream, pack
-from arc_solver.tasks import TasksConfig, load_tasks
-from arc_solver.train import main, train
-from arc_solver.validate import accuracy, questions, validation_batches, validation_loss
+from arc_solver.data.corpus import make_corpus
+from arc_solver.data.counting import COUNTING_TASKS
+from arc_solver.data.leaks import TrainingData
+from arc_solver.data.stream import SampleStream, pack
+from arc_solver.models.model import Model, load_model, new_model, packed_loss, recompute_activations, save_model
+from arc_solver.puzzles.tasks import TasksConfig, load_tasks
+from arc_solver.training.checkpoints import latest_checkpoint
+from arc_solver.training.devices import Devices, compiling
+from arc_solver.training.run import Interrupts
+from arc_solver.training.train import main, train
+from arc_solver.training.validate import accuracy, questions, validation_batches, validation_loss
 
 TWO_STAGES = [
     {"name": "a", "train": {"steps": 3}},
@@ -339,10 +339,10 @@ def ticking(monkeypatch):
         monkeypatch.setattr(name, slowly)
 
     monkeypatch.setattr("arc_solver.clock.RunClock.now_s", lambda _: state["now"])
-    takes(1.0, "arc_solver.devices.Devices.backward")
-    takes(2.0, "arc_solver.run.validation_loss")
-    takes(0.5, "arc_solver.run.save_checkpoint")
-    takes(1.5, "arc_solver.train.save_results")
+    takes(1.0, "arc_solver.training.devices.Devices.backward")
+    takes(2.0, "arc_solver.training.run.validation_loss")
+    takes(0.5, "arc_solver.training.run.save_checkpoint")
+    takes(1.5, "arc_solver.training.train.save_results")
     return state
 
 
@@ -392,7 +392,7 @@ def test_a_run_without_time_for_a_step_says_so_and_can_be_continued(ticking, tmp
 
 
 def test_validation_that_takes_too_much_of_the_time_is_left_out(ticking, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr("arc_solver.training_report.VALIDATION_SHARE", 0.0)
+    monkeypatch.setattr("arc_solver.training.report.VALIDATION_SHARE", 0.0)
     train(long_run(), tmp_path / "a", max_s=60.0)
     assert not any("validation_loss" in record for record in log(tmp_path / "a"))
     shown = capfd.readouterr().err
@@ -430,7 +430,7 @@ def test_a_run_that_is_ended_before_its_first_step_says_so(tmp_path, monkeypatch
     words = [str(write_config(small(), tmp_path)), "--out", str(tmp_path / "a")]
     for name in (signal.SIGINT, signal.SIGTERM):
         with monkeypatch.context() as patch:
-            patch.setattr("arc_solver.train.make_corpus", lambda _, name=name: signal.raise_signal(name))
+            patch.setattr("arc_solver.training.train.make_corpus", lambda _, name=name: signal.raise_signal(name))
             assert main(words) == 1
         assert capsys.readouterr().err.endswith("interrupted; no step was saved\n")
     assert signal.getsignal(signal.SIGTERM) == before
@@ -515,8 +515,8 @@ def fixed_sets(config):
 
 def test_accuracy_counts_exact_answers(monkeypatch):
     """An engine that knows half of the answers."""
-    from arc_solver.encode import encode_reply
-    from arc_solver.engine import Reply
+    from arc_solver.decoding.torch_engine import Reply
+    from arc_solver.puzzles.encode import encode_reply
 
     config = small(validation={"accuracy_prompts": 4})
     model = new_model(TOY, config.format, seed=0)
@@ -524,7 +524,9 @@ def test_accuracy_counts_exact_answers(monkeypatch):
     replies = [Reply(tuple(encode_reply(answer, config.format).tolist()), 0.0) for _, answer in asked]
     replies[1] = Reply(replies[1].ids[:-1], 0.0)  # no end
     replies[2] = Reply(tuple((i + 1) % 10 if i < 10 else i for i in replies[2].ids), 0.0)  # other colours
-    monkeypatch.setattr("arc_solver.engine.TorchSession.generate", lambda self, rows: [replies[i] for i in rows])
+    monkeypatch.setattr(
+        "arc_solver.decoding.torch_engine.TorchSession.generate", lambda self, rows: [replies[i] for i in rows]
+    )
     assert accuracy(model, asked, 1000) == 0.5
     assert math.isnan(accuracy(model, asked, 1000, lambda: True))  # cut short, they tell nothing
     assert model.lm.training
@@ -559,8 +561,8 @@ def test_compiled_equals_eager():
     ],
 )
 def test_what_is_compiled(precision, layers, adapter, left_s, pays, tmp_path, monkeypatch):
-    monkeypatch.setattr("arc_solver.devices.shutil.which", lambda _: "/usr/bin/g++")
-    monkeypatch.setattr("arc_solver.devices.sysconfig.get_path", lambda _: str(tmp_path))
+    monkeypatch.setattr("arc_solver.training.devices.shutil.which", lambda _: "/usr/bin/g++")
+    monkeypatch.setattr("arc_solver.training.devices.sysconfig.get_path", lambda _: str(tmp_path))
     (tmp_path / "Python.h").touch()
     config = small(train={"precision": precision, "compile": "auto"}, model={"layers": layers})
     lm = new_model(config.model, config.format, seed=0).lm

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from test_pretrained import SMALL, TOKEN, add_settings, folder_with
 
 from arc_solver.config import FormatConfig
-from arc_solver.encode import END, NEWLINE
-from arc_solver.model import Model, load_model, new_model, save_model
-from arc_solver.pretrained import load_any
+from arc_solver.models.model import Model, load_model, new_model, save_model
+from arc_solver.models.pretrained import load_any
+from arc_solver.puzzles.encode import END, NEWLINE
 
 IDS_BT = torch.randint(44, (2, 120), generator=torch.Generator().manual_seed(0))
 READ = """

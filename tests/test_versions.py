@@ -8,7 +8,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 from versions import LOCK, ROOT, TESTS, counts, requirements, table
 
-from arc_solver.image import read_image
+from arc_solver.release.image import read_image
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 OURS = [Requirement(text) for text in (*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["train"])]

@@ -12,14 +12,14 @@ from small_runs import run, small, train_command, write_config
 from test_engines import ADAPT, CONTEXT, FORMAT, Plain, Served, kept, opinionated_model, prompts_of, serve
 from test_engines import some_adapters as adapters_for
 
-from arc_solver import vllm_engine
-from arc_solver.adapters import Adapter, fresh_adapter, load_adapter, save_adapter
 from arc_solver.config import AdaptConfig, Config, EngineConfig, MachineError, UserError, named_rng
-from arc_solver.encode import END, encode_reply
-from arc_solver.engine import TorchEngine
-from arc_solver.engines import engine_kind, make_engine
-from arc_solver.model import Model, load_model, save_model
-from arc_solver.vllm_engine import VLLMEngine
+from arc_solver.decoding import vllm_engine
+from arc_solver.decoding.choose import engine_kind, make_engine
+from arc_solver.decoding.torch_engine import TorchEngine
+from arc_solver.decoding.vllm_engine import VLLMEngine
+from arc_solver.models.adapters import Adapter, fresh_adapter, load_adapter, save_adapter
+from arc_solver.models.model import Model, load_model, save_model
+from arc_solver.puzzles.encode import END, encode_reply
 
 real = pytest.mark.vllm
 TRAINS = Path(__file__).parents[1] / ".venv/bin/python"  # what training needs is not where vLLM is

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from conftest import grid
 
-from arc_solver.candidates import Candidate, Predictions
+from arc_solver.answers.candidates import Candidate, Predictions
+from arc_solver.answers.vote import NO_ANSWER, RULES, rank, vote
 from arc_solver.config import VoteConfig
-from arc_solver.tasks import Pair, Task, same_grid
-from arc_solver.vote import NO_ANSWER, RULES, rank, vote
+from arc_solver.puzzles.tasks import Pair, Task, same_grid
 
 A, B, C, D = grid("1"), grid("2"), grid("33"), grid("45")
 TASK = Task("t", (Pair(A, B),), (A,))  # its demonstration says nothing against any candidate

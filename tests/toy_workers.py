@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from arc_solver.config import MachineError, UserError
-from arc_solver.executors import Watchdog, make_executor
+from arc_solver.solving.executors import Watchdog, make_executor
 
 
 class Toy:

@@ -1,0 +1,206 @@
+"""Speed, measured in one run on the machine in hand: `bin/bench NAME [--json]`.
+
+Every benchmark answers rows of the same form: name, ours, field (what it is compared with, if anything), ratio, unit.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from itertools import count
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ..config import CorpusConfig, FormatConfig, ModelConfig, Parser, TrainConfig, UserError, named_rng, run_main
+from ..data.sources import PairMaker, read_source
+from ..data.stream import SampleStream
+from ..files import commit
+from ..models.hardware import cpu_name, pick_device, precision_of
+from ..puzzles.tasks import TasksConfig, TaskSet, load_tasks
+from .memory import measure_all
+from .precision import compare_precisions
+from .schedule import TASKS, overhead_s
+from .solving import RANDOM_TASKS, RANDOM_VIEWS, SCORE_TASKS, SETTINGS, large_tasks, random_model
+from .solving import compare as compare_solving
+from .training import BF16, QWEN_05B, compare, flop_utilisation
+
+MEASURED_S = 5.0  # how long a speed is measured
+DRAWS, PAIRS = 40, 4  # pairs of each rule that are timed, and of each task among them
+SMALL_SHAPES = (
+    ModelConfig(),
+    ModelConfig(layers=8),
+    ModelConfig(layers=8, width=384, heads=6, kv_heads=6, mlp_width=1024),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    ours: float
+    field: float | None
+    ratio: float | None
+    unit: str
+
+
+def bench_stream() -> list[Row]:
+    """Tokens a second that one core feeds: drawing, augmenting and encoding samples; then with live RE-ARC too.
+
+    Then what a RE-ARC pair takes: of all rules, and of the slowest.
+    """
+    torch.set_num_threads(1)
+    rows = []
+    live, files = (read_source(source) for source in CorpusConfig().sources)
+    for name, mixture in (("stream without generation", [files]), ("stream with live RE-ARC", [live, files])):
+        stream = SampleStream(mixture, CorpusConfig(), FormatConfig(), 0)
+        for i in range(200):  # imports and first calls are not measured
+            stream[i]
+        start, tokens = time.perf_counter(), 0
+        for i in count(200):
+            tokens += len(stream[i].sample)
+            if (elapsed := time.perf_counter() - start) > MEASURED_S:
+                break
+        rows.append(Row(name, round(tokens / elapsed), None, None, "tokens/s per core"))
+    means = {rule: _mean_draw_ms(maker) for rule, maker in live.tasks.items()}
+    slowest = max(means, key=means.__getitem__)
+    rows.append(Row("a live RE-ARC pair", sum(means.values()) / len(means), None, None, "ms"))
+    rows.append(Row(f"a pair of the slowest rule, {slowest}", means[slowest], None, None, "ms"))
+    return rows
+
+
+def _mean_draw_ms(maker: PairMaker) -> float:
+    """CPU time of a pair, over `DRAWS` that are drawn a task's worth at a time."""
+    rng = named_rng(0, "bench")
+    maker(rng, 1)  # imports and first calls are not measured
+    start = time.process_time()
+    for _ in range(DRAWS // PAIRS):
+        maker(rng, PAIRS)
+    return 1000 * (time.process_time() - start) / (DRAWS // PAIRS * PAIRS)
+
+
+def bench_train() -> list[Row]:
+    """Offline training against TRL and PEFT; on a GPU also how much of it is used."""
+    if find_spec("trl") is None:
+        raise UserError("bin/bench train compares with TRL: run bin/bench, or pip install 'arc_solver[bench]'")
+    sides = compare()
+    ours, field = sides["ours"], sides["field"]
+    speed = ours.tokens_per_s / field.tokens_per_s
+    memory = ours.peak_memory_bytes / field.peak_memory_bytes
+    rows = [
+        Row("tokens_per_second", ours.tokens_per_s, field.tokens_per_s, speed, "useful tokens/s"),
+        Row("peak_memory", ours.peak_memory_bytes / 2**20, field.peak_memory_bytes / 2**20, memory, "MiB"),
+    ]
+    if torch.cuda.is_available():
+        share = flop_utilisation(QWEN_05B, BF16, steps=10, device="cuda").share
+        rows.append(Row("flop_utilisation", 100 * share, None, None, "% of peak, Qwen2.5-0.5B's shape"))
+    return rows
+
+
+def bench_scratch() -> list[Row]:
+    """Training small models from scratch: tokens a second, and how much of the device's peak that is."""
+    device = pick_device("auto")
+    train = TrainConfig(batch_tokens=32_768 if device.type == "cuda" else 8192, precision="bf16")
+    rows = []
+    for shape in SMALL_SHAPES:
+        found = flop_utilisation(shape, train, steps=10, device=str(device))
+        name = f"{found.parameters / 1e6:.1f}M_parameters"
+        rows.append(Row(name, round(found.tokens_per_s), None, None, f"tokens/s, {shape.layers} x {shape.width}"))
+        rows.append(Row(f"{name}_share", round(found.share, 3), None, None, "of the device's peak"))
+    return rows
+
+
+def bench_solve() -> list[Row]:
+    """Test time against PEFT and `generate`: the demo set; decoding of large outputs; decoding with random weights."""
+    if find_spec("peft") is None:
+        raise UserError("bin/bench solve compares with PEFT: run bin/bench, or pip install 'arc_solver[train]'")
+    demo = load_tasks(TasksConfig(spec="demo"))
+    ours, field = compare_solving(demo, scored=SCORE_TASKS)
+    rows = [
+        _more("adapt", ours.adapt_tokens_per_s, field.adapt_tokens_per_s, "tokens/s"),
+        _less("decode_steps", ours.view_steps, field.view_steps, "forward steps x views"),
+        _less("decode_batches", ours.batches, field.batches, "forward steps of batches"),
+        _less("decode_time", ours.decode_s, field.decode_s, "s"),
+        _more("score", ours.scores_per_s, field.scores_per_s, "candidates x views/s"),
+        _more("whole", ours.tasks_per_hour, field.tasks_per_hour, "tasks/hour"),
+        Row("solved", ours.solved, field.solved, None, f"test outputs of {len(demo.tasks)} tasks"),
+        _less("peak_memory", ours.peak_memory_bytes / 2**20, field.peak_memory_bytes / 2**20, "MiB, all processes"),
+    ]
+    ours, field = compare_solving(large_tasks())
+    rows.append(_less("decode_time_200_cells", ours.decode_s, field.decode_s, "s"))
+    rows.append(_less("decode_steps_200_cells", ours.view_steps, field.view_steps, "forward steps x views"))
+    few = TaskSet(
+        demo.name, demo.tasks[:RANDOM_TASKS], {task.id: demo.solutions[task.id] for task in demo.tasks[:RANDOM_TASKS]}
+    )
+    with TemporaryDirectory() as folder:
+        settings = (*SETTINGS, "adapt.enabled=false", f"predict.views={RANDOM_VIEWS}")
+        ours, field = compare_solving(few, random_model(Path(folder)), settings)
+    rows.append(_less("decode_time_random", ours.decode_s, field.decode_s, "s"))
+    return rows
+
+
+def _more(name: str, ours: float, field: float, unit: str) -> Row:
+    return Row(name, ours, field, ours / field, unit)
+
+
+def _less(name: str, ours: float, field: float, unit: str) -> Row:
+    """A row of what should be little: the ratio says how many times less ours is."""
+    return Row(name, ours, field, field / ours, unit)
+
+
+def bench_schedule() -> list[Row]:
+    """What a run costs besides solving, a task, with very many of them."""
+    return [Row("overhead_per_task", 1000 * overhead_s(), None, None, f"ms, {TASKS:,} tasks")]
+
+
+def bench_precision() -> list[Row]:
+    """Adapting and answering in the type that is used here, beside float32 (in the column of the field)."""
+    found = compare_precisions()
+    rows = {"tokens/s": _more, "s": _less}
+    return [rows[compared.unit](compared.name, compared.used, compared.float32, compared.unit) for compared in found]
+
+
+def bench_memory() -> list[Row]:
+    """A step of adaptation: its peak beside the estimate (in the column of the field)."""
+    gib = 2**30
+    return [
+        Row(name, step.measured / gib, step.estimated / gib, step.measured / step.estimated, "GiB beside the weights")
+        for name, step in measure_all().items()
+    ]
+
+
+BENCHES: dict[str, Callable[[], list[Row]]] = {
+    "stream": bench_stream,
+    "train": bench_train,
+    "scratch": bench_scratch,
+    "solve": bench_solve,
+    "schedule": bench_schedule,
+    "precision": bench_precision,
+    "memory": bench_memory,
+}
+
+
+def main(arguments: list[str]) -> int:
+    parser = Parser(prog="bin/bench", description="Measure speed on this machine.")
+    parser.add_argument("name", choices=BENCHES)
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    args = parser.parse_args(arguments)
+    rows = BENCHES[args.name]()
+    precision = precision_of(pick_device("auto"))
+    if args.json:
+        about = {"machine": cpu_name(), "precision": precision, "commit": commit()}
+        print(json.dumps({"rows": [asdict(row) for row in rows], **about}))
+        return 0
+    table = Table("what", "ours", "field", "ratio", "unit", title=f"{args.name} on {cpu_name()}, {precision}")
+    for row in rows:
+        ours = f"{row.ours:,.{0 if row.ours > 100 else 2}f}"
+        table.add_row(row.name, ours, *("-" if v is None else f"{v:,.2f}" for v in (row.field, row.ratio)), row.unit)
+    Console().print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,63 @@
+"""`bin/bench precision`: adapting and answering in the type that is used on this machine, beside float32.
+
+One process and, on a CPU, one core: the same tasks, samples and views, each side in turn, the best of some rounds.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from ..config import Config, load_config, named_rng
+from ..decoding.torch_engine import TorchEngine
+from ..models.hardware import fast_dtype, pick_device
+from ..models.model import Model, load_model
+from ..puzzles.tasks import Task, TasksConfig, load_tasks
+from ..solving.adapt import adapt
+from ..solving.predict import predict_tasks
+from ..training.devices import keep_freed_memory
+from .field_training import now_s
+
+ROUNDS = 3
+GROUPS = {"adapt one task": slice(4, 5), "adapt four at once": slice(4, 8)}  # of the demo set
+SETTINGS = ("adapt.steps=15", "predict.views=8")
+
+
+@dataclass(frozen=True)
+class Compared:
+    name: str
+    used: float
+    float32: float
+    unit: str
+
+
+def compare_precisions() -> list[Compared]:
+    """What is used here, and float32."""
+    config, device = load_config(None, SETTINGS), pick_device("auto")
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+        keep_freed_memory(256 << 20)
+    tasks = load_tasks(TasksConfig(spec="demo")).tasks
+    models = [load_model("", device, dtype) for dtype in (fast_dtype(device), torch.float32)]
+    found = []
+    for name, group in GROUPS.items():
+        speeds = [[_adapt_tokens_per_s(model, tasks[group], config) for model in models] for _ in range(ROUNDS)]
+        used, float32 = map(max, zip(*speeds, strict=True))
+        found.append(Compared(name, used, float32, "tokens/s"))
+    seconds = [[_answer_s(model, tasks[:4], config) for model in models] for _ in range(ROUNDS)]
+    used, float32 = map(min, zip(*seconds, strict=True))
+    found.append(Compared("answer four tasks", used, float32, "s"))
+    return found
+
+
+def _adapt_tokens_per_s(model: Model, tasks: tuple[Task, ...], config: Config) -> float:
+    began = now_s()
+    learnt = adapt(tasks, model, config.adapt, [named_rng(0, task.id) for task in tasks])
+    return sum(adaptation.tokens for adaptation in learnt) / (now_s() - began)
+
+
+def _answer_s(model: Model, tasks: tuple[Task, ...], config: Config) -> float:
+    engine = TorchEngine(model, config.predict.batch_tokens)
+    began = now_s()
+    for task in tasks:
+        predict_tasks([task], engine, [None], config.predict, [named_rng(0, task.id)])
+    return now_s() - began

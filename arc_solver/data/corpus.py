@@ -1,0 +1,114 @@
+"""What an offline run trains on and what it validates on: the mixture, the held-out tasks, and the audit between them.
+
+Held-out tasks are taken out of every source by id. Then the leak audit compares what is left with the tasks to be
+scored on, by id and by content; a run with overlap does not start unless the config says so.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..config import Config, SourceConfig, TasksConfig, UserError, ValidationConfig, named_rng
+from ..puzzles.tasks import TaskSet, load_tasks
+from .leaks import Overlap, TrainingData, find_overlaps, known_keys, training_data
+from .sources import Source, read_source
+
+SHOWN = 5  # overlaps that a message names
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """The data of a run."""
+
+    mixtures: tuple[tuple[Source, ...], ...]  # of each stage
+    partition: "Partition"
+    trained_on: TrainingData  # of all stages
+    overlaps: tuple[Overlap, ...]  # training tasks that the audit found, and that were left out or allowed
+    unsolved: int = 0  # tasks to be scored on whose test outputs the audit could not compare with
+
+
+def make_corpus(config: Config) -> Corpus:
+    """Reads all sources of all stages, takes out what is held out, and audits the rest.
+
+    Raises:
+        UserError: a source cannot be read, or tasks to be scored on are among the training tasks.
+    """
+    scored = [_scored_on(spec) for spec in config.audit.scored_on]  # first: generating takes longer
+    partition = make_partition(config.validation, config.audit.exclude)
+    kept_out = {task.id for task in partition.validation.tasks} | set(config.audit.exclude)
+    configs = dict.fromkeys(source for stage in config.stages for source in stage.corpus.sources)
+    sources = {source: read_source(source).without(kept_out) for source in configs}
+    keys = {source: known_keys(sources[source]) for source in configs}
+    overlaps = find_overlaps(keys, [*scored, partition.validation])
+    if overlaps and config.audit.overlap == "refuse":
+        raise UserError(_refusal(overlaps, config))
+    if config.audit.overlap == "exclude":
+        for source in configs:
+            # A task goes from all sources, so its RE-ARC generator too; but its demonstrations are no leak.
+            own = source.kind == "demonstrations"
+            found = {overlap.task_id for overlap in overlaps if not own or overlap.source == source.label}
+            sources[source] = sources[source].without(found)
+            keys[source] = {i: known for i, known in keys[source].items() if i not in found}
+    mixtures = tuple(tuple(sources[source] for source in stage.corpus.sources) for stage in config.stages)
+    unsolved = sum(task.id not in found.solutions for found in scored for task in found.tasks)
+    return Corpus(mixtures, partition, training_data(keys), tuple(overlaps), unsolved)
+
+
+def _scored_on(spec: str) -> TaskSet:
+    try:
+        return load_tasks(TasksConfig(spec=spec))
+    except UserError as error:
+        raise UserError(f"audit.scored_on: {error} (docs/data.md says how the files in data/ are made)") from None
+
+
+def _refusal(overlaps: Sequence[Overlap], config: Config) -> str:
+    named = ", ".join(f"{o.task_id} of {o.source} with {o.scored_id}" for o in overlaps[:SHOWN])
+    more = f" and {len(overlaps) - SHOWN} more" if len(overlaps) > SHOWN else ""
+    return (
+        f"leak audit: {len(overlaps)} training tasks overlap with tasks to be scored or validated on ({named}{more});"
+        ' set audit.overlap="exclude" to leave them out, "allow" to train on them all the same, or audit.scored_on to'
+        f" what you score on, now {list(config.audit.scored_on)}"
+    )
+
+
+# ---- held-out tasks ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Partition:
+    """Tasks that are kept out of training and validated on, and the other tasks of the set they were drawn from."""
+
+    config: ValidationConfig
+    validation: TaskSet
+    rest: tuple[str, ...]
+
+
+def make_partition(config: ValidationConfig, exclude: Sequence[str] = ()) -> Partition:
+    """Draws `config.tasks` random tasks of a set: the same for the same seed, whatever the set's order."""
+    found = load_tasks(TasksConfig(spec=config.of))
+    by_id = {task.id: task for task in found.tasks if task.id not in exclude}
+    if config.tasks >= len(by_id):
+        raise UserError(f"validation.tasks={config.tasks} leaves none of the {len(by_id)} tasks of {config.of}")
+    if unsolved := [i for i in by_id if i not in found.solutions]:
+        raise UserError(
+            f"{config.of} has no solution for {len(unsolved)} tasks, e.g. {unsolved[0]}: none to validate on"
+        )
+    ids = sorted(by_id)
+    chosen = sorted(ids[i] for i in named_rng(config.seed, "held-out tasks").permutation(len(ids))[: config.tasks])
+    kept = TaskSet(config.of, tuple(by_id[i] for i in chosen), {i: found.solutions[i] for i in chosen})
+    return Partition(config, kept, tuple(i for i in ids if i not in set(chosen)))
+
+
+def validation_source(partition: Partition) -> Source:
+    """What validation samples are drawn from: RE-ARC generators of the held-out tasks, or the tasks' own pairs."""
+    config = partition.config
+    ids = {task.id for task in partition.validation.tasks}
+    if not config.re_arc:
+        source = read_source(SourceConfig(kind="tasks", path=config.of))
+    else:
+        source = read_source(SourceConfig(kind="re-arc", difficulty=config.difficulty))
+        if lacking := sorted(ids - source.tasks.keys()):
+            raise UserError(
+                f"validation.re_arc: RE-ARC has no generator for {lacking[0]} of {config.of}; set it to false to"
+                " validate on the tasks' own pairs"
+            )
+    return source.without(source.tasks.keys() - ids)

@@ -1,0 +1,323 @@
+"""Where offline training tasks come from: task files, many-sample files, live RE-ARC, generated counting tasks.
+
+A `Source` is one entry of the mixture: tasks by id, each able to give pairs. Which samples are drawn from it, and how
+they are changed, is `corpus.py`'s business.
+
+RE-ARC (Hodel 2024, arXiv 2404.07353) is one generator of pairs for each ARC-AGI-1 training task. `reasoning-gym`
+ships them; only that part of it is loaded, which takes 10 ms and needs none of its requirements.
+"""
+
+import fnmatch
+import importlib
+import importlib.util
+import logging
+import math
+import signal
+import sys
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from random import Random
+from typing import Any, NoReturn
+
+import numpy as np
+
+from ..config import SourceConfig, TasksConfig, UserError, named_rng
+from ..files import sha256
+from ..puzzles.tasks import (
+    MAX_SIDE,
+    Grid,
+    Pair,
+    Task,
+    TaskSet,
+    check_task_id,
+    freeze,
+    json_files,
+    json_stem,
+    load_tasks,
+    make_pairs,
+    read_json,
+)
+from .counting import COUNTING_TASKS
+
+_log = logging.getLogger(__name__)
+MOST_SLOW = 3  # draws of one pair that may take too long: such a generator belongs into quarantine
+
+Generator = Callable[[Random, float, float], dict[str, Any]]
+PairMaker = Callable[[np.random.Generator, int], Sequence[Pair]]
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Tasks of one origin."""
+
+    config: SourceConfig
+    tasks: Mapping[str, PairMaker]  # task id -> (rng, count) -> pairs: `count` new ones, or all that a file has
+    endless: bool  # generated: the pairs never end
+
+    def without(self, ids: Collection[str]) -> "Source":
+        return replace(self, tasks={i: maker for i, maker in self.tasks.items() if i not in ids})
+
+    def known_pairs(self, task_id: str) -> Sequence[Pair]:
+        """Pairs that say what a task is: all that a file has, or some of a generator's."""
+        return self.tasks[task_id](named_rng(0, "leak audit", task_id), 4)
+
+
+def read_source(config: SourceConfig) -> Source:
+    """The source that a config describes, before any task is left out.
+
+    Raises:
+        UserError: it cannot be read, or no task is in it.
+    """
+    endless = config.kind in ("re-arc", "counting")
+    if config.sha256:
+        _check_digest(config)
+    tasks = READERS[config.kind](config)
+    matched = {
+        pattern: {pattern} & tasks.keys() or set(fnmatch.filter(tasks, pattern)) for pattern in config.quarantine
+    }
+    if unknown := [pattern for pattern, ids in matched.items() if not ids]:
+        raise UserError(f"source '{config.label}' has no task {unknown[0]}: take it out of its quarantine")
+    quarantined = set().union(*matched.values())
+    tasks = {i: maker for i, maker in tasks.items() if i not in quarantined}
+    if not tasks:
+        raise UserError(f"source '{config.label}' has no task with two demonstrations or more: leave it out")
+    if config.max_tasks:
+        ids = sorted(tasks)
+        chosen = named_rng(0, "tasks of a source", config.label).permutation(len(ids))[: config.max_tasks]
+        tasks = {ids[i]: tasks[ids[i]] for i in chosen}
+    if config.max_pairs and endless:
+        tasks = {i: Pool(i, maker, config.max_pairs) for i, maker in tasks.items()}
+    elif config.max_pairs:
+        tasks = {i: partial(_first_pairs, maker, config.max_pairs) for i, maker in tasks.items()}
+    return Source(config, dict(sorted(tasks.items())), endless)
+
+
+def _check_digest(config: SourceConfig) -> None:
+    file = Path(config.path)
+    if not file.is_file():
+        if file.is_dir():
+            raise UserError(f"source '{config.label}' has a sha256, which is of a file, and {file} is a folder")
+        raise UserError(
+            f"source '{config.label}': {file} does not exist: make it (docs/data.md says how, for the configs that come"
+            " with arc_solver), or leave the source out"
+        )
+    if (found := sha256(file)) != config.sha256:
+        raise UserError(
+            f"source '{config.label}': {file} is another file than the config means: its sha256 is {found}; get or make"
+            " it as the config says, or set sha256 to that"
+        )
+
+
+def _first_pairs(maker: PairMaker, most: int, rng: np.random.Generator, count: int) -> Sequence[Pair]:
+    return maker(rng, count)[:most]
+
+
+def _all_pairs(pairs: Sequence[Pair], rng: np.random.Generator, count: int) -> Sequence[Pair]:
+    return pairs
+
+
+class Pool:
+    """So many generated pairs of a task, the same for every seed. They are made when first asked for, and kept.
+
+    They are asked for in blocks, each generated at once, as a generator may give the pairs of one call a common size.
+    """
+
+    BLOCK = 16
+
+    def __init__(self, task_id: str, maker: PairMaker, size: int):
+        self.task_id, self.maker = task_id, maker
+        self.sizes = [min(self.BLOCK, size - first) for first in range(0, size, self.BLOCK)]
+        self.made: dict[int, Sequence[Pair]] = {}
+
+    def __call__(self, rng: np.random.Generator, count: int) -> Sequence[Pair]:
+        block = int(rng.integers(len(self.sizes)))
+        if block not in self.made:
+            self.made[block] = self.maker(named_rng(0, "pool", self.task_id, block), self.sizes[block])
+        return self.made[block]
+
+
+# ---- files ---------------------------------------------------------------------------------------------------------
+
+
+def solved_pairs(task: Task, found: TaskSet) -> tuple[Pair, ...]:
+    """The test pairs of a task, as far as their outputs are known."""
+    return tuple(Pair(i, o) for i, o in zip(task.test, found.solutions.get(task.id, ()), strict=False))
+
+
+@cache
+def task_pairs(spec: str) -> Mapping[str, tuple[Pair, ...]]:
+    """All pairs of a task set, test pairs included: task id -> pairs."""
+    found = load_tasks(TasksConfig(spec=spec))
+    return {task.id: task.train + solved_pairs(task, found) for task in found.tasks}
+
+
+def read_tasks(config: SourceConfig) -> dict[str, PairMaker]:
+    """ARC's own format, as ConceptARC and Mini-ARC have it too: files or folders, test pairs included."""
+    return {i: partial(_all_pairs, pairs) for i, pairs in task_pairs(config.path).items()}
+
+
+def read_demonstrations(config: SourceConfig) -> dict[str, PairMaker]:
+    """The demonstrations of a set that is to be solved; tasks with a single one teach nothing and are left out."""
+    found = load_tasks(TasksConfig(spec=config.path), outputs=False)
+    return {task.id: partial(_all_pairs, task.train) for task in found.tasks if len(task.train) > 1}
+
+
+def read_pairs(config: SourceConfig) -> dict[str, PairMaker]:
+    """Many pairs a task: a file `{id: [pair, ...]}`, or a folder of `<id>.json` files, each a list of pairs.
+
+    RE-ARC is published as such a folder, named `tasks`, inside another: both names work.
+    """
+    path = Path(config.path)
+    try:
+        path.stat()
+    except OSError as error:
+        raise UserError(f"source {path} not found ({error.strerror}): give a file or a folder of pairs") from None
+    tasks: dict[str, PairMaker] = {}
+    for task_id, raw, file in _lists_of_pairs(path):
+        check_task_id(task_id, str(file))
+        kept = raw[: config.max_pairs or None] if isinstance(raw, list) else raw
+        tasks[task_id] = partial(_all_pairs, make_pairs(kept, f"{file}: task {task_id}"))
+    if not tasks:
+        raise UserError(f"{path} holds no tasks: expected {{task id: [pair, ...]}} or <task id>.json files")
+    return tasks
+
+
+def _lists_of_pairs(path: Path) -> Iterator[tuple[str, Any, Path]]:
+    """Task ids, parsed lists and the files they are from. Of a folder one file at a time: they are large."""
+    if path.is_dir():
+        folder = path / "tasks" if (path / "tasks").is_dir() else path
+        for file in json_files(folder):
+            yield json_stem(file), read_json(file), file
+        return
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected an object of lists of pairs, {{task id: [pair, ...]}}")
+    for task_id, raw in content.items():
+        yield task_id, raw, path
+
+
+# ---- generators ----------------------------------------------------------------------------------------------------
+
+
+@cache
+def re_arc_generators() -> Mapping[str, Generator]:
+    """The RE-ARC generators: ARC-AGI-1 training task id -> (rng, difficulty from, to) -> a pair.
+
+    Raises:
+        UserError: reasoning-gym is not installed.
+    """
+    package = importlib.util.find_spec("reasoning_gym")
+    if package is None or not package.submodule_search_locations:
+        raise UserError("RE-ARC needs reasoning-gym: run bin/train, or pip install --no-deps reasoning-gym==0.1.25")
+    # Loaded under a name of its own: importing reasoning_gym itself would load all its puzzles and their libraries.
+    folder = f"{package.submodule_search_locations[0]}/arc/rearc_utils"
+    spec = importlib.util.spec_from_file_location(
+        "re_arc", f"{folder}/__init__.py", submodule_search_locations=[folder]
+    )
+    assert spec and spec.loader, folder
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["re_arc"] = module
+    spec.loader.exec_module(module)
+    found = vars(importlib.import_module("re_arc.generators"))
+    prefix = "generate_"
+    return {name.removeprefix(prefix): found[name] for name in sorted(found) if name.startswith(prefix)}
+
+
+def re_arc_pair(
+    generator: Generator, rng: np.random.Generator, difficulty: tuple[float, float], most_s: float = math.inf
+) -> Pair:
+    """One generated pair. A generator that fails, makes an illegal grid or takes too long is asked again.
+
+    A few make no legal grid at all at the highest difficulties: after 100 failures they are asked for half of it.
+
+    Args:
+        most_s: CPU time of a draw. What takes longer depends on the machine, so a warning names it.
+
+    Raises:
+        RuntimeError: no draw succeeded, or three took too long.
+    """
+    lower, upper = difficulty
+    slow = 0
+    for attempt in range(400):
+        seed = int(rng.integers(2**62))
+        scale = 0.5 ** (attempt // 100)
+        try:
+            with _at_most(most_s):
+                raw = generator(Random(seed), scale * lower, scale * upper)
+            return Pair(_generated_grid(raw["input"]), _generated_grid(raw["output"]))
+        except _TooSlow:
+            slow += 1
+            _log.warning("%s took over %g s for a pair, which is drawn again", generator.__name__, most_s)
+            if slow == MOST_SLOW:
+                break
+        except Exception:  # generators may fail in many ways on a rare draw; the next draw is independent
+            continue
+    raise RuntimeError(
+        f"{generator.__name__} made no legal pair in {attempt + 1} draws at difficulty {difficulty} and below"
+        + f", {slow} of which took too long" * (slow > 0)
+    )
+
+
+class _TooSlow(BaseException):
+    """Not one of the exceptions that a generator may catch itself."""
+
+
+@contextmanager
+def _at_most(seconds: float) -> Iterator[None]:
+    """Raises `_TooSlow` after so much CPU time of this process. Signals reach the main thread only: others run on."""
+    if seconds == math.inf or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def give_up(*_: object) -> NoReturn:
+        raise _TooSlow
+
+    before = signal.signal(signal.SIGVTALRM, give_up)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+def _generated_grid(rows: Any) -> Grid:
+    grid = np.array(rows)
+    if grid.ndim != 2 or not (min(grid.shape) >= 1 and max(grid.shape) <= MAX_SIDE) or grid.min() < 0 or grid.max() > 9:
+        raise ValueError("not a legal grid")
+    return freeze(grid.astype(np.uint8))
+
+
+def _re_arc_pairs(
+    task_id: str, difficulty: tuple[float, float], most_s: float, rng: np.random.Generator, count: int
+) -> Sequence[Pair]:
+    lower, upper = difficulty
+    one_scale = (lower, float(rng.uniform(lower, upper)))  # small and large grids alike, one scale a task
+    return [re_arc_pair(re_arc_generators()[task_id], rng, one_scale, most_s) for _ in range(count)]
+
+
+def read_re_arc(config: SourceConfig) -> dict[str, PairMaker]:
+    return {i: partial(_re_arc_pairs, i, config.difficulty, config.pair_seconds) for i in re_arc_generators()}
+
+
+def _counting_pairs(task_id: str, rng: np.random.Generator, count: int) -> Sequence[Pair]:
+    maker = COUNTING_TASKS[task_id](rng)
+    return [maker(rng) for _ in range(count)]
+
+
+def read_counting(config: SourceConfig) -> dict[str, PairMaker]:
+    """Tasks about number: how many objects, which colour is most common, and so on."""
+    return {i: partial(_counting_pairs, i) for i in COUNTING_TASKS}
+
+
+READERS: Mapping[str, Callable[[SourceConfig], dict[str, PairMaker]]] = {
+    "re-arc": read_re_arc,
+    "tasks": read_tasks,
+    "demonstrations": read_demonstrations,
+    "pairs": read_pairs,
+    "counting": read_counting,
+}

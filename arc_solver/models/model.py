@@ -1,0 +1,369 @@
+"""Weights: make a small decoder from scratch, load one, save one, run one.
+
+A model is a stock Hugging Face causal LM over our 64 ids, in safetensors, so `from_pretrained` and PEFT just work. How
+its sequences are written (`FormatConfig`) and what it was trained on (`TrainingData`) travel in the same folder, with
+a tiny tokenizer for those who want to see the ids as text. `pretrained.py` makes one of any pretrained checkpoint.
+"""
+
+import hashlib
+import inspect
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import BUNDLED_DIR, FormatConfig, ModelConfig, Quantize, UserError, first_line
+from ..data.leaks import DATA_FILE, TrainingData, read_training_data
+from ..data.stream import Batch
+from ..puzzles.encode import END, IGNORE, PAD, TOKENS, VOCABULARY
+from . import decoder
+from .attention import Packing, attend, sent
+from .checkpoint_format import check_kind, instead_of_checkpoint, read_config
+
+ATTENTION = "arc_solver"
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A causal LM with the format that it reads and writes."""
+
+    lm: Any  # transformers.PreTrainedModel; transformers' classes defeat type checkers
+    format: FormatConfig
+    trained_on: TrainingData | None  # None: unknown, so no leak audit is possible
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.lm.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is computed in."""
+        return self.lm.get_input_embeddings().weight.dtype
+
+    @property
+    def parameters_count(self) -> int:
+        return self.lm.num_parameters()  # of quantised ones too, which are packed
+
+    def logits(
+        self,
+        ids_BT: Tensor,
+        positions_BT: Tensor,
+        through: nn.Module | None = None,
+        rows_N: Tensor | None = None,
+        recompute: bool = False,
+        **attention: Any,
+    ) -> Tensor:
+        """Next-id logits, [B, T, V] float32; or [N, V], of the places `rows_N` alone.
+
+        Args:
+            ids_BT, positions_BT: int64.
+            through: the module to call instead of the language model itself: what makes several processes train it.
+            rows_N: indexes into the flattened ids, int64.
+            recompute: whether activations are computed again in the backward pass instead of kept.
+            attention: `packing`, where packed sequences end (B must be 1), or `mask_BTK`, True where a key may be seen,
+                with a `cache` to keep keys and values (`kv_cache`). None of them: plain causal attention.
+        """
+        if through is None and decoder.runs(self.lm):
+            return decoder.run(self.lm, ids_BT, positions_BT, rows_N, recompute=recompute, **attention).float()
+        module = through or self.lm
+        if keeps := "cache" in attention:
+            attention[_cache_parameter(type(self.lm).forward)] = attention.pop("cache")
+        with _recomputing(self.lm) if recompute else nullcontext():
+            out = module(input_ids=ids_BT, position_ids=positions_BT, use_cache=keeps, **attention)
+        logits_BTV = out.logits.float()
+        return logits_BTV if rows_N is None else logits_BTV.flatten(0, 1)[rows_N]
+
+
+@cache
+def _cache_parameter(forward: Callable[..., Any]) -> str:
+    """What an architecture calls the cache: transformers 5.24 has a new name, and warns of the old one."""
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
+
+
+def packed_loss(
+    model: Model,
+    batch: Batch,
+    logits_of: Callable[..., Tensor] | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Cross entropy of the learnt ids of a packed batch, in nats: their mean, or their sum.
+
+    `logits_of` is `model.logits`, or that compiled.
+    """
+    device = model.device
+    ids_T, positions_T, labels_T = (sent(x, device) for x in (batch.ids_T, batch.positions_T, batch.labels_T))
+    packing = Packing.of(batch.ends_S, device, most=len(ids_T))
+    logits_TV = (logits_of or model.logits)(ids_T[None], positions_T[None], packing=packing)[0]
+    # Nothing is learnt at a sequence's first id, so the shift by one crosses no border.
+    return F.cross_entropy(logits_TV[:-1], labels_T[1:], ignore_index=IGNORE, reduction=reduction)
+
+
+def new_model(config: ModelConfig, format: FormatConfig, seed: int, trained_on: TrainingData | None = None) -> Model:
+    """A randomly initialised stock Qwen3 in float32: the same weights for the same seed."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    settings: Any = Qwen3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=config.width,
+        intermediate_size=config.mlp_width,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.kv_heads,
+        head_dim=config.head_dim,
+        max_position_embeddings=32_768,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=END,
+        pad_token_id=PAD,
+    )
+    settings._attn_implementation = ATTENTION
+    prepare_transformers()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        lm = Qwen3ForCausalLM(settings)
+    return Model(lm, format, trained_on)
+
+
+def save_model(
+    model: Model, folder: Path, dtype: torch.dtype | None = None, state: dict[str, Tensor] | None = None
+) -> None:
+    """Writes an ordinary Hugging Face checkpoint, its weights cast to `dtype` if given, and what belongs to it.
+
+    Args:
+        state: the weights, where the model itself holds but a shard of each.
+    """
+    cast: dict[tuple[int, torch.Size], Tensor] = {}  # once each, as tied weights would be no longer tied
+    weights = {
+        name: cast.setdefault((p.data_ptr(), p.shape), p.detach().to(dtype or p.dtype).contiguous())
+        for name, p in (state or model.lm.state_dict()).items()
+    }
+    model.lm.config.arc_format = model.format.model_dump()
+    model.lm.save_pretrained(folder, state_dict=weights)
+    _say_for_transformers_4(folder / "config.json")
+    _save_tokenizer(folder)
+    if model.trained_on:
+        (folder / DATA_FILE).write_text(json.dumps(model.trained_on.to_json()))
+
+
+def _say_for_transformers_4(file: Path) -> None:
+    """Says once more, where transformers 4 looks for it, how positions are rotated; otherwise it takes its defaults.
+
+    transformers 5 has all of it in `rope_parameters`, and reads the places of old besides. Settings that differ from
+    layer to layer have none there.
+    """
+    config = json.loads(file.read_text())
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" not in rope:
+        return
+    own = {"rope_theta", "partial_rotary_factor"} & rope.keys()
+    names = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}  # GPT-NeoX's for them
+    config |= {names[name] if config["model_type"] == "gpt_neox" else name: rope[name] for name in own}
+    scaling = {name: value for name, value in rope.items() if name not in own}
+    if scaling.get("rope_type") != "default":
+        config["rope_scaling"] = scaling
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _save_tokenizer(folder: Path) -> None:
+    """A tokenizer of one token a character or marker, for tools that want one; we ourselves only deal in ids.
+
+    It is byte-level, as transformers makes every tokenizer of a Qwen2 model so, whatever its files say.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["Ċ" if token == "\n" else token for token in TOKENS]  # GPT-2's letter for the byte 10
+    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in TOKENS if len(t) > 1])
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=TOKENS[END],
+        pad_token=TOKENS[PAD],
+        unk_token=TOKENS[PAD],  # else Qwen2's is added to it
+        clean_up_tokenization_spaces=False,
+    ).save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # transformers 4 does not know the name that 5 gives it
+    file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+
+
+def load_model(
+    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, quantize: Quantize = ""
+) -> Model:
+    """The checkpoint in a folder; "" is the bundled one.
+
+    Args:
+        dtype: of the weights, and of what is computed with those that are quantised.
+
+    Raises:
+        UserError: no checkpoint is there, or it was not written by `save_model`.
+    """
+    folder = checkpoint_dir(path)
+    if not (folder / "config.json").is_file() or not has_weights(folder):
+        if instead := instead_of_checkpoint(folder):
+            raise UserError(f"{folder} holds no checkpoint: {instead}")
+        missing = "weights in safetensors" if (folder / "config.json").is_file() else "config.json"
+        raise UserError(f"{folder} holds no checkpoint ({missing} missing); make one with bin/train CONFIG --out DIR")
+    if not is_ours(folder):
+        raise UserError(
+            f"{folder} is a pretrained checkpoint with a vocabulary of its own: train it first, with"
+            " bin/train configs/qwen2.5-0.5b.toml model.path=..."
+        )
+    lm = read_weights(folder, dtype, device, quantize)
+    try:
+        format = FormatConfig.model_validate(lm.config.arc_format)
+        trained_on = read_training_data(folder)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder} is damaged, copy or make it again: {error}") from None
+    return Model(lm.eval(), format, trained_on)
+
+
+def checkpoint_dir(path: str | Path) -> Path:
+    """The folder that `model.path` means: "" is the bundled model's."""
+    return Path(path) if path else BUNDLED_DIR
+
+
+def has_weights(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json"))
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a checkpoint was written by `save_model`.
+
+    Raises:
+        UserError: its config.json is no JSON.
+    """
+    return "arc_format" in read_config(folder)
+
+
+def read_weights(folder: Path, dtype: torch.dtype, device: str | torch.device = "cpu", quantize: Quantize = "") -> Any:
+    """The causal LM in a folder, with our attention.
+
+    Raises:
+        UserError: the files are damaged, or are no causal LM in 16 or 32 bit.
+    """
+    from transformers import AutoModelForCausalLM
+
+    check_kind(folder)
+    prepare_transformers()
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            attn_implementation=ATTENTION,
+            local_files_only=True,
+            output_loading_info=True,
+            **(_quantized(quantize, dtype, device) if quantize else {}),
+        )
+        lm, about = loaded
+        if missing := sorted(about["missing_keys"]):  # transformers would go on with random ones
+            raise ValueError(f"{missing[0]} is missing")
+        _drop_nothing(lm)
+        if quantize:
+            _keep_gradients(lm)
+        return lm if quantize else lm.to(device)
+    except UserError:
+        raise
+    except ImportError as error:
+        raise UserError(f"the checkpoint in {folder} needs a package that is not here: {first_line(error)}") from error
+    except Exception as error:  # transformers and safetensors raise many kinds; all of them mean these files
+        said = f"{error} is not known" if isinstance(error, KeyError) else first_line(error)
+        raise UserError(
+            f"the checkpoint in {folder} is damaged, copy or make it again, or its architecture is not supported:"
+            f" {said}"
+        ) from error
+
+
+def _quantized(how: Quantize, dtype: torch.dtype, device: str | torch.device) -> dict[str, Any]:
+    """What makes transformers quantise linear layers as it loads them, by bitsandbytes.
+
+    4 bit are NF4 (Dettmers et al. 2023, arXiv 2305.14314), 8 bit LLM.int8 (Dettmers et al. 2022, arXiv 2208.07339).
+
+    Raises:
+        UserError: bitsandbytes is not installed.
+    """
+    if find_spec("bitsandbytes") is None:
+        raise UserError("model.quantize needs bitsandbytes: pip install -e '.[quantize]', or leave it out")
+    from transformers import BitsAndBytesConfig
+
+    four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+    options = four if how == "4bit" else {"load_in_8bit": True}
+    return {"quantization_config": BitsAndBytesConfig(**options), "device_map": {"": torch.device(device)}}
+
+
+def _drop_nothing(lm: Any) -> None:
+    """Switches dropout off: with it training would depend on more than the seed and the step."""
+    for module in lm.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if name.endswith("dropout") and isinstance(value, float):  # what is given to `F.dropout`
+                setattr(module, name, 0.0)
+
+
+def _keep_gradients(lm: Any) -> None:
+    """On a CPU bitsandbytes packs 4 bits anew for inference, and what is packed so gives no gradients any more."""
+    for module in lm.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def recompute_activations(lm: Any) -> None:
+    """Switches gradient checkpointing on: activations are computed again in the backward pass instead of kept."""
+    # Named anew in transformers 5.23; the old name warns there.
+    enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+@contextmanager
+def _recomputing(lm: Any) -> Iterator[None]:
+    """The same for the passes made meanwhile. transformers does it in layers that are in training only."""
+    layers = [module for module in lm.modules() if hasattr(module, "gradient_checkpointing")]
+    trained = [layer.training for layer in layers]
+    recompute_activations(lm)
+    try:
+        for layer in layers:
+            layer.training = True
+        yield
+    finally:
+        disable = getattr(lm, "activation_checkpointing_disable", None) or lm.gradient_checkpointing_disable
+        disable()
+        for layer, trains in zip(layers, trained, strict=True):
+            layer.training = trains
+
+
+def fingerprint(folder: Path) -> str:
+    """Tells checkpoints apart: a hash of names, types, shapes and of samples of the weights."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("model*.safetensors")):
+        size = file.stat().st_size
+        with file.open("rb") as weights:
+            for place in range(0, size, max(1, size // 64)):
+                weights.seek(place)
+                digest.update(weights.read(1 << 16))
+    return digest.hexdigest()[:16]
+
+
+def prepare_transformers() -> None:
+    """Registers the attention function, and keeps transformers and bitsandbytes from speaking between our lines."""
+    from transformers import AttentionInterface
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    # It misses a faster CPU kernel as soon as PEFT imports it, be anything quantised or not.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    AttentionInterface.register(ATTENTION, attend)

@@ -1,0 +1,7 @@
+"""`bin/score`: the code is in `answers/`."""
+
+if __name__ == "__main__":
+    from .answers.submission import main
+    from .config import run_main
+
+    run_main(main)

@@ -1,0 +1,402 @@
+"""Test-time training: a LoRA adapter for each task, learnt on the task's own demonstrations.
+
+Every sample shows the demonstrations under a new augmentation in a new order, and the last one is held out: predicted
+from the n-1 before it. In each n samples in a row every demonstration is the held-out one exactly once.
+
+Tasks of like length are adapted at once, each with its own adapter, optimizer, schedule and gradient clipping, over one
+base: the loss is the sum of the tasks' means, so nothing of one reaches another.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim import AdamW
+
+from ..config import AdaptConfig, FormatConfig, named_rng
+from ..data.stream import pack
+from ..models.adapters import Adapter, LoraBank, attached, fresh_adapter
+from ..models.attention import Packing, sent
+from ..models.model import Model
+from ..puzzles.augment import Augmentation, ColourPolicy, random_augmentation
+from ..puzzles.encode import IGNORE, OUTPUT, Sample, encode_sample, sample_tokens
+from ..puzzles.tasks import Pair, Task
+from ..training.memory import kept_per_token
+from ..training.optimize import step_rate
+
+log = logging.getLogger(__name__)
+
+CPU_GROUP_TOKENS, GPU_GROUP_TOKENS = 2048, 32_768
+CPU_GROUPS = 8  # there are at least, if there are as many tasks, so that all cores have work
+CHECKS = 10  # how often in a run "leave-one-out" looks
+STEP_SHARE = 0.7  # of the free memory may go into what a forward pass keeps; the backward pass needs some besides
+ADAPTER_SHARE = 0.25  # of all memory may go into the adapters of a group
+# Of a number of an adapter in training: all, and beside itself: its gradient twice, AdamW's two moments, 16 bit.
+ADAPTER_BYTES, BESIDE_BYTES = 24, 20
+
+
+@dataclass(frozen=True, eq=False)
+class Adaptation:
+    """An adapter, and how it came about."""
+
+    adapter: Adapter
+    steps: int
+    tokens: int
+    first_loss: float  # mean over the first tenth of the steps, nats
+    last_loss: float  # and over the last tenth
+    seconds: float  # of the whole group, shared out by tokens
+    dropped: int  # demonstrations that had no room in a sample, at most
+    # "steps", "leave-one-out", "deadline", or "diverged": not finite, so the adapter is what it was at the start
+    ended: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "steps": self.steps,
+            "tokens": self.tokens,
+            "first_loss": round(self.first_loss, 4),
+            "last_loss": round(self.last_loss, 4),
+            "seconds": round(self.seconds, 2),
+            "dropped": self.dropped,
+            "ended": self.ended,
+        }
+
+
+def held_out_samples(
+    task: Task, config: AdaptConfig, format: FormatConfig, rng: np.random.Generator
+) -> Iterator[tuple[Sample, int]]:
+    """Endless samples of a task's demonstrations, each with the index of the held-out one, which comes last.
+
+    A sample longer than `config.max_tokens` loses demonstrations from the front; the held-out one always stays.
+    """
+    policy = ColourPolicy(config.keep_background, config.output_only)
+    while True:
+        for held_out in (int(i) for i in rng.permutation(len(task.train))):
+            augmentation = random_augmentation(rng, policy, task.train)
+            pairs = _held_out_last(task, augmentation, held_out, config, format)
+            yield encode_sample(pairs, format, config.labels), held_out
+
+
+def _held_out_last(
+    task: Task, augmentation: Augmentation, held_out: int, config: AdaptConfig, format: FormatConfig
+) -> list[Pair]:
+    shown = augmentation.order or range(len(task.train))
+    order = [i for i in shown if i != held_out] + [held_out]
+    pairs = [augmentation.apply_pair(task.train[i]) for i in order]
+    while len(pairs) > 1 and sample_tokens(pairs, format) > config.max_tokens:
+        pairs = pairs[1:]
+    return pairs
+
+
+def planned_steps(task: Task, config: AdaptConfig) -> int:
+    """Steps that a task gets: `config.steps`, fewer where they would cost more than `config.budget_tokens`."""
+    return max(1, min(config.steps, config.budget_tokens // _step_tokens(task, config)))
+
+
+def _step_tokens(task: Task, config: AdaptConfig) -> int:
+    return min(task.tokens, config.max_tokens) * config.batch_size
+
+
+def group_by_length(
+    tasks: Sequence[Task], config: AdaptConfig, device: torch.device, most: int = 0
+) -> list[list[Task]]:
+    """The tasks that are adapted at once: of like length, so that little is padding. Longest first.
+
+    Args:
+        most: tasks in a group for which there is memory; 0: it does not matter.
+    """
+    on_cpu = device.type == "cpu"
+    room = config.group_tokens or (CPU_GROUP_TOKENS if on_cpu else GPU_GROUP_TOKENS)
+    wanted = config.together or (max(1, len(tasks) // CPU_GROUPS) if on_cpu else len(tasks))
+    most = min(wanted, most or wanted)
+    groups: list[list[Task]] = []
+    for task in sorted(tasks, key=lambda task: (-_step_tokens(task, config), task.id)):
+        longest = _step_tokens(groups[-1][0], config) if groups else 0
+        fits = groups and len(groups[-1]) < most and longest * (len(groups[-1]) + 1) <= room
+        if fits and _step_tokens(task, config) > 0.8 * longest:
+            groups[-1].append(task)
+        else:
+            groups.append([task])
+    return groups
+
+
+def most_together(adapter: Adapter, memory: int) -> int:
+    """How many adapters like this one may be trained at once in so many bytes, of which the model needs most."""
+    numbers = sum(a.numel() + b.numel() for a, b in adapter.weights.values())
+    return max(1, int(ADAPTER_SHARE * memory) // (ADAPTER_BYTES * numbers))
+
+
+def adapt(
+    tasks: Sequence[Task],
+    model: Model,
+    config: AdaptConfig,
+    rngs: Sequence[np.random.Generator],
+    start: Adapter | None = None,
+    on_step: Callable[[], None] = lambda: None,
+    deadline: float = math.inf,
+    memory: float = math.inf,
+) -> list[Adaptation]:
+    """Fine-tunes an adapter for each task on its demonstrations. The base model is left as it was.
+
+    Args:
+        rngs: one for each task: its result does not depend on which tasks it is adapted with.
+        start: the adapter that all continue; None: a fresh one for each.
+        on_step: called after each step.
+        deadline: of `time.monotonic()`. No step begins after it, and the learning rate falls in time for it.
+        memory: bytes that are free. What has no room in one pass goes through the model part by part; the gradients
+            are the same.
+    """
+    began = time.monotonic()
+    starts = [start or fresh_adapter(model, config, rng) for rng in rngs]
+    with attached(model, starts) as bank:
+        learners = [
+            _Learner(k, *each, bank, config, model.format) for k, each in enumerate(zip(tasks, rngs, strict=True))
+        ]
+        bank.use([0])  # what a token keeps does not depend on how many adapters there are
+        passes = Passes.planned(model, config, max(0, memory - BESIDE_BYTES * bank.weights_KP.numel()))
+        while live := [learner for learner in learners if not learner.ended]:
+            spent = (time.monotonic() - began) / max(1e-9, deadline - began)
+            if spent >= 1:
+                for learner in live:
+                    learner.ended = "deadline"
+                break
+            _step(model, bank, live, starts, passes, spent)
+            on_step()
+            if config.stop == "leave-one-out":
+                _stop_where_all_is_right(model, bank, [x for x in live if not x.ended and x.is_due()], passes)
+        adapters = [bank.export(learner.k) for learner in learners]
+    seconds = time.monotonic() - began
+    tokens = max(1, sum(learner.tokens for learner in learners))
+    return [x.result(adapter, seconds * x.tokens / tokens) for x, adapter in zip(learners, adapters, strict=True)]
+
+
+Part = list[tuple[int, Sequence[Sample]]]  # learners, by index, each with samples that go through the model together
+
+
+@dataclass(eq=False)
+class Passes:
+    """How much goes through the model at once."""
+
+    room: float = math.inf  # tokens, padding included
+    recompute: bool = False  # activations are computed again in the backward pass instead of kept
+    may_recompute: bool = True  # where memory runs out all the same
+
+    @staticmethod
+    def planned(model: Model, config: AdaptConfig, memory: float) -> "Passes":
+        """For so many free bytes, under adapters: recomputing where not even one of the longest samples has room."""
+        may = config.recompute != "no"
+        if memory == math.inf:
+            return Passes(recompute=config.recompute == "yes", may_recompute=may)
+        kept, recomputed = kept_per_token(model)
+        room = STEP_SHARE * memory / kept
+        pays = room < config.max_tokens and recomputed < kept
+        recompute = config.recompute == "yes" or (config.recompute == "auto" and pays)
+        return Passes(STEP_SHARE * memory / recomputed if recompute else room, recompute, may)
+
+    def parts(self, samples: Sequence[Sequence[Sample]]) -> list[Part]:
+        """Learners in parts for which there is room; one that has none by itself, sample by sample."""
+        pieces: Part = []
+        for i, own in enumerate(samples):
+            fits = sum(map(len, own)) <= self.room
+            pieces += [(i, own)] if fits else [(i, [sample]) for sample in own]
+        parts: list[Part] = []
+        for piece in pieces:
+            together = [*parts[-1], piece] if parts else [piece]
+            padded = len(together) * max(sum(map(len, own)) for _, own in together)
+            if parts and padded <= self.room and parts[-1][-1][0] != piece[0]:
+                parts[-1] = together
+            else:
+                parts.append([piece])
+        return parts
+
+    def shrink(self, samples: Sequence[Sequence[Sample]]) -> bool:
+        """Less at once, after memory ran out with these; false: there is nothing less."""
+        used = max(sum(len(sample) for _, own in part for sample in own) for part in self.parts(samples))
+        smallest = max(len(sample) for own in samples for sample in own)
+        if used <= smallest:
+            if self.recompute or not self.may_recompute:
+                return False
+            self.recompute = True
+        self.room = max(smallest, used // 2)
+        return True
+
+
+@dataclass(eq=False)
+class _Learner:
+    """One task of a group: its samples, its row of the bank, its optimizer, and how far it is."""
+
+    k: int
+    task: Task
+    rng: np.random.Generator
+    bank: LoraBank
+    config: AdaptConfig
+    format: FormatConfig
+    losses: list[float] = field(default_factory=list)
+    tokens: int = 0
+    dropped: int = 0
+    ended: str = ""
+    optimizer: AdamW = field(init=False)
+    samples: Iterator[tuple[Sample, int]] = field(init=False)
+    drawn: list[Sample] = field(init=False)  # for the next step
+
+    def __post_init__(self) -> None:
+        self.config = config = self.config.model_copy(update={"steps": planned_steps(self.task, self.config)})
+        self.samples = held_out_samples(self.task, config, self.format, self.rng)
+        self.optimizer = AdamW(
+            [self.bank.row(self.k)], config.lr, config.betas, weight_decay=config.weight_decay, fused=True
+        )
+        self.draw()
+
+    @property
+    def steps(self) -> int:
+        return len(self.losses)
+
+    def draw(self) -> None:
+        self.drawn = [next(self.samples)[0] for _ in range(self.config.batch_size)]
+
+    def step(self, spent: float) -> None:
+        """A step of the optimizer, from the gradients in the bank. `spent`: share of the time that is over."""
+        progress = max(self.steps / self.config.steps, spent)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.lr * step_rate(progress, self.config)
+        self.optimizer.step()
+
+    def note(self, used: Sequence[Sample], loss: float, norm: float, start: Adapter) -> None:
+        """What came of a step with these samples. Where it is not finite, the adapter is what it was at the start."""
+        self.losses.append(loss)
+        self.tokens += sum(map(len, used))
+        shown = min(int((sample.ids_T == OUTPUT).sum()) for sample in used)
+        self.dropped = max(self.dropped, len(self.task.train) - shown)
+        if not math.isfinite(norm + loss):
+            self.bank.set(self.k, start)
+            self.ended = "diverged"
+        elif self.steps == self.config.steps:
+            self.ended = "steps"
+
+    def is_due(self) -> bool:
+        """Whether it is time to look how the held-out demonstrations are answered."""
+        return self.steps % max(1, self.config.steps // CHECKS) == 0
+
+    def questions(self) -> list[Sample]:
+        """Each demonstration, given the others: as it is, and under an augmentation that depends on the step."""
+        policy = ColourPolicy(self.config.keep_background, self.config.output_only)
+        rng = named_rng(0, "questions", self.task.id, self.steps)
+        views = [Augmentation(), random_augmentation(rng, policy, self.task.train)]
+        asked = [(view, i) for view in views for i in range(len(self.task.train))]
+        pairs = [_held_out_last(self.task, view, i, self.config, self.format) for view, i in asked]
+        return [encode_sample(shown, self.format, "last") for shown in pairs]
+
+    def result(self, adapter: Adapter, seconds: float) -> Adaptation:
+        losses = [loss for loss in self.losses if math.isfinite(loss)] or [0.0]
+        tenth = max(1, len(losses) // 10)
+        first, last = float(np.mean(losses[:tenth])), float(np.mean(losses[-tenth:]))
+        return Adaptation(adapter, self.steps, self.tokens, first, last, seconds, self.dropped, self.ended)
+
+
+def _step(
+    model: Model,
+    bank: LoraBank,
+    live: Sequence[_Learner],
+    starts: Sequence[Adapter],
+    passes: Passes,
+    spent: float,
+) -> None:
+    """A step of all. What a GPU does is not waited for until the samples of the next step are drawn."""
+    samples = [learner.drawn for learner in live]
+    losses_L = _backward(model, bank, live, samples, passes)
+    norms_K = bank.clip(live[0].config.clip)
+    for learner in live:
+        learner.step(spent)
+    for learner in live:
+        learner.draw()
+    noted = torch.cat((losses_L, norms_K)).tolist()
+    for i, (learner, used) in enumerate(zip(live, samples, strict=True)):
+        learner.note(used, noted[i], noted[len(live) + learner.k], starts[learner.k])
+
+
+def _backward(
+    model: Model, bank: LoraBank, live: Sequence[_Learner], samples: Sequence[Sequence[Sample]], passes: Passes
+) -> Tensor:
+    """Leaves the gradients of each one's mean loss in the bank; the losses, [L]."""
+    counts = [sum(int((sample.labels_T != IGNORE).sum()) for sample in own) for own in samples]
+    counts_L = sent(torch.tensor(counts, dtype=torch.float32), model.device)
+    while True:
+        try:
+            return _passed(model, bank, live, samples, passes, counts_L)
+        except torch.OutOfMemoryError:
+            if not passes.shrink(samples):
+                raise
+            log.warning("out of memory: going on with %d tokens at once", passes.room)
+        torch.cuda.empty_cache()  # the frame that held the memory is gone by now
+
+
+def _passed(
+    model: Model,
+    bank: LoraBank,
+    live: Sequence[_Learner],
+    samples: Sequence[Sequence[Sample]],
+    passes: Passes,
+    counts_L: Tensor,
+) -> Tensor:
+    """The same in as many parts as `passes` says. `counts_L`: learnt ids of each."""
+    bank.zero_gradients()
+    losses_L = torch.zeros_like(counts_L)
+    for part in passes.parts(samples):
+        members, own = [i for i, _ in part], [some for _, some in part]
+        logits_NV, labels_N, owners_N = _ask(model, bank, [live[i] for i in members], own, passes.recompute)
+        losses_N = F.cross_entropy(logits_NV, labels_N, reduction="none")
+        members_M = sent(torch.tensor(members), model.device)
+        sums_M = losses_N.new_zeros(len(members)).index_add(0, owners_N, losses_N)
+        means_M = sums_M / counts_L.index_select(0, members_M)
+        bank.backward(means_M.sum())
+        losses_L.index_add_(0, members_M, means_M.detach())
+    return losses_L
+
+
+@torch.no_grad()
+def _stop_where_all_is_right(model: Model, bank: LoraBank, asked: Sequence[_Learner], passes: Passes) -> None:
+    samples = [learner.questions() for learner in asked]
+    wrong: set[int] = set()
+    for part in passes.parts(samples):
+        members, own = [i for i, _ in part], [some for _, some in part]
+        logits_NV, labels_N, owners_N = _ask(model, bank, [asked[i] for i in members], own)
+        wrong |= {members[i] for i in owners_N[logits_NV.argmax(-1) != labels_N].tolist()}
+    for i, learner in enumerate(asked):
+        if i not in wrong:
+            learner.ended = "leave-one-out"
+
+
+def _ask(
+    model: Model,
+    bank: LoraBank,
+    learners: Sequence[_Learner],
+    samples: Sequence[Sequence[Sample]],
+    recompute: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each learner's samples through its adapter.
+
+    Returns the logits at the N places before a learnt id, [N, V]; that id; and whose it is, as an index of `learners`.
+    """
+    bank.use([learner.k for learner in learners])
+    longest = max(sum(map(len, own)) for own in samples)
+    batches = [pack(own, longest) for own in samples]
+    ids_T, labels_T, positions_T = (
+        torch.cat([getattr(batch, name) for batch in batches]) for name in ("ids_T", "labels_T", "positions_T")
+    )
+    ends_S = torch.cat([batch.ends_S + i * longest for i, batch in enumerate(batches)])
+    rows_N = (labels_T[1:] != IGNORE).nonzero()[:, 0]  # nothing is learnt at a sequence's first id
+    device, packing = model.device, Packing.of(ends_S, model.device)
+    logits_NV = model.logits(
+        sent(ids_T[None], device),
+        sent(positions_T[None], device),
+        rows_N=sent(rows_N, device),
+        packing=packing,
+        recompute=recompute,
+    )
+    return logits_NV, sent(labels_T[rows_N + 1], device), sent(rows_N // longest, device)

@@ -1,0 +1,432 @@
+"""A run's folder, which always says all that is known: killed at any moment, the same command goes on from there.
+
+    config.json, run.json         what is solved, and with which settings, checkpoint and version
+    submission.json               there from the first moment, and valid at every other
+    unadapted/ tasks/ again/      a file for each task: all answers and scores, from which can be voted again. The first
+                                  are of a cheap pass without adaptation, the last of a second round; the best counts
+    adapters/                     what adaptation learnt, written before any task of its group is asked
+    log.jsonl                     a line for everything that happened
+    summary.json                  how it stands: see `status.py`
+
+Files are written under another name first and then renamed, so there is none that is half written.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Self, TypeVar
+
+from safetensors import SafetensorError
+
+from .. import __version__
+from ..answers.candidates import STAGES, Predictions
+from ..answers.revote import parse_predictions
+from ..answers.submission import blank_submission, candidate_grids, first_attempts, solved, write_submission
+from ..answers.vote import rank, vote
+from ..config import Config, MachineError, UserError, first_line, load_config
+from ..files import commit, lock, write_json, write_whole
+from ..models.adapters import load_adapter, save_adapter
+from ..puzzles.tasks import Attempts, Task, TaskSet, challenge, read_json
+from .adapt import Adaptation
+
+SAMPLED = 1 << 20  # bytes of a file of weights that are looked at, at its beginning, middle and end
+WRITING_SHARE = 0.05  # of the time may go into rewriting the submission
+
+# Settings that may differ when a run is continued: they change what is selected, who works and for how long, and what
+# is shown, but no candidate.
+FREE = (
+    "vote",
+    "kaggle",
+    "run.workers",
+    "run.executor",
+    "run.address",
+    "run.time_budget",
+    "run.watchdog_minutes",
+    "run.submission",
+    "run.show",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What solving one task gave."""
+
+    task_id: str
+    predictions: Predictions
+    adaptation: Mapping[str, Any] | None  # see `Adaptation.to_json`
+    seconds: float
+    predicting: float  # of these seconds, those of prediction
+    fallback: str | None = None  # what it is instead of an answer of the adapted model: "unadapted" or "placeholder"
+    error: str | None = None  # traceback of what made it fall back
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "task": self.task_id,
+            "seconds": round(self.seconds, 2),
+            "predicting": round(self.predicting, 2),
+            "adaptation": self.adaptation,
+            **self.predictions.to_json(),
+            "fallback": self.fallback,
+            "error": self.error,
+        }
+
+    @staticmethod
+    def read(file: Path, task: Task) -> "Result":
+        """The result of a task that a file holds.
+
+        Raises:
+            UserError, KeyError: it holds none.
+        """
+        content = read_json(file)
+        predictions = parse_predictions(content, task, file)
+        return Result(
+            task.id,
+            predictions,
+            content["adaptation"],
+            content["seconds"],
+            content["predicting"],
+            content["fallback"],
+            content["error"],
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Standing:
+    """What the journal keeps in mind of a task that has a result."""
+
+    stage: str
+    attempts: list[Attempts]
+    adapted: bool
+    fallback: str | None
+    agreement: float  # share of the views that gave the first attempt; of several test inputs, the least
+    earlier_s: float  # of one worker, adaptation and asking, in the stages before
+    seconds: float  # and in this one too
+    first: list[bool] | None  # whether the first attempt solves each test output; None: not known
+    solved: list[bool] | None  # whether one of both does
+    covered: list[bool] | None  # whether the right answer is among the candidates
+
+
+class Journal:
+    """The folder of a run that this process works on. Made by `open_journal`; to be closed, as a file is.
+
+    Args:
+        continued: whether there was such a run before.
+        lock: the open file that says that this process works on it.
+
+    Raises:
+        MachineError: something cannot be written. All that was written before stays.
+    """
+
+    def __init__(self, run_dir: Path, found: TaskSet, config: Config, continued: bool, lock: IO[str]):
+        self.run_dir, self.found, self.config, self.continued, self._lock = run_dir, found, config, continued, lock
+        self.tasks = {task.id: task for task in found.tasks}
+        self.standings: dict[str, Standing] = {}
+        self.damaged: list[Path] = []  # files that could not be read, and were put aside
+        self._submission = blank_submission(found)
+        self._written_at, self._writing_s, self._stale = -math.inf, 0.0, True
+        with self._writing():
+            for stage in (*STAGES, "adapters"):  # some ways of copying a folder leave out empty ones
+                (run_dir / stage).mkdir(exist_ok=True)
+        self._read()
+        with self._writing():
+            self._log = (run_dir / "log.jsonl").open("a+b", buffering=0)
+            if self._log.tell() and not (run_dir / "log.jsonl").read_bytes().endswith(b"\n"):
+                self._log.write(b"\n")
+        self.flush()
+
+    # ---- tasks ----
+
+    def done(self, task_id: str, stage: str = "tasks") -> bool:
+        """Whether a task has a result of this stage or a better one. A placeholder is none."""
+        standing = self.standings.get(task_id)
+        return bool(
+            standing
+            and STAGES.index(standing.stage) >= STAGES.index(stage)
+            and not (stage != "unadapted" and standing.fallback == "placeholder")
+        )
+
+    def keep(self, result: Result, stage: str = "tasks") -> Standing:
+        """Writes a task's result, once and for all. The submission follows: see `follow`."""
+        self._write(self.run_dir / stage / f"{result.task_id}.json", result.to_json())
+        task, before = self.tasks[result.task_id], self.standings.get(result.task_id)
+        earlier_s = 0.0
+        if before:
+            earlier_s = before.earlier_s if before.stage == stage else before.seconds
+        standing = _judged(task, self.found, self.config, stage, result, earlier_s)
+        self._stand(task.id, standing)
+        return standing
+
+    def follow(self) -> None:
+        """Brings the submission up to date with what was kept, unless that would take too much of the time."""
+        if self._stale and self._writing_s < WRITING_SHARE * (time.monotonic() - self._written_at):
+            self.flush()
+
+    def keep_adaptations(self, tasks: Sequence[Task], adaptations: Sequence[Adaptation], round: int) -> None:
+        """Writes what was learnt of a group, before any of its tasks is asked."""
+        with self._writing():
+            for task, adaptation in zip(tasks, adaptations, strict=True):
+                folder = self._adapter_dir(task.id, round)
+                part = folder.with_name(folder.name + ".part")
+                shutil.rmtree(part, ignore_errors=True)
+                try:
+                    save_adapter(adaptation.adapter, part)
+                    (part / "adaptation.json").write_text(json.dumps(adaptation.to_json()) + "\n")
+                except BaseException:
+                    shutil.rmtree(part, ignore_errors=True)
+                    raise
+                shutil.rmtree(folder, ignore_errors=True)
+                part.rename(folder)
+
+    def has_adaptation(self, task_id: str, round: int) -> bool:
+        """Whether something was learnt of a task before."""
+        return (self._adapter_dir(task_id, round) / "adaptation.json").exists()
+
+    def adaptation(self, task_id: str, round: int) -> Adaptation | None:
+        """What was learnt of a task before; None: nothing, or it cannot be read."""
+        folder = self._adapter_dir(task_id, round)
+        try:
+            content = read_json(folder / "adaptation.json")
+            return Adaptation(load_adapter(folder), **content)
+        except (UserError, TypeError):
+            return None
+
+    def _adapter_dir(self, task_id: str, round: int) -> Path:
+        return self.run_dir / "adapters" / (f"{task_id}@{round}" if round else task_id)  # no id has an @
+
+    def predictions(self, task_id: str) -> Predictions:
+        """All candidates of a task that has a result."""
+        file = self.run_dir / self.standings[task_id].stage / f"{task_id}.json"
+        return parse_predictions(read_json(file), self.tasks[task_id], file)
+
+    def flush(self) -> None:
+        """Brings submission.json up to date, whatever it takes."""
+        began = time.monotonic()
+        with self._writing():
+            second = [Path(self.config.run.submission)] if self.config.run.submission else []
+            write_submission(self._submission, self.run_dir / "submission.json", *second)
+        self._written_at = time.monotonic()
+        self._writing_s, self._stale = self._written_at - began, False
+
+    def log(self, **record: Any) -> None:
+        with self._writing():
+            self._log.write((json.dumps(record) + "\n").encode())
+
+    def write_summary(self, content: Mapping[str, Any]) -> None:
+        self._write(self.run_dir / "summary.json", content)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        try:
+            if self._stale:
+                self.flush()
+        finally:
+            self._log.close()
+            self._lock.close()
+
+    # ---- reading and writing ----
+
+    def _read(self) -> None:
+        """What earlier runs have left."""
+        for task_id, file, standing in saved_standings(self.run_dir, self.found, self.config):
+            if standing:
+                self._stand(task_id, standing)
+            else:
+                with self._writing():
+                    file.replace(file.with_suffix(".damaged"))
+                self.damaged.append(file)
+
+    def _stand(self, task_id: str, standing: Standing) -> None:
+        self.standings[task_id], self._submission[task_id] = standing, standing.attempts
+        self._stale = True
+
+    def _write(self, file: Path, content: Any) -> None:
+        with self._writing():
+            write_whole(file, json.dumps(content) + "\n", sync=False)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            why = getattr(error, "strerror", None) or first_line(error)
+            raise MachineError(
+                f"{self.run_dir} cannot be written ({why}); all answers so far are kept: mend that, and give the same"
+                " command again"
+            ) from None
+
+
+def open_journal(run_dir: Path, found: TaskSet, config: Config, weights: Sequence[Path]) -> Journal:
+    """The journal of a new run, or of one that is continued.
+
+    Args:
+        weights: folders of the checkpoint and of the adapter that is used with it.
+
+    Raises:
+        UserError: the folder is something else, another process works on it, or it is of another run: other tasks,
+            another checkpoint, or settings that would mix results.
+    """
+    facts = {
+        "version": __version__,
+        "commit": commit(),
+        "tasks": _digest(json.dumps([[task.id, challenge(task)] for task in found.tasks]).encode()),
+        "checkpoint": _digest(
+            *(_parts_of(file) for folder in weights for file in sorted(folder.glob("*.safetensors")))
+        ),
+    }
+    continued = (run_dir / "run.json").exists()
+    if not continued:
+        _make(run_dir, found, config, facts)
+    with ExitStack() as stack:
+        held = stack.enter_context(_locked(run_dir))
+        if continued:
+            _refuse_another(run_dir, config, facts)
+        try:
+            if (run_dir / "config.json").read_text() != config_text(config):
+                write_whole(run_dir / "config.json", config_text(config))
+        except OSError as error:
+            raise UserError(f"{run_dir} cannot be written ({error.strerror}): give another --out") from None
+        journal = Journal(run_dir, found, config, continued, held)
+        stack.pop_all()
+    return journal
+
+
+def _locked(run_dir: Path) -> IO[str]:
+    try:
+        held = lock(run_dir / "lock")
+    except OSError as error:
+        raise UserError(f"{run_dir} cannot be written ({error.strerror}): give another --out") from None
+    if not held:
+        raise UserError(f"another process works on {run_dir}: wait for it, or give another --out")
+    return held
+
+
+def _make(run_dir: Path, found: TaskSet, config: Config, facts: Mapping[str, str]) -> None:
+    """The folder of a new run, whole from its first moment."""
+    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        raise UserError(f"{run_dir} exists and is no run to continue: give another --out")
+    part = run_dir.with_name(f"{run_dir.name}.{os.getpid()}.part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        for stage in (*STAGES, "adapters"):
+            (part / stage).mkdir(parents=True)
+        write_whole(part / "config.json", config_text(config))
+        write_json(part / "run.json", facts)
+        write_submission(blank_submission(found), part / "submission.json")
+        part.rename(run_dir)  # over an empty folder too
+    except OSError as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise UserError(f"{run_dir} cannot be made ({error.strerror}): give another --out") from None
+
+
+def _refuse_another(run_dir: Path, config: Config, facts: Mapping[str, str]) -> None:
+    old = _flat(saved_config(run_dir).model_dump(mode="json"))
+    new = _flat(config.model_dump(mode="json"))
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key) and not key.startswith(FREE):
+            raise UserError(
+                f"{run_dir} was begun with {key}={json.dumps(old.get(key))}, and now it is {json.dumps(new.get(key))}:"
+                " results would mix; give that again, or another --out"
+            )
+    saved = _whole(run_dir, "run.json", lambda: read_json(run_dir / "run.json"))
+    for what in ("tasks", "checkpoint"):
+        if not isinstance(saved, dict) or saved.get(what) != facts[what]:
+            raise UserError(f"{run_dir} is a run with another content of the {what}: give another --out")
+
+
+T = TypeVar("T")
+
+
+def _whole(run_dir: Path, name: str, read: Callable[[], T]) -> T:
+    """What a file of a run says that is needed to continue it."""
+    try:
+        return read()
+    except UserError as error:
+        raise UserError(
+            f"{error}: {name} is damaged, and the run cannot be continued without it; submission.json and the results"
+            f" beside it are whole, so keep {run_dir} and give another --out"
+        ) from None
+
+
+def saved_config(run_dir: Path) -> Config:
+    """The config of a run.
+
+    Raises:
+        UserError: it is no run's folder, or of another version.
+    """
+    if not (run_dir / "run.json").is_file() or not (run_dir / "config.json").is_file():
+        raise UserError(f"{run_dir} is no run of bin/solve: give what its --out was")
+    return _whole(run_dir, "config.json", lambda: load_config(run_dir / "config.json"))
+
+
+def config_text(config: Config) -> str:
+    return json.dumps(config.model_dump(mode="json"), indent=1) + "\n"
+
+
+def saved_standings(run_dir: Path, found: TaskSet, config: Config) -> Iterator[tuple[str, Path, Standing | None]]:
+    """Task, file and standing of all results, of a task the best one last; None: the file cannot be read."""
+    seconds: dict[str, float] = defaultdict(float)
+    for stage in STAGES:
+        for task in found.tasks:
+            file, standing = run_dir / stage / f"{task.id}.json", None
+            if not file.exists():
+                continue
+            with suppress(UserError, KeyError):
+                result = Result.read(file, task)
+                standing = _judged(task, found, config, stage, result, seconds[task.id])
+                seconds[task.id] = standing.seconds
+            yield task.id, file, standing
+
+
+def _judged(task: Task, found: TaskSet, config: Config, stage: str, result: Result, earlier_s: float) -> Standing:
+    """How a task stands with a result, after so many seconds of earlier stages."""
+    predictions = result.predictions
+    attempts = vote(predictions, task, config.vote)
+    solutions = {i: grids for i, grids in found.solutions.items() if i == task.id}
+    return Standing(
+        stage,
+        attempts,
+        result.adaptation is not None,
+        result.fallback,
+        min(_agreement(predictions, task, test, config) for test in range(len(task.test))),
+        earlier_s,
+        earlier_s + result.seconds,
+        solved({task.id: first_attempts(attempts)}, solutions).get(task.id),
+        solved({task.id: attempts}, solutions).get(task.id),
+        solved(candidate_grids({task.id: predictions}, solutions), solutions).get(task.id),
+    )
+
+
+def _agreement(predictions: Predictions, task: Task, test: int, config: Config) -> float:
+    ranked = rank(predictions, task, test, config.vote)
+    return ranked[0].votes / max(1, len(predictions.geometries)) if ranked else 0.0
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _parts_of(file: Path) -> bytes:
+    """What tells a checkpoint's weights from others': not all of them, as there may be gigabytes."""
+    size, parts = file.stat().st_size, []
+    with file.open("rb") as stream:
+        for start in (0, size // 2, max(0, size - SAMPLED)):
+            stream.seek(start)
+            parts.append(stream.read(SAMPLED))
+    return b"".join((f"{file.name} {size} ".encode(), *parts))
+
+
+def _digest(*parts: bytes) -> str:
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]

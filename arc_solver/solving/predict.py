@@ -1,0 +1,177 @@
+"""Ask tasks under many views, undo each answer, and ask every view about every answer: views -> prompts -> candidates.
+
+A few views are decoded first. Their answers, carried into the other views, are the drafts that those verify; they
+change no answer, only the time. All questions of a call share one session, so what was computed for one of them is
+there for the next: that of scoring above all.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+
+from ..answers.candidates import Candidate, Predictions
+from ..config import FormatConfig, PredictConfig
+from ..decoding.torch_engine import Engine, Reply, Session, needed_context
+from ..models.adapters import Adapter
+from ..puzzles.augment import Augmentation, ColourPolicy, spread_augmentations
+from ..puzzles.encode import Malformed, Prompt, decode_reply, encode_prompt, encode_reply
+from ..puzzles.tasks import Grid, Task, grid_key
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """One test input of one task under one view."""
+
+    task: int
+    test: int
+    view: int
+    augmentation: Augmentation
+    prompt: Prompt
+    dropped: int  # demonstrations that had no room
+    fits: bool  # whether the context has room for any reply to what is left
+
+    def grid_of(self, ids: Sequence[int], format: FormatConfig) -> Grid | None:
+        """The answer that a reply spells, with the augmentation undone; None: it is no grid."""
+        seen = decode_reply(ids, format)
+        return None if isinstance(seen, Malformed) else self.augmentation.undo(seen)
+
+    def reply_of(self, grid: Grid, format: FormatConfig) -> list[int]:
+        """The reply that spells an answer here."""
+        return encode_reply(self.augmentation.apply(grid), format).tolist()
+
+
+@dataclass(eq=False)
+class Answer:
+    """A distinct answer while views are being asked."""
+
+    grid: Grid
+    views: list[int] = field(default_factory=list)
+    searched: list[int] = field(default_factory=list)
+    log_probabilities: dict[int, float] = field(default_factory=dict)  # by view
+
+    def to_candidate(self, test: int, views: int) -> Candidate:
+        scores = tuple(self.log_probabilities.get(view) for view in range(views))
+        return Candidate(test, self.grid, tuple(self.views), tuple(self.searched), scores)
+
+
+Answers = dict[bytes, Answer]  # by `grid_key`, in the order in which they were found
+ByInput = Mapping[tuple[int, int], Answers]  # by task and test
+
+
+def predict(
+    task: Task, engine: Engine, adapter: Adapter | None, config: PredictConfig, rng: np.random.Generator
+) -> Predictions:
+    """All candidates of one task."""
+    return predict_tasks([task], engine, [adapter], config, [rng])[0]
+
+
+def predict_tasks(
+    tasks: Sequence[Task],
+    engine: Engine,
+    adapters: Sequence[Adapter | None],
+    config: PredictConfig,
+    rngs: Sequence[np.random.Generator],
+) -> list[Predictions]:
+    """All candidates of several tasks, which share batches. Replies that are no grid are left out."""
+    views = [views_of(task, config, rng) for task, rng in zip(tasks, rngs, strict=True)]
+    questions = [q for k, task in enumerate(tasks) for q in _questions(k, task, views[k], engine, config)]
+    answers: ByInput = defaultdict(dict)
+    capped = np.zeros(len(tasks), dtype=int)
+    with engine.open([q.prompt for q in questions], [adapters[q.task] for q in questions]) as session:
+        for q, reply in zip(questions, _decode(session, questions, engine.format, config), strict=True):
+            if answer := _answer(answers, q, reply, engine.format):
+                answer.views.append(q.view)
+        if config.threshold > 0:
+            for q, found in zip(questions, session.search(config.threshold, config.max_nodes), strict=True):
+                capped[q.task] += not found.complete
+                for reply in found.replies:
+                    if answer := _answer(answers, q, reply, engine.format):
+                        answer.searched.append(q.view)
+        if config.score:
+            _score(session, questions, answers, engine.format)
+        cost = asdict(session.cost)
+    return [
+        Predictions(
+            tuple(view.geometry for view in views[k]),
+            tuple(
+                answer.to_candidate(test, len(views[k]))
+                for test in range(len(task.test))
+                for answer in answers[k, test].values()
+            ),
+            dropped=max(q.dropped for q in questions if q.task == k),
+            too_long=sum(not q.fits for q in questions if q.task == k),
+            capped=int(capped[k]),
+            cost=cost,
+        )
+        for k, task in enumerate(tasks)
+    ]
+
+
+def views_of(task: Task, config: PredictConfig, rng: np.random.Generator) -> list[Augmentation]:
+    """The augmentations under which a task is asked, the task as it is first."""
+    policy = ColourPolicy(config.keep_background, config.output_only)
+    return spread_augmentations(config.views, rng, policy, task.train)
+
+
+def _questions(
+    k: int, task: Task, views: Sequence[Augmentation], engine: Engine, config: PredictConfig
+) -> list[Question]:
+    """All views of all test inputs, view by view."""
+    questions = []
+    for v, view in enumerate(views):
+        seen = view.apply_task(task)
+        for t, test_input in enumerate(seen.test):
+            prompt, dropped = _prompt(seen, test_input, engine, config.max_tokens)
+            fits = needed_context(prompt, engine.format) <= engine.context
+            questions.append(Question(k, t, v, view, prompt, dropped, fits))
+    return questions
+
+
+def _prompt(seen: Task, test_input: Grid, engine: Engine, max_tokens: int) -> tuple[Prompt, int]:
+    """A prompt that is too long loses demonstrations from the front, but never the last one. And how many it lost."""
+    for dropped in range(len(seen.train)):
+        prompt = encode_prompt(seen.train[dropped:], test_input, engine.format)
+        if len(prompt) <= max_tokens and needed_context(prompt, engine.format) <= engine.context:
+            break
+    return prompt, dropped
+
+
+def _decode(
+    session: Session, questions: Sequence[Question], format: FormatConfig, config: PredictConfig
+) -> list[Reply]:
+    """The greedy reply to each question; with drafts, the leaders' first."""
+    if not config.drafts:
+        return session.generate(range(len(questions)))
+    leaders = {i: q for i, q in enumerate(questions) if q.view < config.leaders}
+    followers = {i: q for i, q in enumerate(questions) if q.view >= config.leaders}
+    replies = dict(zip(leaders, session.generate([*leaders], dict.fromkeys(leaders, ())), strict=True))
+    led: dict[tuple[int, int], list[Grid]] = defaultdict(list)
+    for i, q in leaders.items():
+        if (grid := q.grid_of(replies[i].ids, format)) is not None:
+            led[q.task, q.test].append(grid)
+    drafts = {i: [q.reply_of(grid, format) for grid in led[q.task, q.test]] for i, q in followers.items()}
+    replies |= zip(followers, session.generate([*followers], drafts), strict=True)
+    return [replies[i] for i in range(len(questions))]
+
+
+def _answer(answers: ByInput, q: Question, reply: Reply, format: FormatConfig) -> Answer | None:
+    """The answer that a reply spells, with what the reply says of its probability; None: it is no grid."""
+    grid = q.grid_of(reply.ids, format)
+    if grid is None:
+        return None
+    answer = answers[q.task, q.test].setdefault(grid_key(grid), Answer(grid))
+    answer.log_probabilities.setdefault(q.view, reply.log_probability)
+    return answer
+
+
+def _score(session: Session, questions: Sequence[Question], answers: ByInput, format: FormatConfig) -> None:
+    """Every answer's log-probability in every view; where its reply has no room in the context there is none."""
+    asked = [list(answers[q.task, q.test].values()) for q in questions]
+    replies = [[q.reply_of(answer.grid, format) for answer in of] for q, of in zip(questions, asked, strict=True)]
+    for q, of_question, scores in zip(questions, asked, session.score(replies), strict=True):
+        for answer, scored in zip(of_question, scores, strict=True):
+            if math.isfinite(scored.log_probability):
+                answer.log_probabilities[q.view] = scored.log_probability

@@ -1,0 +1,371 @@
+"""The main job: adapt, predict and vote for every task, and write the submission.
+
+A schedule (`schedule.py`) says what is to be done, workers (`worker.py`) do it wherever they run (`executors.py`), and
+all that comes of it is kept in the run's folder (`journal.py`). What a task gives depends on the seed and on the tasks
+that it is adapted with: the number of workers and interruptions change nothing but the time. A time budget does; and
+where memory is too small for a group at once, its parts depend on what is free, and so the last bits of an adapter.
+"""
+
+import json
+import math
+import signal
+import sys
+import time
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console, Group, RenderableType
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Task as BarTask
+from rich.rule import Rule
+from rich.text import Text
+
+from ..answers import revote
+from ..answers.submission import table_of
+from ..answers.vote import rank
+from ..clock import process_age_s
+from ..config import Config, Parser, UserError, add_task_arguments, load_config, named_rng, run_main, task_overrides
+from ..data.leaks import TrainingData, leak_audit
+from ..decoding.choose import check_engine, engine_kind
+from ..models.adapters import fresh_adapter
+from ..models.hardware import pick_device, precision_of, whole_memory
+from ..models.lora import base_it_names
+from ..models.model import checkpoint_dir
+from ..puzzles.pictures import save_picture, task_picture
+from ..puzzles.tasks import Task, TaskSet, load_tasks, smallest
+from . import status
+from .adapt import group_by_length, most_together
+from .budget import Budget
+from .executors import Executor, cores, make_executor
+from .journal import Journal, open_journal, saved_config
+from .schedule import Finished, Schedule
+from .status import Meter
+from .worker import asked_together, load_base, make_worker
+
+# What of a time budget is kept for the end: for jobs that come a step late, the summary, and the end of all processes.
+MARGIN_S, MARGIN_SHARE = 4.0, 0.01
+# The interpreter's end takes a quarter of its start, which a busy machine makes long; but that may have installed too.
+END_OF_START, END_MOST = 0.25, 0.05
+INCOMPLETE = 3  # exit code of a run that ended as it should, but not with an answer of the adapted model to every task
+
+
+def solve(schedule: Schedule, executor: Executor, deadline: float, console: Console) -> dict[str, Any]:
+    """Solves what is not solved yet, until `deadline` of `time.monotonic()`. The summary of the run."""
+    journal, config = schedule.journal, schedule.config
+    found = journal.found
+    meter = Meter(executor.count, deadline, status.last_summary(journal.run_dir))
+    with _progress_bar(console, deadline) as bar:
+        line = bar.add_task("solving", total=1.0, tasks_done=len(journal.standings), tasks=len(found.tasks))
+        for done in executor.map_unordered(schedule.jobs(), until=deadline):
+            meter.note(done)
+            for finished in schedule.take(done):
+                record = _log_record(finished, journal.tasks[finished.result.task_id], config)
+                journal.log(**record)
+                if finished.stage != "unadapted":
+                    console.print(_task_line(finished, record), soft_wrap=True)
+            journal.follow()
+            meter.keep(journal, schedule.share_done)
+            bar.update(line, completed=schedule.share_done, tasks_done=len(journal.standings))
+    journal.flush()
+    summary = meter.summary(found, journal.standings, schedule.share_done)
+    journal.write_summary(summary)
+    return summary
+
+
+def worker_count(config: Config, tasks: int) -> int:
+    """Workers on this machine; 0: as many as a cluster has GPUs, or else cores."""
+    if config.run.executor == "ray":
+        return config.run.workers
+    if config.run.executor == "inprocess" or config.engine.kind == "vllm":
+        return 1
+    if pick_device(config.run.device).type == "cuda":
+        return 1
+    return max(1, min(config.run.workers or cores(), tasks))
+
+
+def _deadline(config: Config) -> float:
+    budget, age_s = config.run.budget_s, process_age_s()
+    if budget == math.inf:
+        return budget
+    margin_s = MARGIN_S + MARGIN_SHARE * budget + min(END_OF_START * age_s, END_MOST * budget)
+    return time.monotonic() - age_s + budget - margin_s
+
+
+# ---- what the user sees --------------------------------------------------------------------------------------------
+
+
+class _TimeLeft(ProgressColumn):
+    """ETA from the share of the work that is done, and not after the deadline."""
+
+    def __init__(self, deadline: float):
+        super().__init__()
+        self.deadline = deadline
+
+    def render(self, task: BarTask) -> Text:
+        if not task.completed or task.elapsed is None or not task.total:
+            return Text("ETA -:--")
+        left = task.elapsed * (task.total - task.completed) / task.completed
+        minutes, seconds = divmod(int(max(0.0, min(left, self.deadline - time.monotonic()))), 60)
+        return Text(f"ETA {minutes}:{seconds:02d}")
+
+
+def _progress_bar(console: Console, deadline: float) -> Progress:
+    return Progress(
+        TextColumn("{task.description} {task.fields[tasks_done]}/{task.fields[tasks]}"),
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f}%"),
+        TimeElapsedColumn(),
+        _TimeLeft(deadline),
+        console=console,
+    )
+
+
+def _log_record(finished: Finished, task: Task, config: Config) -> dict[str, Any]:
+    result, usage = finished.result, finished.usage
+    ranked = [rank(result.predictions, task, test, config.vote) for test in range(len(task.test))]
+    return {
+        "event": "task",
+        "task": result.task_id,
+        "stage": finished.stage,
+        "seconds": round(result.seconds, 2),
+        "adaptation": result.adaptation,
+        "distinct": [len(r) for r in ranked],
+        "votes": [[entry.votes for entry in r[:2]] for r in ranked],
+        "dropped": result.predictions.dropped,
+        "too_long": result.predictions.too_long,
+        "capped": result.predictions.capped,
+        "predicting": round(result.predicting, 2),
+        "cost": dict(result.predictions.cost),
+        "worker": usage and usage.process,
+        "peak_memory_bytes": usage and usage.peak_memory_bytes,
+        "fallback": result.fallback,
+        "error": result.error,
+    }
+
+
+def _task_line(finished: Finished, record: dict[str, Any]) -> str:
+    result = finished.result
+    parts = [f"{result.task_id}  {result.seconds:4.0f} s"]
+    if result.fallback:
+        last = escape((result.error or "no time").strip().splitlines()[-1])
+        says = {"unadapted": "answered without adaptation", "placeholder": "failed, and has no answer"}
+        parts = [f"[red]{result.task_id} {says[result.fallback]}:[/red] {last}"]
+    if learnt := result.adaptation:
+        parts.append(f"loss {learnt['first_loss']:.3f} to {learnt['last_loss']:.3f}{_ENDS[learnt['ended']]}")
+        if learnt["dropped"]:
+            parts.append(f"samples lost up to {_count(learnt['dropped'], 'demonstration')}")
+    if result.predictions.candidates:
+        parts.append(
+            "; ".join(
+                f"attempts with {' and '.join(map(str, votes))} votes, of {_count(distinct, 'distinct answer')}"
+                for votes, distinct in zip(record["votes"], record["distinct"], strict=True)
+            )
+        )
+    if cost := record["cost"]:
+        parts.append(f"{cost['forward_steps']} forward steps")
+        if cost["drafted"]:
+            parts.append(f"{cost['accepted']} of {cost['decoded']} ids from drafts")
+    if record["dropped"]:
+        parts.append(f"prompts lost up to {_count(record['dropped'], 'demonstration')}")
+    if record["too_long"]:
+        parts.append(f"{_count(record['too_long'], 'prompt')} too long for the model, whose replies may be cut")
+    if record["capped"]:
+        parts.append(f"search cut in {_count(record['capped'], 'view')}")
+    return ", ".join(parts)
+
+
+_ENDS = {
+    "steps": "",
+    "leave-one-out": ", stopped early",
+    "deadline": ", stopped by the clock",
+    "diverged": ", [red]diverged[/red]: the adapter is what it started as",
+}
+
+
+def _picture(
+    found: TaskSet, journal: Journal, config: Config, trained_on: TrainingData | None, summary: dict[str, Any]
+) -> Group:
+    """Some tasks drawn; how the run stands; and what a score must be read with."""
+    shown: list[RenderableType] = []
+    attempts = {i: standing.attempts for i, standing in journal.standings.items()}
+    drawn = config.run.show
+    if not summary["score"]:
+        shown += [task_picture(t, attempts[t.id], None) for t in found.tasks if t.id in attempts][:drawn]
+    else:
+        per_task = {i: share for i, share in summary["score"]["per_task"].items() if i in attempts}
+        for title, is_wanted in (("Solved", lambda share: share == 1), ("Not solved", lambda share: share < 1)):
+            ids = [i for i, share in per_task.items() if is_wanted(share)]
+            if ids and drawn:
+                shown.append(Rule(f"{title}: {min(len(ids), drawn)} of {len(ids)}"))
+                shown += [task_picture(journal.tasks[i], attempts[i], found.solutions[i]) for i in ids[:drawn]]
+    title = f"{found.name}, {_count(len(found.tasks), 'task')}, seed {config.run.seed}"
+    shown.append(table_of(title, status.rows(summary)))
+    if summary["score"]:
+        unknown = "no leak audit: this checkpoint does not say what it was trained on"
+        shown.append(Text(str(leak_audit(trained_on, found)) if trained_on else unknown))
+    return Group(*shown)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
+def default_run_dir(found: TaskSet) -> Path:
+    """runs/<tasks>-<time>, one that does not exist yet."""
+    name = f"{Path(found.name).stem if Path(found.name).exists() else found.name.replace('/', '-')}"
+    stem = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    candidate, n = stem, 1
+    while candidate.exists():
+        n += 1
+        candidate = stem.with_name(f"{stem.name}-{n}")
+    return candidate
+
+
+_OF_RUN = ("seed", "time_budget", "submission", "smoke", "executor", "address")  # options that are settings of [run]
+
+
+def _parse(arguments: list[str]) -> tuple[Config, Path | None]:
+    """The config that the command line asks for, and the run's folder, if it is named."""
+    parser = Parser(
+        prog="bin/solve",
+        description="Solve ARC tasks and write submission.json. Also: --status RUN_DIR and --revote RUN_DIR.",
+    )
+    parser.add_argument("config", nargs="?", help="TOML file; without it, the defaults and the demo set")
+    add_task_arguments(parser)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="RUN_DIR",
+        help="a new folder, or that of a run to continue; default runs/<tasks>-<time>",
+    )
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--time-budget", metavar="TIME", help="such as 11h30m, 40m or 90s, from start to end")
+    parser.add_argument("--submission", metavar="FILE", help="keep the submission up to date there too")
+    parser.add_argument("--smoke", type=int, metavar="N", help="solve the N shortest tasks only")
+    parser.add_argument("--executor", choices=("processes", "ray", "inprocess"), help="where the workers are")
+    parser.add_argument("--address", help="of a Ray cluster, e.g. auto; default: a Ray of this machine")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    args = parser.parse_intermixed_args(arguments)
+    overrides = list(args.overrides)
+    if args.config and "=" in args.config and not Path(args.config).exists():
+        overrides, args.config = [args.config, *overrides], None
+    given = {name: getattr(args, name) for name in _OF_RUN}
+    overrides += [
+        *task_overrides(args),
+        *(f"run.{key}={json.dumps(value)}" for key, value in given.items() if value is not None),
+    ]
+    if args.out and not args.config and (args.out / "run.json").exists():  # to be continued as it was begun
+        saved_config(args.out)
+        where = [] if args.executor in (None, "ray") else ["run.address="]
+        return _anywhere(load_config(args.out / "config.json", ["run.time_budget=", *where, *overrides])), args.out
+    return _anywhere(load_config(args.config, overrides)), args.out
+
+
+def _anywhere(config: Config) -> Config:
+    """The config with whole paths, so that a run is continued, and its status read, from any folder."""
+
+    def whole(path: str) -> str:
+        return str(Path(path).absolute()) if path and Path(path).exists() else path
+
+    second = Path(config.run.submission)
+    if not second.parent.is_dir():
+        raise UserError(f"--submission {second}: there is no folder {second.parent}")
+    run = config.run.model_copy(update={"submission": config.run.submission and str(second.absolute())})
+    tasks = config.tasks.model_copy(
+        update={"spec": whole(config.tasks.spec), "solutions": whole(config.tasks.solutions)}
+    )
+    model = config.model.model_copy(update={"path": whole(config.model.path), "adapter": whole(config.model.adapter)})
+    return config.model_copy(update={"run": run, "tasks": tasks, "model": model})
+
+
+def main(arguments: list[str]) -> int:
+    if any(word.partition("=")[0] == "--revote" for word in arguments):
+        return revote.main(arguments)
+    if any(word.partition("=")[0] == "--status" for word in arguments):
+        return status.main(arguments)
+    signal.signal(signal.SIGTERM, _interrupt)
+    config, out = _parse(arguments)
+    deadline = _deadline(config)
+    console = Console()
+    plain = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    found = load_tasks(config.tasks)
+    run_dir = out or default_run_dir(found)
+    device = pick_device(config.run.device)
+    model, start_adapter = load_base(config, torch.device("cpu"))
+    most = 0
+    if config.adapt.enabled:  # this refuses targets that the model lacks before any work is done
+        adapter = start_adapter or fresh_adapter(model, config.adapt, named_rng(0))
+        most = most_together(adapter, whole_memory(device, worker_count(config, len(found.tasks)) or cores()))
+    config = config.model_copy(update={"format": model.format})  # the checkpoint's, whatever the config says
+    kind, why = engine_kind(model, config, device)
+    check_engine(model, config, device)
+    parameters, trained_on = model.parameters_count, model.trained_on
+    del model, start_adapter  # workers have their own
+    chosen = smallest(found.tasks, config.run.smoke) if config.run.smoke else found.tasks
+    groups = group_by_length(chosen, config.adapt, device, most)
+    weights = [checkpoint_dir(config.model.path), *([Path(config.model.adapter)] if config.model.adapter else [])]
+    count = worker_count(config, len(groups))
+    make = partial(make_worker, config, neighbours=count)
+    with ExitStack() as stack:
+        executor = stack.enter_context(make_executor(config.run.executor, make, count, config.run.address or None))
+        signal.signal(signal.SIGTERM, _interrupt)  # once more: Ray has put its own there
+        journal = stack.enter_context(open_journal(run_dir, found, config, weights))
+        plain(
+            f"{_count(len(found.tasks), 'task')} from {found.name}; model of {parameters:,} parameters on {device} in"
+            f" {precision_of(device)}, {_count(executor.count, 'worker')}; engine {kind} ({why}); run directory"
+            f" {run_dir}"
+        )
+        if config.model.adapter and (remark := base_it_names(Path(config.model.adapter))):
+            plain(remark)
+        if journal.continued:
+            plain(f"continued: {len(journal.standings)} of {len(found.tasks)} tasks have an answer")
+        for file in journal.damaged:
+            plain(f"{file} could not be read and is solved again")
+        try:
+            chunks, budget = partial(asked_together, device=device), Budget(executor.count, deadline)
+            summary = solve(Schedule(groups, chunks, config, journal, budget), executor, deadline, console)
+        except KeyboardInterrupt:
+            print(
+                f"interrupted; the answers so far are in {run_dir}/submission.json, and bin/solve --out {run_dir}"
+                " goes on",
+                file=sys.stderr,
+            )
+            return 1
+    shown = _picture(found, journal, config, trained_on, summary)
+    try:
+        save_picture(shown, run_dir / "report.svg", "bin/solve")
+    except OSError as error:
+        plain(f"report.svg cannot be written ({error.strerror})")
+    console.print(shown)
+    return _conclude(len(chosen), journal, summary, plain)
+
+
+def _conclude(tasks: int, journal: Journal, summary: dict[str, Any], say: Any) -> int:
+    """The last lines, and the exit code."""
+    run_dir = journal.run_dir
+    say(
+        f"{summary['seconds']['whole'] / 60:.1f} minutes. Submission: {run_dir}/submission.json; beside it report.svg,"
+        " log.jsonl, tasks/ and adapters/"
+    )
+    cheap = sum(standing.stage == "unadapted" for standing in journal.standings.values())
+    if cheap:
+        say(f"no time to adapt to {cheap} of {tasks} tasks, which have the answer of the cheap pass")
+    if left_out := len(journal.found.tasks) - tasks:
+        say(f"only {tasks} of {tasks + left_out} tasks were to be solved; the others have placeholders")
+    if nothing := tasks - len(journal.standings):
+        say(f"no time for {nothing} of {tasks} tasks, which have placeholders; bin/solve --out {run_dir} goes on")
+    if summary["fallen_back"]:
+        say(f"{status.fallen(summary['fallen_back'], tasks)}; see {run_dir}/log.jsonl")
+    return INCOMPLETE if nothing or summary["fallen_back"] else 0
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    run_main(main)

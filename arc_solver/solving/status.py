@@ -1,0 +1,201 @@
+"""How a run stands, at its end or at any time before: `bin/solve --status RUN_DIR`.
+
+The results are counted as they lie in the folder; what the run itself knows, such as where the time goes, it writes to
+summary.json every few seconds.
+"""
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+
+from ..answers.submission import Row, Score, data_rows, score_rows, table_of, total
+from ..config import Parser, UserError
+from ..puzzles.tasks import TaskSet, load_tasks, read_json
+from .executors import Done
+from .journal import Journal, Standing, saved_config, saved_standings
+from .worker import AdaptJob
+
+EVERY_S = 5.0  # between two summaries, while a run goes on
+
+
+@dataclass(eq=False)
+class Meter:
+    """Where the time of a run goes.
+
+    Args:
+        before: the summary of what was done before the run was continued.
+    """
+
+    workers: int
+    deadline: float
+    before: Mapping[str, Any]
+    began: float = field(default_factory=time.monotonic)
+    adapting_s: float = 0.0  # of all workers together
+    asking_s: float = 0.0
+    cpu_s: float = 0.0
+    peak_memory: dict[int, int] = field(default_factory=dict)  # bytes, by process
+    gpu: list[float] = field(default_factory=list)  # shares, the latest only
+    written: float = -math.inf
+
+    def note(self, done: Done) -> None:
+        if done.error is not None:
+            return
+        usage = done.value.usage
+        if isinstance(done.job, AdaptJob):
+            self.adapting_s += usage.seconds
+        else:
+            self.asking_s += usage.seconds
+        self.cpu_s += usage.cpu_seconds
+        self.peak_memory[usage.process] = usage.peak_memory_bytes
+        self.gpu = [*self.gpu, usage.gpu][-100:] if usage.gpu is not None else self.gpu
+
+    def summary(self, found: TaskSet, standings: Mapping[str, Standing], share_done: float) -> dict[str, Any]:
+        """All of it, in numbers."""
+        if self.before and not self.peak_memory:  # nothing was left to do
+            return {**self.before, **counts(found, standings)}
+        spent = time.monotonic() - self.began
+        left = spent * (1 - share_done) / share_done if share_done > 0 else None
+        if left is not None and spent + left > self.deadline - self.began:
+            left = max(0.0, self.deadline - time.monotonic())
+        earlier = self.before.get("seconds", {})
+        busy = self.adapting_s + self.asking_s
+        utilisation = sum(self.gpu) / len(self.gpu) if self.gpu else self.cpu_s / max(1e-9, self.workers * spent)
+        return {
+            **counts(found, standings),
+            "seconds": {
+                "whole": round(spent + earlier.get("whole", 0.0), 2),
+                "adapting": round(self.adapting_s + earlier.get("adapting", 0.0), 2),
+                "asking": round(self.asking_s + earlier.get("asking", 0.0), 2),
+            },
+            "workers": self.workers,
+            "busy": round(busy / max(1e-9, self.workers * spent), 3),
+            "utilisation": round(utilisation, 3),
+            "utilisation_of": "GPU" if self.gpu else "cores",
+            "peak_memory_bytes": sum(self.peak_memory.values()),
+            "share_done": round(share_done, 4),
+            "projected_end": None if left is None else round(time.time() + left),
+        }
+
+    def keep(self, journal: Journal, share_done: float) -> None:
+        """Writes a summary, but not more often than needed."""
+        if time.monotonic() - self.written > EVERY_S:
+            journal.write_summary(self.summary(journal.found, journal.standings, share_done))
+            self.written = time.monotonic()
+
+
+def counts(found: TaskSet, standings: Mapping[str, Standing]) -> dict[str, Any]:
+    """How many tasks are how far, and what that scores."""
+    first, final, covered = scores(found, standings)
+    return {
+        "tasks": len(found.tasks),
+        "data": found.data,
+        "answered": sum(standing.fallback != "placeholder" for standing in standings.values()),
+        "adapted": sum(standing.adapted for standing in standings.values()),
+        "again": sum(standing.stage == "again" for standing in standings.values()),
+        "fallen_back": {i: standing.fallback for i, standing in standings.items() if standing.fallback},
+        "pass@1": first and first.to_json(),
+        "score": final and final.to_json(),  # pass@2
+        "coverage": covered and covered.to_json(),
+        "seconds_per_task": _seconds_per_task(standings),
+    }
+
+
+def _seconds_per_task(standings: Mapping[str, Standing]) -> dict[str, float] | None:
+    """What the tasks that have an answer took of one worker."""
+    seconds = [standing.seconds for standing in standings.values() if standing.fallback != "placeholder"]
+    return {"median": round(median(seconds), 2), "longest": round(max(seconds), 2)} if seconds else None
+
+
+def scores(found: TaskSet, standings: Mapping[str, Standing]) -> tuple[Score | None, Score | None, Score | None]:
+    """Pass@1, pass@2 and coverage of the tasks with known solutions; what has no answer is not solved."""
+    if not found.solutions:
+        return None, None, None
+    first, both, covered = {}, {}, {}
+    for task_id, grids in found.solutions.items():
+        standing, nothing = standings.get(task_id), [False] * len(grids)
+        first[task_id] = (standing and standing.first) or nothing
+        both[task_id] = (standing and standing.solved) or nothing
+        covered[task_id] = (standing and standing.covered) or nothing
+    return total(first), total(both), total(covered)
+
+
+def rows(content: Mapping[str, Any]) -> list[Row]:
+    """A summary as a person reads it."""
+    of = f"of {content['tasks']}"
+    shown = [("tasks answered", f"{content['answered']} {of}"), ("adapted to", f"{content['adapted']} {of}")]
+    if content["again"]:
+        shown.append(("tried once more", f"{content['again']}"))
+    if content["fallen_back"]:
+        shown.append(("fallen back", fallen(content["fallen_back"], content["tasks"])))
+    if content["score"]:
+        shown += score_rows(content["pass@1"], content["score"], content["coverage"])
+        if unscored := content["tasks"] - content["score"]["tasks"]:
+            shown.append(("tasks without a known solution, not scored", f"{unscored}"))
+    if times := content["seconds_per_task"]:
+        shown.append(("time per task, of one worker", "median {median:.0f} s, longest {longest:.0f} s".format(**times)))
+    if seconds := content.get("seconds"):
+        spent = f"{seconds['adapting']:.0f} s adapting, {seconds['asking']:.0f} s asking, of all workers together"
+        shown.append(("time", f"{seconds['whole']:.0f} s; {spent}"))
+        shown.append(("workers", f"{content['workers']}, busy {content['busy']:.0%} of the time"))
+        shown.append((f"utilisation of their {content['utilisation_of']}", f"{content['utilisation']:.0%}"))
+        shown.append(("peak memory of the workers", f"{content['peak_memory_bytes'] / 2**30:.2f} GiB"))
+    return [*shown, *data_rows(content["data"])]
+
+
+def fallen(fallen_back: Mapping[str, str], tasks: int) -> str:
+    """Which tasks have something else than an answer of the adapted model because something failed."""
+    by_kind = {kind: sorted(i for i, k in fallen_back.items() if k == kind) for kind in ("unadapted", "placeholder")}
+    says = {"unadapted": "answered without adaptation", "placeholder": "without any answer"}
+    parts = [f"{', '.join(_few(ids))} {says[kind]}" for kind, ids in by_kind.items() if ids]
+    return f"{len(fallen_back)} of {tasks} tasks fell back: {'; '.join(parts)}"
+
+
+def _few(ids: Sequence[str], most: int = 10) -> list[str]:
+    return [*ids[:most], f"and {len(ids) - most} more"] if len(ids) > most else list(ids)
+
+
+def read_status(run_dir: Path) -> tuple[str, dict[str, Any]]:
+    """The tasks' name, and the summary of a run, whether it goes on or not.
+
+    Raises:
+        UserError: it is no run's folder, or its tasks are not found any more.
+    """
+    config = saved_config(run_dir)
+    found = load_tasks(config.tasks)
+    # What cannot be read is solved again when the run goes on.
+    standings = {i: standing for i, _, standing in saved_standings(run_dir, found, config) if standing}
+    return found.name, {**last_summary(run_dir), **counts(found, standings)}
+
+
+def last_summary(run_dir: Path) -> dict[str, Any]:
+    """What a run last wrote about itself; nothing where that cannot be read, as none of it is needed."""
+    try:
+        content = read_json(run_dir / "summary.json")
+    except UserError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def main(arguments: list[str]) -> int:
+    parser = Parser(prog="bin/solve --status", description="Say how a run stands.")
+    parser.add_argument("--status", type=Path, required=True, metavar="RUN_DIR", help="a folder that bin/solve wrote")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    args = parser.parse_args(arguments)
+    if not args.status.is_dir():
+        raise UserError(f"{args.status} is no folder: give what --out of bin/solve was")
+    name, content = read_status(args.status)
+    if args.json:
+        print(json.dumps(content))
+        return 0
+    table = table_of(f"{args.status}: {name}", rows(content))
+    if content.get("projected_end") and content["share_done"] < 1:
+        table.add_row("projected end", time.strftime("%Y-%m-%d %H:%M", time.localtime(content["projected_end"])))
+    Console().print(table)
+    return 0

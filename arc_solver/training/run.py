@@ -1,0 +1,275 @@
+"""What the parts of an offline run share, and how one starts: which model, which data, where it stands."""
+
+import math
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from ..clock import SPARE, RunClock
+from ..config import Config, UserError, named_rng
+from ..data.corpus import Corpus
+from ..data.leaks import NOTHING
+from ..data.stream import Batch, SampleStream
+from ..models.lora import attach_lora, base_it_names, check_targets, continue_lora, trained_with, with_adapter
+from ..models.model import Model, load_model, new_model, packed_loss, save_model
+from ..models.peft_format import check_adapter
+from ..models.pretrained import checkpoint_dir, load_any
+from .checkpoints import Progress, save_checkpoint
+from .devices import Devices
+from .log import telling
+from .validate import Question, accuracy, questions, validation_batches, validation_loss
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """The model that is trained, and if that is an adapter, PEFT's model and the folder of the adapter's base."""
+
+    model: Model
+    lora: Any = None
+    base_dir: Path | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Validation:
+    """The fixed sets that a run is validated on."""
+
+    batches: Sequence[Batch]
+    questions: Sequence[Question]
+
+
+class Interrupts:
+    """The first Ctrl-C or SIGTERM asks the run to end between two steps; another one ends it at once.
+
+    Args:
+        alone: of several processes each gets every signal more than once: only the first counts, and the launcher ends
+            what takes too long.
+    """
+
+    def __init__(self, alone: bool):
+        self.alone, self.asked, self.process = alone, False, os.getpid()
+        self.before: dict[signal.Signals, Any] = {}
+
+    def watch(self) -> None:
+        """To be called once there is something to save; until then they end the run at once."""
+        for name in (signal.SIGINT, signal.SIGTERM) if not self.before else ():
+            self.before[name] = signal.signal(name, self._note)
+
+    def __enter__(self) -> "Interrupts":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name, handler in self.before.items():
+            signal.signal(name, handler)
+
+    def _note(self, *_: object) -> None:
+        if os.getpid() != self.process:  # a loader's, forked with this handler
+            os._exit(1)
+        if self.asked and self.alone:
+            raise KeyboardInterrupt
+        if not self.asked:
+            os.write(2, b"\ninterrupted: a checkpoint is saved after this step; once more ends the run at once\n")
+        self.asked = True
+
+
+@dataclass(eq=False)
+class Run:
+    """What the parts of an offline run share.
+
+    `clock` keeps time for the parts of the end: "checkpoint", "validation", "answers" (generated), and "results".
+    """
+
+    config: Config
+    out_dir: Path
+    devices: Devices
+    corpus: Corpus
+    start: Start
+    module: nn.Module  # to be called instead of the language model: see `Devices.share`
+    progress: Progress
+    clock: RunClock
+    validation: Validation
+    console: Console
+    interrupts: Interrupts
+    average: AveragedModel | None = None  # of the weights, if one is kept
+
+    @property
+    def model(self) -> Model:
+        return self.start.model
+
+    @property
+    def result(self) -> Model:
+        """What the run leaves: the model, with the average of its weights if one is kept."""
+        return replace(self.model, lm=self.average.module) if self.average else self.model
+
+    def save_checkpoint(self, optimizers: Sequence[torch.optim.Optimizer], name: str = "") -> None:
+        """See `checkpoints.save_checkpoint`."""
+        with self.clock.measuring("checkpoint"), telling(self.console, "saving a checkpoint"):
+            self.progress.spent_s = self.clock.now_s()
+            save_checkpoint(
+                self.out_dir,
+                self.devices,
+                self.model,
+                self.start.lora,
+                self.start.base_dir,
+                optimizers,
+                self.average,
+                self.progress,
+                name,
+            )
+
+    def validate(self, answers: bool, then: tuple[str, ...] | None = None) -> dict[str, float]:
+        """What validation measures now, as far as there is time for it and for what follows; see `RunClock.has_room`.
+
+        It is not compiled: a forward pass alone would be another graph, and take longer to compile than it saves.
+        All processes measure the same, so none waits for another.
+        """
+        measured = {}
+        if self.clock.has_room("validation", then):
+            with self.clock.measuring("validation"), telling(self.console, "validating"), self.devices.autocast():
+                measured["validation_loss"] = validation_loss(self._loss_of, self.validation.batches)
+            self.progress.validation_loss = measured["validation_loss"]
+        if answers and self.clock.has_room("answers", then):
+            with self.clock.measuring("answers"), telling(self.console, "answering"), self.devices.autocast():
+                right = self._accuracy()
+            if math.isnan(right):
+                self.console.print("generated answers were cut short, and are not counted")
+            else:
+                self.progress.accuracy = measured["accuracy"] = right
+        return measured
+
+    def _loss_of(self, batch: Batch) -> Tensor:
+        through = self.average.module if self.average else self.module
+        return packed_loss(self.result, batch, partial(self.result.logits, through=through), reduction="sum")
+
+    def _accuracy(self) -> float:
+        """Has the time for which there is room, as replies may be long: NaN if that is too short. Shards never part."""
+        limited = self.clock.limited and not self.devices.shards
+        deadline = time.monotonic() + SPARE * self.clock.end_s["answers"] if limited else math.inf
+        alone = self.devices.processes == 1
+
+        def is_over() -> bool:
+            return time.monotonic() >= deadline or (alone and self.interrupts.asked)
+
+        return accuracy(self.result, self.validation.questions, self.config.predict.batch_tokens, is_over)
+
+
+def make_validation(config: Config, corpus: Corpus) -> Validation:
+    labels, batch_tokens = config.train.labels, max(config.train.batch_tokens, config.corpus.max_tokens)
+    return Validation(
+        validation_batches(corpus.partition, config.corpus, config.format, labels, batch_tokens),
+        questions(corpus.partition, config.corpus, config.format) if config.validation.accuracy_every else [],
+    )
+
+
+def stage_stream(config: Config, corpus: Corpus, index: int) -> SampleStream:
+    """The training samples of a stage."""
+    stage = config.stages[index]
+    return SampleStream(
+        corpus.mixtures[index],
+        stage.corpus,
+        config.format,
+        config.run.seed,
+        "train",
+        index,
+        labels=stage.train.labels,
+    )
+
+
+# ---- the model -----------------------------------------------------------------------------------------------------
+
+
+def start_model(
+    config: Config,
+    corpus: Corpus,
+    out_dir: Path,
+    checkpoint: Path | None,
+    devices: Devices,
+    console: Console,
+    begin: Callable[[], None],
+) -> Start:
+    """The model to train. `begin` makes the run's folder; it is called before anything is written there.
+
+    Raises:
+        UserError: model or adapter cannot be used.
+    """
+    if config.model.quantize:
+        raise UserError("model.quantize is for bin/solve: training has no quantised base; leave it out")
+    if config.model.adapter and config.model.path and not checkpoint:  # before any work is done
+        settings, _ = check_adapter(Path(config.model.adapter), by_peft=config.lora.enabled)
+        if settings.get("use_dora") and config.lora.enabled and config.lora.save != "merged":
+            raise UserError(
+                f"the adapter in {config.model.adapter} is DoRA, which bin/solve and vLLM cannot use by itself: set"
+                " lora.save=merged"
+            )
+    seed = int(named_rng(config.run.seed, "weights").integers(2**31))
+    if config.lora.enabled:
+        start = _start_lora(config, out_dir, checkpoint, devices, console, seed, begin)
+    else:
+        start = Start(_start_weights(config, checkpoint, console, seed))
+    # What the weights have seen before counts too; where that is unknown, it stays unknown.
+    seen = start.model.trained_on
+    trained_on = corpus.trained_on | seen if seen else None
+    return replace(start, model=Model(start.model.lm.to(devices.device).train(), start.model.format, trained_on))
+
+
+def _start_weights(config: Config, checkpoint: Path | None, console: Console, seed: int) -> Model:
+    if checkpoint:
+        return load_model(checkpoint / "model")
+    if not config.model.path:
+        if config.model.adapter:
+            raise UserError("model.adapter needs the model that it is for: give model.path")
+        return new_model(config.model, config.format, seed, NOTHING)
+    folder = checkpoint_dir(config.model.path)
+    model, cut = load_any(folder, config.model.path, config.format)
+    if cut:
+        console.print(str(cut))
+    return with_adapter(model, config.model.adapter, folder)
+
+
+def _start_lora(
+    config: Config,
+    out_dir: Path,
+    checkpoint: Path | None,
+    devices: Devices,
+    console: Console,
+    seed: int,
+    begin: Callable[[], None],
+) -> Start:
+    if not config.model.path:
+        raise UserError("lora.enabled needs a model to adapt: give model.path")
+    made = out_dir / "base"
+    base_dir = made if made.is_dir() else checkpoint_dir(config.model.path)
+    devices.wait()  # all look before one writes
+    # A frozen base needs no more than the precision that it is used in; but shards of one group have one type.
+    model, cut = load_any(
+        base_dir, config.model.path, config.format, torch.float32 if devices.shards else devices.dtype
+    )
+    check_targets(model, config.lora)
+    if cut:
+        console.print(str(cut))
+        base_dir = made
+        begin()
+        if devices.main:
+            shutil.rmtree(made.with_suffix(".part"), ignore_errors=True)
+            save_model(model, made.with_suffix(".part"))
+            made.with_suffix(".part").rename(made)
+        devices.wait()
+    adapter = checkpoint / "adapter" if checkpoint else Path(config.model.adapter) if config.model.adapter else None
+    if adapter is None:
+        return Start(model, attach_lora(model, config.lora, seed), base_dir)
+    lora = continue_lora(model, adapter, base_dir)
+    if not checkpoint:
+        console.print(f"the adapter in {adapter} is continued as it is: rank, alpha and targets of [lora] do not count")
+        if remark := base_it_names(adapter):
+            console.print(remark)
+    return Start(replace(model, trained_on=trained_with(model.trained_on, adapter)), lora, base_dir)

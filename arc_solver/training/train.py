@@ -1,0 +1,399 @@
+"""The offline run: stages of training on the corpus, from a new model or any pretrained one.
+
+    bin/train CONFIG.toml --out DIR
+    torchrun --nproc-per-node 8 -m arc_solver.train CONFIG.toml --out DIR
+
+The loop itself is `optimize.fit`. Here is what surrounds it: which model, which data, validation, checkpoints, logs.
+"""
+
+import math
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ..clock import RunClock, about, command_age_s
+from ..config import (
+    Config,
+    MachineError,
+    Parser,
+    StageConfig,
+    TrainConfig,
+    UserError,
+    load_config,
+    require_new_dir,
+    run_main,
+)
+from ..data.corpus import Corpus, make_corpus
+from ..data.stream import COUNTS, Batch, BatchStream, SampleStream, batches
+from ..files import write_json
+from ..models.model import packed_loss, recompute_activations
+from .card import TRAINING_FILE
+from .checkpoints import (
+    BEFORE_DECAY,
+    Progress,
+    cannot_write,
+    checkpoint_beside,
+    latest_checkpoint,
+    load_progress,
+    load_states,
+)
+from .devices import Compiling, Devices, compiled, compiling
+from .log import REFUSING_S, TrainingLog, telling
+from .optimize import Pace, Step, averaged, fit, make_optimizers
+from .report import Plan, describe, expect_end, plot_rates, save_results, show_plan
+from .run import Interrupts, Run, make_validation, stage_stream, start_model
+from .validate import write_partition
+
+
+def train(
+    config: Config, out_dir: Path, max_s: float = math.inf, resume: bool = False, began: float | None = None
+) -> None:
+    """Trains on the corpus and leaves in `out_dir`: `config.json`, `log.jsonl`, `checkpoints/`, and at last `model/`.
+
+    With LoRA it leaves `adapter/` too, and `base/`, the checkpoint it is for, where that had to be cut first.
+
+    Args:
+        max_s: seconds from `began`, and what a continued run had spent, until all of that is there.
+        began: by `time.monotonic()`; None: now.
+
+    Raises:
+        UserError: what the config names cannot be used, or `out_dir` holds a run and `resume` is false, or the other
+            way round; or there was no time for a single step.
+        MachineError: something cannot be written.
+    """
+    entered = time.monotonic()
+    began = entered if began is None else began
+    checkpoint = _where_to_begin(config, out_dir, resume)
+    progress = load_progress(checkpoint) if checkpoint else Progress()
+    if progress.spent_s >= max_s:
+        spent = f"{progress.spent_s / 60:.1f}"
+        raise UserError(f"--max-minutes counts from the start of the run, which has spent {spent}: give more")
+    fresh = not out_dir.exists()
+    devices = Devices(config)
+    console = Console(stderr=True, quiet=not devices.main, soft_wrap=True, highlight=False)
+    try:
+        clock = RunClock(began - progress.spent_s, max_s, devices.agreed)
+        with telling(console, "reading the training data", REFUSING_S):
+            corpus = make_corpus(config)
+            validation = make_validation(config, corpus)
+            for index, stage in enumerate(config.stages):  # refuses what cannot be drawn before any work is done
+                BatchStream(stage_stream(config, corpus, index), stage.train.batch_tokens)
+        begin = partial(_begin, config, corpus, out_dir, devices)
+        try:
+            with telling(console, "loading the model", REFUSING_S):
+                start = start_model(config, corpus, out_dir, checkpoint, devices, console, begin)
+        except UserError:
+            if fresh and devices.main:  # the same --out can be given again
+                shutil.rmtree(out_dir, ignore_errors=True)
+            raise
+        with telling(console, "trying the model, for the estimates"):
+            plan = show_plan(config, corpus, start.model, devices, console)
+        if config.train.checkpointing:
+            recompute_activations(start.model.lm)
+        module = devices.share(start.model.lm)
+        begin()
+        interrupts = Interrupts(alone=devices.processes == 1)
+        run = Run(
+            config,
+            out_dir,
+            devices,
+            corpus,
+            start,
+            module,
+            progress,
+            clock,
+            validation,
+            console,
+            interrupts,
+            averaged(start.model.lm, config.train.ema),
+        )
+        expect_end(run, plan, entered - began)
+        _train_stages(run, plan, checkpoint)
+        with telling(console, "saving the results"):
+            save_results(run, plan.memory, console)
+        if not progress.total_steps:
+            raise UserError(
+                f"--max-minutes {max_s / 60:g} left no time for a single step; {out_dir} has what the run began with:"
+                " give more, with --resume"
+            )
+    except (OSError, SafetensorError) as error:
+        raise MachineError(cannot_write(out_dir, error)) from error
+    finally:
+        devices.end()
+
+
+def _begin(config: Config, corpus: Corpus, out_dir: Path, devices: Devices) -> None:
+    """Makes the run's folder. From here on it can be resumed."""
+    if not devices.main or (out_dir / "config.json").exists():
+        return
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out_dir} cannot be made ({error.strerror}): give another folder") from None
+    write_partition(corpus.partition, out_dir / "partition")
+    write_json(out_dir / "config.json", config.model_dump(mode="json"))
+
+
+def _where_to_begin(config: Config, out_dir: Path, resume: bool) -> Path | None:
+    """The checkpoint that a run continues from, if it does."""
+    checkpoint = latest_checkpoint(out_dir) if resume else None
+    if resume and not _is_run(out_dir):
+        raise UserError(f"{out_dir} holds no training run to resume: leave --resume out")
+    if not resume and _is_run(out_dir):
+        raise UserError(f"{out_dir} holds a training run: give another --out, or --resume to continue it")
+    if not resume:
+        require_new_dir(out_dir)
+    if resume:  # one that was ended before its first checkpoint begins anew
+        _check_same_config(config, out_dir / "config.json")
+    return checkpoint
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a training run began there; a run directory of bin/solve has a config.json too."""
+    return (folder / "config.json").is_file() and (folder / "partition").is_dir()
+
+
+def _check_same_config(config: Config, file: Path) -> None:
+    """A run goes on with the settings it was started with; only the device may be another."""
+    # Read as a config: a setting that is younger than the run has had its default.
+    before, now = load_config(file).model_dump(mode="json"), config.model_dump(mode="json")
+    _require_same("run.seed", before["run"]["seed"], now["run"]["seed"])
+    for section in ("format", "model", "lora", "validation", "audit"):
+        _require_same_section(section, before, now)
+    _require_same("the number of stages", len(before["stages"]), len(now["stages"]))
+    for old, new in zip(before["stages"], now["stages"], strict=True):
+        _require_same("start of a stage", old["start"], new["start"])
+        for section in ("train", "corpus"):
+            _require_same_section(section, old, new)
+
+
+def _require_same_section(section: str, before: dict[str, Any], now: dict[str, Any]) -> None:
+    for key, value in now[section].items():
+        _require_same(f"{section}.{key}", before[section].get(key), value)
+
+
+def _require_same(name: str, before: Any, now: Any) -> None:
+    if before != now:
+        raise UserError(
+            f"--resume: {name} is {now!r} and the run was started with {before!r}; give the same settings (they are in"
+            " its config.json), or start a new run with model.path"
+        )
+
+
+# ---- the stages ----------------------------------------------------------------------------------------------------
+
+
+def _train_stages(run: Run, plan: Plan, checkpoint: Path | None) -> None:
+    """All stages that are not done yet, each from the weights that the one before left."""
+    progress, stages, clock = run.progress, run.config.stages, run.clock
+    work = [s.train.steps * s.train.batches_per_step * s.train.batch_tokens for s in stages]
+    steps = sum(stage.train.steps for stage in stages)
+    log = TrainingLog(run.out_dir, progress, steps, clock.max_s, run.console, run.devices.main)
+    with log, run.interrupts:
+        for index in range(progress.stage, len(stages)):
+            stage = stages[index]
+            if index > progress.stage:
+                progress.stage, progress.step, progress.rate, progress.stage_began_s = index, 0, 0.0, clock.now_s()
+                checkpoint = latest_checkpoint(run.out_dir)
+            optimizers = make_optimizers(run.model.lm.named_parameters(), stage.train)
+            if progress.step:
+                assert checkpoint
+                load_states(checkpoint, run.devices, run.model, optimizers, run.average)
+            elif stage.start == "weights+optimizer":
+                source = checkpoint or checkpoint_beside(run.config.model.adapter or run.config.model.path)
+                load_states(source, run.devices, run.model, optimizers, moments_only=True)
+            # Of the time that is left, a stage gets its share of the work that is left.
+            share = work[index] / sum(work[index:])
+            choice = compiling(run.model.lm, stage.train, run.devices, clock.max_s - clock.now_s())
+            pace = _pace(run, stage.train, plan, share, choice.seconds)
+            run.console.print(_announcement(choice, pace))
+            _train_stage(run, stage, _loss_of(run, choice), optimizers, pace, log)
+            if not progress.step:
+                run.console.print(f"stage {stage.name}: there was no time for a step of it")
+            if stage.train.keep_before_decay and not (run.out_dir / BEFORE_DECAY).exists():
+                run.console.print(f"stage {stage.name}: too short for a checkpoint before the decay")
+            run.save_checkpoint(optimizers)
+            if run.interrupts.asked:
+                raise KeyboardInterrupt
+        _end(run, log)
+
+
+def _pace(run: Run, train: TrainConfig, plan: Plan, share: float, compile_s: float) -> Pace:
+    """The time of the stage that the run stands in, which has that share of what is left when it begins."""
+    progress, clock = run.progress, run.clock
+    began_s = progress.stage_began_s
+    # Forward and backward cost three forward passes, four where activations are recomputed.
+    passes = (4 if train.checkpointing else 3) * train.batches_per_step / run.devices.processes
+    step_s = passes * train.batch_tokens * plan.token_s
+    step_s = run.devices.agreed(step_s) if clock.limited else step_s
+    return Pace(
+        clock.now_s,
+        lambda: began_s + (clock.steps_until_s() - began_s) * share if clock.limited else math.inf,
+        counted_s=progress.spent_s - progress.counted_from_s if progress.step else 0.0,
+        first_s=step_s + compile_s,
+        step_s=step_s,
+    )
+
+
+def _train_stage(
+    run: Run,
+    stage: StageConfig,
+    loss_of: Callable[[Batch], Tensor],
+    optimizers: Sequence[torch.optim.Optimizer],
+    pace: Pace,
+    log: TrainingLog,
+) -> None:
+    devices, progress, interrupts, train = run.devices, run.progress, run.interrupts, stage.train
+    stream = stage_stream(run.config, run.corpus, progress.stage)
+    packed = BatchStream(stream, train.batch_tokens, train.batches_per_step)
+    source = batches(packed, progress.step, train.loader_workers, devices.process, devices.processes)
+    asked = False  # in any process, to end
+
+    def backward_at(_: int) -> Tensor:
+        nonlocal asked
+        mine = next(source)
+        counts_SC = np.sum([batch.counts_SC for batch in mine], axis=0)
+        useful = (sum(batch.useful_tokens for batch in mine), sum(batch.learnt for batch in mine), interrupts.asked)
+        tokens, learnt, ending, *counts = devices.total(np.concatenate((useful, counts_SC.ravel()))).tolist()
+        asked = ending > 0
+        progress.tokens += tokens
+        _count(progress, stream, np.reshape(counts, counts_SC.shape))
+        return devices.backward(loss_of, run.module, mine, learnt)
+
+    def after_step(step: Step) -> None:
+        interrupts.watch()
+        if run.average:
+            run.average.update_parameters(run.model.lm)
+        progress.step, progress.total_steps = step.step, progress.total_steps + 1
+        progress.counted_from_s = pace.counted_from_s
+        ending = asked or (interrupts.asked and devices.processes == 1)
+        log.step(stage.name, step, {} if ending else _validated(run))
+        ending = ending or (interrupts.asked and devices.processes == 1)  # while it was validated
+        decays, progress.rate = progress.rate == 1.0 > step.rate, step.rate
+        if train.keep_before_decay and decays:
+            _keep_before_decay(run, optimizers)
+        if ending or _checkpoint_is_due(run, train):
+            run.save_checkpoint(optimizers)
+        if ending:
+            raise KeyboardInterrupt
+
+    fit(
+        [p for p in run.model.lm.parameters() if p.requires_grad],
+        optimizers,
+        train,
+        backward_at,
+        first_step=progress.step,
+        pace=pace,
+        scaler=devices.scaler,
+        after_step=after_step,
+    )
+
+
+def _keep_before_decay(run: Run, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Saves what another run can go on from, in place of what an earlier stage or a shorter schedule kept."""
+    folder = run.out_dir / BEFORE_DECAY
+    file = folder / ("adapter" if run.start.lora else "model") / TRAINING_FILE
+    if run.devices.main:
+        shutil.rmtree(folder, ignore_errors=True)
+    run.devices.wait()
+    run.save_checkpoint(optimizers, BEFORE_DECAY)
+    if run.devices.main:
+        write_json(file, describe(run))
+
+
+def _announcement(choice: Compiling, pace: Pace) -> str:
+    """What comes before the first step is heard of."""
+    if choice.pays:
+        seconds = about(choice.seconds)
+        return f"compiling, takes about {seconds} the first time; train.compile=no skips it ({choice.why})"
+    return f"not compiled: {choice.why}; a step takes about {about(pace.step_s)}"
+
+
+def _validated(run: Run) -> dict[str, float]:
+    """What validation measures after a step, if it is due."""
+    validation, steps = run.config.validation, run.progress.total_steps
+    answers = bool(validation.accuracy_every) and steps % validation.accuracy_every == 0
+    return run.validate(answers) if answers or steps % validation.every == 0 else {}
+
+
+def _checkpoint_is_due(run: Run, train: TrainConfig) -> bool:
+    """Every so many steps; and a run with a time limit saves one early, to learn what that takes."""
+    due = run.progress.total_steps % train.checkpoint_every == 0
+    learns = run.clock.limited and not run.clock.knows("checkpoint")
+    return (due or learns) and run.clock.has_room("checkpoint")
+
+
+def _end(run: Run, log: TrainingLog) -> None:
+    """The last validation, as far as there is time for it."""
+    asked = bool(run.config.validation.accuracy_every)
+    measured = run.validate(asked, then=("results",))
+    log.finish(measured)
+    for figure in [name for name in ("validation_loss", *["accuracy"] * asked) if name not in measured]:
+        run.console.print(f"there was no time to measure the {figure.replace('_', ' ')} at the end")
+
+
+def _count(progress: Progress, stream: SampleStream, counts_SC: np.ndarray) -> None:
+    """Adds what became of each source's samples in a step."""
+    for source, row in zip(stream.sources, counts_SC.tolist(), strict=True):
+        known = progress.counts.setdefault(source.config.label, dict.fromkeys(COUNTS, 0))
+        progress.counts[source.config.label] = {n: known[n] + more for n, more in zip(COUNTS, row, strict=True)}
+
+
+def _loss_of(run: Run, choice: Compiling) -> Callable[[Batch], Tensor]:
+    """The summed loss of a batch, compiled where that pays."""
+    eager = partial(run.model.logits, through=run.module)
+    logits_of = compiled(eager) if choice.pays else eager
+    return lambda batch: packed_loss(run.model, batch, logits_of, reduction="sum")
+
+
+def main(arguments: list[str]) -> int:
+    began = time.monotonic() - command_age_s()
+    parser = Parser(prog="bin/train", description="Train a model offline on ARC tasks, RE-ARC and other sources.")
+    parser.add_argument("config", help="TOML file, e.g. configs/bundled.toml")
+    parser.add_argument("--out", type=Path, help="folder for the log, the checkpoint and the model")
+    parser.add_argument(
+        "--max-minutes",
+        type=float,
+        default=math.inf,
+        help="from start to end, all counted; the schedule is shaped to it",
+    )
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
+    parser.add_argument("--plot-lr", type=Path, metavar="FILE", help="draw the learning rates, and train nothing")
+    parser.add_argument("--seed", type=int, help="run.seed")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value")
+    args = parser.parse_intermixed_args(arguments)
+    if not args.max_minutes > 0:
+        raise UserError(f"--max-minutes must be above 0, got {args.max_minutes:g}")
+    seed = [] if args.seed is None else [f"run.seed={args.seed}"]
+    config = load_config(args.config, [*args.overrides, *seed])
+    if args.plot_lr:
+        plot_rates(config, args.plot_lr)
+        return 0
+    if not args.out:
+        raise UserError("--out is missing: give a folder for the log, the checkpoints and the model")
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, also before the first step
+    try:
+        train(config, args.out, args.max_minutes * 60, args.resume, began)
+    except KeyboardInterrupt:
+        last = latest_checkpoint(args.out)
+        where = f"--resume continues from {last}" if last else "no step was saved"
+        print(f"interrupted; {where}", file=sys.stderr)
+        return 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

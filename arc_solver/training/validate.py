@@ -1,0 +1,112 @@
+"""Validation on held-out tasks: a loss that does not depend on batching, and answers that are generated and compared.
+
+Loss stops telling the truth once it rises: answers may get better still. So both are measured, on sets that are fixed
+by the config. Which tasks are held out is written beside the run, as files that every command reads.
+"""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..config import CorpusConfig, FormatConfig
+from ..data.corpus import Partition, validation_source
+from ..data.stream import Batch, SampleStream, pack_in_order
+from ..decoding.torch_engine import TorchEngine
+from ..models.model import Model
+from ..puzzles.encode import Labels, Malformed, Prompt, decode_reply, encode_prompt
+from ..puzzles.tasks import Grid, challenge, same_grid, task_hash
+
+Question = tuple[Prompt, Grid]  # and its answer
+
+
+def _stream(
+    partition: Partition, corpus: CorpusConfig, format: FormatConfig, name: str, labels: Labels
+) -> SampleStream:
+    """The same samples for every seed of a run."""
+    return SampleStream([validation_source(partition)], corpus, format, 0, name, labels=labels)
+
+
+def validation_batches(
+    partition: Partition, corpus: CorpusConfig, format: FormatConfig, labels: Labels, batch_tokens: int
+) -> list[Batch]:
+    """A fixed set of at least `partition.config.tokens` tokens."""
+    stream = _stream(partition, corpus, format, "validation", labels)
+    samples = [stream[0].sample]
+    while sum(len(sample) for sample in samples) < partition.config.tokens:
+        samples.append(stream[len(samples)].sample)
+    return pack_in_order(samples, batch_tokens)
+
+
+def questions(partition: Partition, corpus: CorpusConfig, format: FormatConfig) -> list[Question]:
+    """A fixed set of `partition.config.accuracy_prompts` prompts: of each task one pair is asked, given the others.
+
+    Demonstrations are dropped from a prompt that is longer than a sample may be.
+    """
+    stream = _stream(partition, corpus, format, "questions", "last")
+    asked = []
+    for i in range(partition.config.accuracy_prompts):
+        *pairs, last = stream.draw_pairs(i)
+        while len(pairs) > 1 and len(encode_prompt(pairs, last.input, format)) > corpus.max_tokens:
+            pairs.pop()
+        asked.append((encode_prompt(pairs, last.input, format), last.output))
+    return asked
+
+
+@torch.no_grad()
+def validation_loss(loss_of: Callable[[Batch], Tensor], fixed: Sequence[Batch]) -> float:
+    """Mean cross entropy over all learnt ids of the batches, in nats: the same however they are packed.
+
+    `loss_of` is the sum over a batch's learnt ids.
+    """
+    return sum(loss_of(batch).item() for batch in fixed) / sum(batch.learnt for batch in fixed)
+
+
+def accuracy(
+    model: Model, asked: Sequence[Question], batch_tokens: int, is_over: Callable[[], bool] = lambda: False
+) -> float:
+    """Share of the questions that greedy decoding answers exactly; NaN if `is_over`, asked at every step, cut it."""
+    trains = model.lm.training
+    model.lm.eval()
+    engine = TorchEngine(model, batch_tokens)
+
+    def look() -> None:
+        if is_over():
+            engine.deadline = -math.inf
+
+    engine.on_step = look
+    try:
+        with engine.open([prompt for prompt, _ in asked], [None] * len(asked)) as session:
+            replies = session.generate(range(len(asked)))
+    finally:
+        model.lm.train(trains)
+    if is_over():
+        return math.nan
+    right = 0
+    for reply, (_, answer) in zip(replies, asked, strict=True):
+        grid = decode_reply(reply.ids, model.format)
+        right += not isinstance(grid, Malformed) and same_grid(grid, answer)
+    return right / len(asked)
+
+
+def write_partition(partition: Partition, folder: Path) -> None:
+    """Writes which tasks are held out: a manifest, and the tasks in Kaggle's format for `--tasks`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config, found = partition.config, partition.validation
+    manifest = {
+        "of": config.of,
+        "seed": config.seed,
+        "validation": {task.id: task_hash(task, found) for task in found.tasks},
+        "rest": list(partition.rest),
+    }
+    challenges = {task.id: challenge(task) for task in found.tasks}
+    solutions = {i: [grid.tolist() for grid in grids] for i, grids in found.solutions.items()}
+    for name, content in (
+        ("manifest", manifest),
+        ("validation_challenges", challenges),
+        ("validation_solutions", solutions),
+    ):
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=1 if name == "manifest" else None) + "\n")
