@@ -5,6 +5,7 @@ What the end of a run takes is guessed first; once a part of it was measured in 
 
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -29,22 +30,26 @@ def command_age_s() -> float:
     return process_age_s(os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None)
 
 
-def about(seconds: float) -> str:
-    """A duration as it is said."""
+def format_duration(seconds: float) -> str:
+    """A duration rounded for reading, in seconds or minutes."""
     return f"{max(1, round(seconds))} s" if seconds < 90 else f"{round(seconds / 60)} minutes"
 
 
 class RunClock:
-    """The seconds that a run has taken, and those that it needs for its end. All processes are to call it alike.
+    """A run's time limit, with time reserved for its closing parts: last validation, checkpoint, results.
+
+    All processes are to call it alike.
 
     Args:
         began: by `time.monotonic()`, as if the run had never been interrupted.
         max_s: when it must have ended; infinite: it may take as long as it takes.
-        agreed: gives all processes the main one's number.
+        broadcast: gives all processes the main one's number.
     """
 
-    def __init__(self, began: float, max_s: float = math.inf, agreed: Callable[[float], float] = lambda value: value):
-        self.began, self.max_s, self.agreed = began, max_s, agreed
+    def __init__(
+        self, began: float, max_s: float = math.inf, broadcast: Callable[[float], float] = lambda value: value
+    ):
+        self.began, self.max_s, self.agreed = began, max_s, broadcast
         self.end_s: dict[str, float] = {}  # what each part of the end takes
         self._measured: set[str] = set()
 
@@ -56,21 +61,21 @@ class RunClock:
         spent_s = time.monotonic() - self.began
         return self.agreed(spent_s) if self.limited else spent_s
 
-    def guess(self, part: str, seconds: float) -> None:
+    def set_estimate(self, part: str, seconds: float) -> None:
         """What a part of the end is thought to take, as long as it was not measured."""
         if part not in self._measured:
             self.end_s[part] = self.agreed(seconds) if self.limited else seconds
 
-    def leave_out(self, part: str) -> None:
+    def drop_part(self, part: str) -> None:
         """There is never room for that part, and none is kept for it."""
         self.end_s.pop(part, None)
 
-    def knows(self, part: str) -> bool:
+    def is_measured(self, part: str) -> bool:
         return part in self._measured
 
     @contextmanager
     def measuring(self, part: str) -> Iterator[None]:
-        """Of all measurements the longest counts."""
+        """Context manager: times one closing part; the longest time measured becomes its estimate."""
         began_s = self.now_s()
         yield
         took_s = self.now_s() - began_s
@@ -81,7 +86,7 @@ class RunClock:
         """When the last step must have ended, for all parts of the end to be done in time."""
         return self._until_s(self.end_s.values())
 
-    def has_room(self, part: str, then: tuple[str, ...] | None = None) -> bool:
+    def has_time_for(self, part: str, then: tuple[str, ...] | None = None) -> bool:
         """Whether there is time for a part of the end now, and for what must follow: the whole end, or some parts."""
         if not self.limited:
             return True
@@ -90,3 +95,17 @@ class RunClock:
 
     def _until_s(self, parts_s: Iterable[float]) -> float:
         return self.max_s - END_S - END_SHARE * self.max_s - SPARE * sum(parts_s) if self.limited else math.inf
+
+
+def duration_s(text: str) -> float:
+    """Seconds of a duration such as 11h30m, 40m, 1.5h or 90s.
+
+    Raises:
+        ValueError: it is none.
+    """
+    number = r"(\d+(?:\.\d+)?)"
+    found = re.fullmatch(f"(?:{number}h)?(?:{number}m)?(?:{number}s)?", text)
+    if not found or not text:
+        raise ValueError(f"'{text}' is no duration: write it as 11h30m, 40m or 90s")
+    hours, minutes, seconds = (float(part or 0) for part in found.groups())
+    return 3600 * hours + 60 * minutes + seconds

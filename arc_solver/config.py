@@ -3,24 +3,16 @@
 A run is described by one `Config`: frozen, typed, unknown keys refused. It comes from a TOML file that holds only
 what differs from the defaults, then from `section.key=value` words on the command line. A stage receives its own
 section, so its signature says what can change it. The resolved config is written into the run directory.
-
-Also here, because every module above needs them: `UserError`, and `named_rng`, the only source of randomness.
 """
 
-import argparse
-import hashlib
 import json
 import math
-import os
-import re
-import sys
 import tomllib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, get_args
+from typing import Annotated, Any, Literal, get_args
 
-import numpy as np
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -33,47 +25,11 @@ from pydantic import (
     model_validator,
 )
 
+from .clock import duration_s
+from .errors import UserError
+
 PACKAGE_DIR = Path(__file__).parent
 BUNDLED_DIR = PACKAGE_DIR / "bundled"  # the model that ships with the package
-
-
-class UserError(Exception):
-    """What the user or a file got wrong, as one sentence that says what to do. Commands exit with code 2."""
-
-
-class MachineError(Exception):
-    """What the machine could not do, such as writing to a full disk, as one sentence. Commands exit with code 1."""
-
-
-Say = Callable[[str], None]  # takes a line for the person at the keyboard
-
-
-def duration_s(text: str) -> float:
-    """Seconds of a duration such as 11h30m, 40m, 1.5h or 90s.
-
-    Raises:
-        ValueError: it is none.
-    """
-    number = r"(\d+(?:\.\d+)?)"
-    found = re.fullmatch(f"(?:{number}h)?(?:{number}m)?(?:{number}s)?", text)
-    if not found or not text:
-        raise ValueError(f"'{text}' is no duration: write it as 11h30m, 40m or 90s")
-    hours, minutes, seconds = (float(part or 0) for part in found.groups())
-    return 3600 * hours + 60 * minutes + seconds
-
-
-def first_line(error: Exception) -> str:
-    """What a library's error says, short enough for one sentence."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def named_rng(seed: int, *names: str | int) -> np.random.Generator:
-    """A generator that depends on `seed` and `names` only: not on task order, workers or what ran before.
-
-    The key is a SHA-256 of the names, never Python's salted `hash`.
-    """
-    digest = hashlib.sha256(json.dumps([seed, *names]).encode()).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
 
 
 class Section(BaseModel):
@@ -590,66 +546,3 @@ def _known(loc: Sequence[str | int]) -> list[str]:
             annotation = section.model_fields[part].annotation
             section = next((t for t in get_args(annotation) if t is not Ellipsis), annotation)
     return list(section.model_fields)
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are `UserError`s."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
-
-
-def add_task_arguments(parser: Parser, required: bool = False) -> None:
-    """The arguments that choose tasks, the same for every command."""
-    parser.add_argument(
-        "--tasks",
-        metavar="SPEC",
-        required=required,
-        help="demo, arc-agi-1/training, arc-agi-1/evaluation, a file or a folder",
-    )
-    parser.add_argument("--solutions", metavar="FILE", help="solutions file, if not beside the challenges")
-    parser.add_argument("--ids", help="only these tasks, separated by commas")
-    parser.add_argument("--limit", type=int, metavar="N", help="the N tasks with the fewest tokens")
-    parser.add_argument("--sample", type=int, metavar="N", help="N tasks drawn at random, spread over all sizes")
-    parser.add_argument("--sample-seed", type=int, metavar="S", help="of that draw; default 0")
-
-
-def task_overrides(args: argparse.Namespace) -> list[str]:
-    """What those arguments say, as overrides for `load_config`."""
-    for option, count in (("--limit", args.limit), ("--sample", args.sample)):
-        if count is not None and count < 1:
-            raise UserError(f"{option} is at least 1, got {count}; leave it out for all tasks")
-    if args.sample_seed is not None and args.sample is None:
-        raise UserError("--sample-seed is of the draw that --sample N makes: give that too, or leave it out")
-    ids = None if args.ids is None else [i.strip() for i in args.ids.split(",")]
-    given = {
-        "spec": args.tasks,
-        "solutions": args.solutions,
-        "ids": ids,
-        "limit": args.limit,
-        "sample": args.sample,
-        "sample_seed": args.sample_seed,
-    }
-    return [f"tasks.{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given.items() if value is not None]
-
-
-def require_new_dir(folder: Path) -> None:
-    """Refuses an --out that is a file or holds anything."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--out {folder} is a file: give a folder")
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} exists and is not empty: give another --out")
-
-
-def run_main(main: Callable[[list[str]], int]) -> None:
-    """Runs a command: exit code 0 done, 2 the user's input is wrong (one sentence, no traceback), 1 anything else."""
-    try:
-        code = main(sys.argv[1:])
-    except (UserError, MachineError) as error:
-        if os.environ.get("RANK", "0") == "0":  # of several training processes one says it
-            print(f"error: {error}", file=sys.stderr)
-        code = 2 if isinstance(error, UserError) else 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = 1
-    sys.exit(code)

@@ -64,8 +64,8 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def commit() -> str:
-    """The commit of the checkout, with -dirty behind it if files were changed since; "" outside one."""
+def git_commit() -> str:
+    """The git commit of this checkout, with -dirty if files were changed; "" outside a checkout."""
     try:
         words = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         done = subprocess.run(words, cwd=PACKAGE_DIR, capture_output=True, text=True)

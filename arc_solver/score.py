@@ -2,6 +2,6 @@
 
 if __name__ == "__main__":
     from .answers.submission import main
-    from .config import run_main
+    from .command import run_main
 
     run_main(main)

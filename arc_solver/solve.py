@@ -1,7 +1,7 @@
 """`bin/solve`: the code is in `solving/`."""
 
 if __name__ == "__main__":
-    from .config import run_main
+    from .command import run_main
     from .solving.solve import main
 
     run_main(main)

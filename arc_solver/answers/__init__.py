@@ -1,0 +1,16 @@
+"""Candidates -> two attempts -> the submission file and its score, without a model.
+
+In the order of reading; each imports only from those before it:
+
+    candidates  what was answered to a task: every distinct grid, by whom, how probable
+    vote        candidates -> two attempts: rules and priors
+    comparison  two ways of solving the same tasks, compared
+    submission  the submission file: build, validate, score, merge; `bin/score`
+    revote      selection again, from the saved candidates of runs
+"""
+
+from .candidates import Candidate, Predictions
+from .submission import Score, read_submission, score, write_submission
+from .vote import choose_attempts
+
+__all__ = ["Candidate", "Predictions", "Score", "choose_attempts", "read_submission", "score", "write_submission"]

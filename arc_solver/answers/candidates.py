@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..puzzles.tasks import Grid, grid_key, make_grid
+from ..puzzles import Grid, grid_key
+from ..puzzles.tasks import make_grid
 
 STAGES = ("unadapted", "tasks", "again")  # folders of a run with a file for each task; a later one counts more
 
@@ -22,8 +23,8 @@ class Candidate:
     searched: tuple[int, ...]  # those in which the threshold search found it
     log_probabilities: tuple[float | None, ...]  # of the whole reply under every view, nats; None: not scored there
 
-    def among(self, before: int, after: int) -> "Candidate":
-        """The same with so many more views before and after its own, in which it was not asked about."""
+    def with_views_around(self, before: int, after: int) -> "Candidate":
+        """The same candidate with its view indexes shifted and the other views' scores set to None."""
         views, searched = (tuple(v + before for v in listed) for listed in (self.views, self.searched))
         scores = (None,) * before + self.log_probabilities + (None,) * after
         return Candidate(self.test, self.grid, views, searched, scores)
@@ -63,14 +64,14 @@ class Predictions:
     dropped: int = 0  # demonstrations that had no room in a view's prompt, at most
     too_long: int = 0  # prompts after which the model's context has no room for the largest reply
     capped: int = 0  # searches that ended at the cap on nodes
-    cost: Mapping[str, int] = field(default_factory=dict)  # `engine.Cost` of the session, which tasks may have shared
+    cost: Mapping[str, int] = field(default_factory=dict)  # `DecodingStats` of an engine, which tasks may have shared
 
-    def joined(self, other: "Predictions") -> "Predictions":
-        """What both have found of the same task, under the views of both. No candidate is scored under the other's."""
+    def merged_with(self, other: "Predictions") -> "Predictions":
+        """The union of two predictions of one task; scores under the other's views stay None."""
         views, more = len(self.geometries), len(other.geometries)
-        merged = {(c.test, grid_key(c.grid)): c.among(0, more) for c in self.candidates}
+        merged = {(c.test, grid_key(c.grid)): c.with_views_around(0, more) for c in self.candidates}
         for c in other.candidates:
-            key, late = (c.test, grid_key(c.grid)), c.among(views, 0)
+            key, late = (c.test, grid_key(c.grid)), c.with_views_around(views, 0)
             merged[key] = merged[key] | late if key in merged else late
         return Predictions(
             self.geometries + other.geometries,
@@ -81,7 +82,7 @@ class Predictions:
             {key: value + other.cost.get(key, 0) for key, value in self.cost.items()},
         )
 
-    def of(self, test: int) -> list[Candidate]:
+    def for_test(self, test: int) -> list[Candidate]:
         return [candidate for candidate in self.candidates if candidate.test == test]
 
     def to_json(self) -> dict[str, Any]:

@@ -21,12 +21,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..config import Config, Parser, UserError, VoteConfig, load_config, run_main
-from ..puzzles.tasks import Solutions, Task, TaskSet, grid_key, load_tasks, read_json
+from ..command import Parser
+from ..config import Config, VoteConfig, load_config
+from ..errors import UserError
+from ..puzzles import Task, TaskSet, grid_key, load_tasks, read_json
+from ..puzzles.tasks import Solutions
 from .candidates import STAGES, Predictions
-from .paired import Outputs, difference
-from .submission import Score, Submission, candidate_grids, coverage, score, solved, write_submission
-from .vote import RULES, vote
+from .comparison import Outputs, paired_difference
+from .submission import Score, Submission, candidate_grids, coverage, score, solved_outputs, write_submission
+from .vote import RULES, choose_attempts
 
 BASELINE = "votes"  # what the other rules are compared with
 
@@ -37,14 +40,14 @@ class SavedRun:
 
     run_dir: Path
     config: Config  # its sections tasks and vote alone are the run's
-    found: TaskSet
+    task_set: TaskSet
     predictions: dict[str, Predictions]  # of the tasks that are done; placeholders have no candidates
     failed: int
 
     @property
     def missing(self) -> int:
         """Tasks that the run has not come to."""
-        return len(self.found.tasks) - len(self.predictions)
+        return len(self.task_set.tasks) - len(self.predictions)
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------
@@ -64,9 +67,9 @@ def read_run(run_dir: Path, overrides: Sequence[str] = ()) -> SavedRun:
         missing = "tasks/" if (run_dir / "config.json").is_file() else missing
         raise UserError(f"{run_dir} is no run of bin/solve, {missing} is missing: give what its --out was")
     config = load_config(None, [*_saved_words(run_dir / "config.json"), *overrides])
-    found = load_tasks(config.tasks)
+    task_set = load_tasks(config.tasks)
     predictions, failed = {}, 0
-    for task in found.tasks:
+    for task in task_set.tasks:
         files = [run_dir / stage / f"{task.id}.json" for stage in STAGES]
         if present := [file for file in files if file.exists()]:
             content = read_json(present[-1])
@@ -74,9 +77,9 @@ def read_run(run_dir: Path, overrides: Sequence[str] = ()) -> SavedRun:
             failed += content.get("fallback") == "placeholder"
     if not predictions:
         raise UserError(
-            f"{run_dir} has no candidates yet: none of its {len(found.tasks)} tasks of {found.name} is done"
+            f"{run_dir} has no candidates yet: none of its {len(task_set.tasks)} tasks of {task_set.name} is done"
         )
-    return SavedRun(run_dir, config, found, predictions, failed)
+    return SavedRun(run_dir, config, task_set, predictions, failed)
 
 
 def _saved_words(file: Path) -> list[str]:
@@ -140,7 +143,9 @@ def _problem(predictions: Predictions, task: Task) -> str:
 def select(run: SavedRun, rule: str) -> Submission:
     """The answers to all tasks of a run by a rule, with the priors of its config; placeholders where none are found."""
     nothing, config = Predictions((), ()), run.config.vote.model_copy(update={"rule": rule})
-    return {task.id: vote(run.predictions.get(task.id, nothing), task, config) for task in run.found.tasks}
+    return {
+        task.id: choose_attempts(run.predictions.get(task.id, nothing), task, config) for task in run.task_set.tasks
+    }
 
 
 def revote(run: SavedRun, console: Console) -> Path:
@@ -151,13 +156,13 @@ def revote(run: SavedRun, console: Console) -> Path:
     lines = [f"{_name(run.config.vote)}: {file}"]
     if run.missing or run.failed:
         lines.append(
-            f"placeholders for {run.missing + run.failed} of {len(run.found.tasks)} tasks:"
+            f"placeholders for {run.missing + run.failed} of {len(run.task_set.tasks)} tasks:"
             f" {run.missing} not solved yet, {run.failed} failed"
         )
-    if solutions := run.found.solutions:
+    if solutions := run.task_set.solutions:
         lines.append(f"score:    {_figures(score(submission, solutions))}")
         lines.append(f"coverage: {_figures(coverage(run.predictions, solutions))} have the right answer as a candidate")
-        if unknown := len(run.found.tasks) - len(solutions):
+        if unknown := len(run.task_set.tasks) - len(solutions):
             lines.append(f"not scored: {unknown} tasks without a known solution")
     else:
         lines.append("no score: the solutions are not known")
@@ -188,8 +193,8 @@ def compare(runs: Sequence[SavedRun]) -> Table:
         UserError: no solution to a run's tasks is known.
     """
     known = [(run, _known_solutions(run)) for run in runs]
-    by_rule = {rule: _pool(solved(select(run, rule), solutions) for run, solutions in known) for rule in RULES}
-    covered = _pool(solved(candidate_grids(run.predictions, solutions), solutions) for run, solutions in known)
+    by_rule = {rule: _pool(solved_outputs(select(run, rule), solutions) for run, solutions in known) for rule in RULES}
+    covered = _pool(solved_outputs(candidate_grids(run.predictions, solutions), solutions) for run, solutions in known)
     table = Table(title=_title(runs, len(covered)), box=SIMPLE, padding=(0, 1, 0, 0))
     for column in ("rule", "tasks", "outputs", "share", f"against {BASELINE}, 95%", "won", "lost", "p"):
         table.add_column(column, no_wrap=True)
@@ -205,11 +210,11 @@ def _pool(by_run: Iterable[Mapping[str, list[bool]]]) -> Outputs:
 
 
 def _known_solutions(run: SavedRun) -> Solutions:
-    known = {i: run.found.solutions[i] for i in run.predictions if i in run.found.solutions}
+    known = {i: run.task_set.solutions[i] for i in run.predictions if i in run.task_set.solutions}
     if not known:
         raise UserError(
             f"rules are compared by what they solve, and no solution is known to the tasks of {run.run_dir}"
-            f" ({run.found.name}): give tasks.solutions=FILE"
+            f" ({run.task_set.name}): give tasks.solutions=FILE"
         )
     return known
 
@@ -220,14 +225,14 @@ def _totals(outputs: Outputs) -> tuple[str, str, str]:
 
 
 def _against(ours: Outputs, other: Outputs) -> tuple[str, ...]:
-    found = difference(ours, other)
+    found = paired_difference(ours, other)
     return str(found), str(found.won), str(found.lost), f"{found.p:.2g}"
 
 
 def _title(runs: Sequence[SavedRun], tasks: int) -> Text:
     priors = sorted({_name(run.config.vote).partition("+")[2] for run in runs} - {""})
-    names = ", ".join(dict.fromkeys(run.found.name for run in runs))
-    left_out = sum(len(run.found.tasks) for run in runs) - tasks
+    names = ", ".join(dict.fromkeys(run.task_set.name for run in runs))
+    left_out = sum(len(run.task_set.tasks) for run in runs) - tasks
     rest = f"; {left_out} not solved yet or without a known solution" if left_out else ""
     return Text(f"{tasks} tasks of {names}{rest}{'; priors: ' + ', '.join(priors) if priors else ''}")
 
@@ -257,7 +262,3 @@ def main(arguments: list[str]) -> int:
     else:
         revote(runs[0], console)
     return 0
-
-
-if __name__ == "__main__":
-    run_main(main)

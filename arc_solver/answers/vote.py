@@ -15,7 +15,7 @@ from math import exp, fsum, inf
 import numpy as np
 
 from ..config import VoteConfig
-from ..puzzles.tasks import Attempts, Grid, Task, freeze, grid_key
+from ..puzzles import Attempts, Grid, Task, freeze, grid_key
 from .candidates import Candidate, Predictions
 
 NO_ANSWER: Grid = freeze(np.zeros((1, 1), dtype=np.uint8))  # the attempt where there is no candidate at all
@@ -46,7 +46,7 @@ class Ranked:
         return _product(self.candidate)
 
 
-def vote(predictions: Predictions, task: Task, config: VoteConfig) -> list[Attempts]:
+def choose_attempts(predictions: Predictions, task: Task, config: VoteConfig) -> list[Attempts]:
     """Two attempts for each test input; they differ wherever there are two candidates."""
     attempts = []
     for test in range(len(task.test)):
@@ -57,7 +57,7 @@ def vote(predictions: Predictions, task: Task, config: VoteConfig) -> list[Attem
 
 def rank(predictions: Predictions, task: Task, test: int, config: VoteConfig) -> list[Ranked]:
     """The candidates for one test input, best first. Where a rule finds two equal, the grids themselves decide."""
-    rivals = Predictions(predictions.geometries, tuple(predictions.of(test)))
+    rivals = Predictions(predictions.geometries, tuple(predictions.for_test(test)))
     keys = {grid_key(candidate.grid) for candidate in rivals.candidates}
     assert len(keys) == len(rivals.candidates), f"task {task.id}, test input {test}: a grid is there twice"
     breaks = [prior for name, prior in PRIORS.items() if getattr(config, name)]

@@ -1,6 +1,6 @@
 """`bin/bench`: the code is in `bench.py`."""
 
-from ..config import run_main
+from ..command import run_main
 from .bench import main
 
 run_main(main)

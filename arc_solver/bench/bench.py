@@ -1,6 +1,6 @@
 """Speed, measured in one run on the machine in hand: `bin/bench NAME [--json]`.
 
-Every benchmark answers rows of the same form: name, ours, field (what it is compared with, if anything), ratio, unit.
+Every benchmark answers rows of the same form: name, ours, baseline (what it is compared with, or nothing), ratio, unit.
 """
 
 import json
@@ -16,12 +16,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ..config import CorpusConfig, FormatConfig, ModelConfig, Parser, TrainConfig, UserError, named_rng, run_main
+from ..command import Parser
+from ..config import CorpusConfig, FormatConfig, ModelConfig, TasksConfig, TrainConfig
 from ..data.sources import PairMaker, read_source
 from ..data.stream import SampleStream
-from ..files import commit
-from ..models.hardware import cpu_name, pick_device, precision_of
-from ..puzzles.tasks import TasksConfig, TaskSet, load_tasks
+from ..errors import UserError
+from ..files import git_commit
+from ..models import cpu_name, describe_precision, pick_device
+from ..puzzles import TaskSet, load_tasks
+from ..rng import named_rng
 from .memory import measure_all
 from .precision import compare_precisions
 from .schedule import TASKS, overhead_s
@@ -39,15 +42,17 @@ SMALL_SHAPES = (
 
 
 @dataclass(frozen=True)
-class Row:
+class Measurement:
+    """One line of a benchmark report: our value, the baseline's, their ratio, the unit."""
+
     name: str
     ours: float
-    field: float | None
+    baseline: float | None
     ratio: float | None
     unit: str
 
 
-def bench_stream() -> list[Row]:
+def bench_stream() -> list[Measurement]:
     """Tokens a second that one core feeds: drawing, augmenting and encoding samples; then with live RE-ARC too.
 
     Then what a RE-ARC pair takes: of all rules, and of the slowest.
@@ -64,11 +69,11 @@ def bench_stream() -> list[Row]:
             tokens += len(stream[i].sample)
             if (elapsed := time.perf_counter() - start) > MEASURED_S:
                 break
-        rows.append(Row(name, round(tokens / elapsed), None, None, "tokens/s per core"))
+        rows.append(Measurement(name, round(tokens / elapsed), None, None, "tokens/s per core"))
     means = {rule: _mean_draw_ms(maker) for rule, maker in live.tasks.items()}
     slowest = max(means, key=means.__getitem__)
-    rows.append(Row("a live RE-ARC pair", sum(means.values()) / len(means), None, None, "ms"))
-    rows.append(Row(f"a pair of the slowest rule, {slowest}", means[slowest], None, None, "ms"))
+    rows.append(Measurement("a live RE-ARC pair", sum(means.values()) / len(means), None, None, "ms"))
+    rows.append(Measurement(f"a pair of the slowest rule, {slowest}", means[slowest], None, None, "ms"))
     return rows
 
 
@@ -82,25 +87,25 @@ def _mean_draw_ms(maker: PairMaker) -> float:
     return 1000 * (time.process_time() - start) / (DRAWS // PAIRS * PAIRS)
 
 
-def bench_train() -> list[Row]:
+def bench_train() -> list[Measurement]:
     """Offline training against TRL and PEFT; on a GPU also how much of it is used."""
     if find_spec("trl") is None:
         raise UserError("bin/bench train compares with TRL: run bin/bench, or pip install 'arc_solver[bench]'")
     sides = compare()
-    ours, field = sides["ours"], sides["field"]
-    speed = ours.tokens_per_s / field.tokens_per_s
-    memory = ours.peak_memory_bytes / field.peak_memory_bytes
+    ours, baseline = sides["ours"], sides["baseline"]
+    speed = ours.tokens_per_s / baseline.tokens_per_s
+    memory = ours.peak_memory_bytes / baseline.peak_memory_bytes
     rows = [
-        Row("tokens_per_second", ours.tokens_per_s, field.tokens_per_s, speed, "useful tokens/s"),
-        Row("peak_memory", ours.peak_memory_bytes / 2**20, field.peak_memory_bytes / 2**20, memory, "MiB"),
+        Measurement("tokens_per_second", ours.tokens_per_s, baseline.tokens_per_s, speed, "useful tokens/s"),
+        Measurement("peak_memory", ours.peak_memory_bytes / 2**20, baseline.peak_memory_bytes / 2**20, memory, "MiB"),
     ]
     if torch.cuda.is_available():
         share = flop_utilisation(QWEN_05B, BF16, steps=10, device="cuda").share
-        rows.append(Row("flop_utilisation", 100 * share, None, None, "% of peak, Qwen2.5-0.5B's shape"))
+        rows.append(Measurement("flop_utilisation", 100 * share, None, None, "% of peak, Qwen2.5-0.5B's shape"))
     return rows
 
 
-def bench_scratch() -> list[Row]:
+def bench_scratch() -> list[Measurement]:
     """Training small models from scratch: tokens a second, and how much of the device's peak that is."""
     device = pick_device("auto")
     train = TrainConfig(batch_tokens=32_768 if device.type == "cuda" else 8192, precision="bf16")
@@ -108,71 +113,75 @@ def bench_scratch() -> list[Row]:
     for shape in SMALL_SHAPES:
         found = flop_utilisation(shape, train, steps=10, device=str(device))
         name = f"{found.parameters / 1e6:.1f}M_parameters"
-        rows.append(Row(name, round(found.tokens_per_s), None, None, f"tokens/s, {shape.layers} x {shape.width}"))
-        rows.append(Row(f"{name}_share", round(found.share, 3), None, None, "of the device's peak"))
+        rows.append(
+            Measurement(name, round(found.tokens_per_s), None, None, f"tokens/s, {shape.layers} x {shape.width}")
+        )
+        rows.append(Measurement(f"{name}_share", round(found.share, 3), None, None, "of the device's peak"))
     return rows
 
 
-def bench_solve() -> list[Row]:
+def bench_solve() -> list[Measurement]:
     """Test time against PEFT and `generate`: the demo set; decoding of large outputs; decoding with random weights."""
     if find_spec("peft") is None:
         raise UserError("bin/bench solve compares with PEFT: run bin/bench, or pip install 'arc_solver[train]'")
     demo = load_tasks(TasksConfig(spec="demo"))
-    ours, field = compare_solving(demo, scored=SCORE_TASKS)
+    ours, baseline = compare_solving(demo, scored=SCORE_TASKS)
     rows = [
-        _more("adapt", ours.adapt_tokens_per_s, field.adapt_tokens_per_s, "tokens/s"),
-        _less("decode_steps", ours.view_steps, field.view_steps, "forward steps x views"),
-        _less("decode_batches", ours.batches, field.batches, "forward steps of batches"),
-        _less("decode_time", ours.decode_s, field.decode_s, "s"),
-        _more("score", ours.scores_per_s, field.scores_per_s, "candidates x views/s"),
-        _more("whole", ours.tasks_per_hour, field.tasks_per_hour, "tasks/hour"),
-        Row("solved", ours.solved, field.solved, None, f"test outputs of {len(demo.tasks)} tasks"),
-        _less("peak_memory", ours.peak_memory_bytes / 2**20, field.peak_memory_bytes / 2**20, "MiB, all processes"),
+        _more("adapt", ours.adapt_tokens_per_s, baseline.adapt_tokens_per_s, "tokens/s"),
+        _less("decode_steps", ours.view_steps, baseline.view_steps, "forward steps x views"),
+        _less("decode_batches", ours.batches, baseline.batches, "forward steps of batches"),
+        _less("decode_time", ours.decode_s, baseline.decode_s, "s"),
+        _more("score", ours.scores_per_s, baseline.scores_per_s, "candidates x views/s"),
+        _more("whole", ours.tasks_per_hour, baseline.tasks_per_hour, "tasks/hour"),
+        Measurement("solved", ours.solved, baseline.solved, None, f"test outputs of {len(demo.tasks)} tasks"),
+        _less("peak_memory", ours.peak_memory_bytes / 2**20, baseline.peak_memory_bytes / 2**20, "MiB, all processes"),
     ]
-    ours, field = compare_solving(large_tasks())
-    rows.append(_less("decode_time_200_cells", ours.decode_s, field.decode_s, "s"))
-    rows.append(_less("decode_steps_200_cells", ours.view_steps, field.view_steps, "forward steps x views"))
+    ours, baseline = compare_solving(large_tasks())
+    rows.append(_less("decode_time_200_cells", ours.decode_s, baseline.decode_s, "s"))
+    rows.append(_less("decode_steps_200_cells", ours.view_steps, baseline.view_steps, "forward steps x views"))
     few = TaskSet(
         demo.name, demo.tasks[:RANDOM_TASKS], {task.id: demo.solutions[task.id] for task in demo.tasks[:RANDOM_TASKS]}
     )
     with TemporaryDirectory() as folder:
         settings = (*SETTINGS, "adapt.enabled=false", f"predict.views={RANDOM_VIEWS}")
-        ours, field = compare_solving(few, random_model(Path(folder)), settings)
-    rows.append(_less("decode_time_random", ours.decode_s, field.decode_s, "s"))
+        ours, baseline = compare_solving(few, random_model(Path(folder)), settings)
+    rows.append(_less("decode_time_random", ours.decode_s, baseline.decode_s, "s"))
     return rows
 
 
-def _more(name: str, ours: float, field: float, unit: str) -> Row:
-    return Row(name, ours, field, ours / field, unit)
+def _more(name: str, ours: float, baseline: float, unit: str) -> Measurement:
+    return Measurement(name, ours, baseline, ours / baseline, unit)
 
 
-def _less(name: str, ours: float, field: float, unit: str) -> Row:
+def _less(name: str, ours: float, baseline: float, unit: str) -> Measurement:
     """A row of what should be little: the ratio says how many times less ours is."""
-    return Row(name, ours, field, field / ours, unit)
+    return Measurement(name, ours, baseline, baseline / ours, unit)
 
 
-def bench_schedule() -> list[Row]:
+def bench_schedule() -> list[Measurement]:
     """What a run costs besides solving, a task, with very many of them."""
-    return [Row("overhead_per_task", 1000 * overhead_s(), None, None, f"ms, {TASKS:,} tasks")]
+    return [Measurement("overhead_per_task", 1000 * overhead_s(), None, None, f"ms, {TASKS:,} tasks")]
 
 
-def bench_precision() -> list[Row]:
-    """Adapting and answering in the type that is used here, beside float32 (in the column of the field)."""
+def bench_precision() -> list[Measurement]:
+    """Adapting and answering in the type that is used here, beside float32 (in the column of the baseline)."""
     found = compare_precisions()
     rows = {"tokens/s": _more, "s": _less}
     return [rows[compared.unit](compared.name, compared.used, compared.float32, compared.unit) for compared in found]
 
 
-def bench_memory() -> list[Row]:
-    """A step of adaptation: its peak beside the estimate (in the column of the field)."""
+def bench_memory() -> list[Measurement]:
+    """A step of adaptation: its peak beside the estimate (in the column of the baseline)."""
     gib = 2**30
     return [
-        Row(name, step.measured / gib, step.estimated / gib, step.measured / step.estimated, "GiB beside the weights")
+        Measurement(
+            name, step.measured / gib, step.estimated / gib, step.measured / step.estimated, "GiB beside the weights"
+        )
         for name, step in measure_all().items()
     ]
 
 
-BENCHES: dict[str, Callable[[], list[Row]]] = {
+BENCHES: dict[str, Callable[[], list[Measurement]]] = {
     "stream": bench_stream,
     "train": bench_train,
     "scratch": bench_scratch,
@@ -189,18 +198,14 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     args = parser.parse_args(arguments)
     rows = BENCHES[args.name]()
-    precision = precision_of(pick_device("auto"))
+    precision = describe_precision(pick_device("auto"))
     if args.json:
-        about = {"machine": cpu_name(), "precision": precision, "commit": commit()}
+        about = {"machine": cpu_name(), "precision": precision, "commit": git_commit()}
         print(json.dumps({"rows": [asdict(row) for row in rows], **about}))
         return 0
-    table = Table("what", "ours", "field", "ratio", "unit", title=f"{args.name} on {cpu_name()}, {precision}")
+    table = Table("what", "ours", "baseline", "ratio", "unit", title=f"{args.name} on {cpu_name()}, {precision}")
     for row in rows:
         ours = f"{row.ours:,.{0 if row.ours > 100 else 2}f}"
-        table.add_row(row.name, ours, *("-" if v is None else f"{v:,.2f}" for v in (row.field, row.ratio)), row.unit)
+        table.add_row(row.name, ours, *("-" if v is None else f"{v:,.2f}" for v in (row.baseline, row.ratio)), row.unit)
     Console().print(table)
     return 0
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -11,13 +11,21 @@ from dataclasses import dataclass
 
 import torch
 
-from ..config import AdaptConfig, FormatConfig, ModelConfig, named_rng
-from ..models.adapters import attached, fresh_adapter
-from ..models.attention import Packing, sent
-from ..models.hardware import fast_dtype, peak_memory, pick_device, resident_memory
-from ..models.model import Model, new_model
-from ..training.devices import keep_freed_memory
-from ..training.memory import kept_per_token
+from ..config import AdaptConfig, FormatConfig, ModelConfig
+from ..models import (
+    Model,
+    Packing,
+    attach_adapters,
+    fast_dtype,
+    fresh_adapter,
+    new_model,
+    peak_memory,
+    pick_device,
+    resident_memory,
+    to_device,
+)
+from ..rng import named_rng
+from ..training import activation_bytes_per_token, keep_freed_memory
 from .training import QWEN_05B
 
 SMOLLM2_135M = ModelConfig(layers=30, width=576, heads=9, kv_heads=3, head_dim=64, mlp_width=1536)
@@ -29,33 +37,36 @@ ON_A_CPU = ("SmolLM2-135M", "Qwen2.5-0.5B")  # the largest needs 16 GiB before i
 
 
 @dataclass(frozen=True)
-class Step:
-    """Bytes beside the weights and the adapter."""
+class StepMemory:
+    """Peak memory of one adaptation step, without weights and adapter: measured and estimated bytes."""
 
     measured: int
     estimated: int
 
 
-def measure(name: str, recompute: bool) -> Step:
-    """In this process, which nothing large must have run in before."""
+def measure_step_memory(name: str, recompute: bool) -> StepMemory:
+    """Measures one adaptation step's memory for a named model shape; needs a fresh process."""
     device = pick_device("auto")
     if device.type == "cpu":
         torch.set_num_threads(2)
         keep_freed_memory(1 << 20)
     drawn = new_model(SHAPES[name], FormatConfig(), seed=0)
     model = Model(drawn.lm.to(fast_dtype(device)).to(device).eval(), drawn.format, None)
-    with attached(model, [fresh_adapter(model, AdaptConfig(), named_rng(0))]) as bank:
-        kept = kept_per_token(model)[recompute]
+    with attach_adapters(model, [fresh_adapter(model, AdaptConfig(), named_rng(0))]) as bank:
+        kept = activation_bytes_per_token(model)[recompute]
         bank.zero_gradients()
         before = _now(device)
         tokens = TOKENS[name]
         ids_T = torch.arange(tokens) % 10
         packing = Packing.of(torch.tensor([tokens]), device)
         logits = model.logits(
-            sent(ids_T[None], device), sent(torch.arange(tokens)[None], device), packing=packing, recompute=recompute
+            to_device(ids_T[None], device),
+            to_device(torch.arange(tokens)[None], device),
+            packing=packing,
+            recompute=recompute,
         )
         bank.backward(logits.logsumexp(-1).sum())
-        return Step(peak_memory(device) - before, int(kept * tokens))
+        return StepMemory(peak_memory(device) - before, int(kept * tokens))
 
 
 def _now(device: torch.device) -> int:
@@ -65,7 +76,7 @@ def _now(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device)
 
 
-def measure_all() -> dict[str, Step]:
+def measure_all() -> dict[str, StepMemory]:
     """Name of what was measured -> what came of it."""
     names = [*ON_A_CPU, "Qwen3-4B"] if torch.cuda.is_available() else ON_A_CPU
     found = {}
@@ -73,9 +84,9 @@ def measure_all() -> dict[str, Step]:
         for how in ("kept", "recomputed"):
             command = [sys.executable, "-P", "-m", "arc_solver.bench.memory", name, how]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            found[f"{name}, {TOKENS[name]} tokens, {how}"] = Step(**json.loads(done.stdout))
+            found[f"{name}, {TOKENS[name]} tokens, {how}"] = StepMemory(**json.loads(done.stdout))
     return found
 
 
 if __name__ == "__main__":
-    print(json.dumps(vars(measure(sys.argv[1], sys.argv[2] == "recomputed"))))
+    print(json.dumps(vars(measure_step_memory(sys.argv[1], sys.argv[2] == "recomputed"))))

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 import torch
 
-from ..config import Config, load_config, named_rng
-from ..decoding.torch_engine import TorchEngine
-from ..models.hardware import fast_dtype, pick_device
-from ..models.model import Model, load_model
-from ..puzzles.tasks import Task, TasksConfig, load_tasks
+from ..config import Config, TasksConfig, load_config
+from ..decoding import TorchEngine
+from ..models import Model, fast_dtype, load_model, pick_device
+from ..puzzles import Task, load_tasks
+from ..rng import named_rng
 from ..solving.adapt import adapt
 from ..solving.predict import predict_tasks
-from ..training.devices import keep_freed_memory
-from .field_training import now_s
+from ..training import keep_freed_memory
+from .baseline_training import now_s
 
 ROUNDS = 3
 GROUPS = {"adapt one task": slice(4, 5), "adapt four at once": slice(4, 8)}  # of the demo set
@@ -23,14 +23,14 @@ SETTINGS = ("adapt.steps=15", "predict.views=8")
 
 
 @dataclass(frozen=True)
-class Compared:
+class PrecisionMeasurement:
     name: str
     used: float
     float32: float
     unit: str
 
 
-def compare_precisions() -> list[Compared]:
+def compare_precisions() -> list[PrecisionMeasurement]:
     """What is used here, and float32."""
     config, device = load_config(None, SETTINGS), pick_device("auto")
     if device.type == "cpu":
@@ -42,10 +42,10 @@ def compare_precisions() -> list[Compared]:
     for name, group in GROUPS.items():
         speeds = [[_adapt_tokens_per_s(model, tasks[group], config) for model in models] for _ in range(ROUNDS)]
         used, float32 = map(max, zip(*speeds, strict=True))
-        found.append(Compared(name, used, float32, "tokens/s"))
+        found.append(PrecisionMeasurement(name, used, float32, "tokens/s"))
     seconds = [[_answer_s(model, tasks[:4], config) for model in models] for _ in range(ROUNDS)]
     used, float32 = map(min, zip(*seconds, strict=True))
-    found.append(Compared("answer four tasks", used, float32, "s"))
+    found.append(PrecisionMeasurement("answer four tasks", used, float32, "s"))
     return found
 
 

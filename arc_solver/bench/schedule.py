@@ -12,15 +12,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..answers.candidates import Candidate, Predictions
+from ..answers import Candidate, Predictions
 from ..config import load_config
 from ..models.model import BUNDLED_DIR
-from ..puzzles.tasks import Pair, Task, TaskSet, freeze
+from ..puzzles import Pair, Task, TaskSet, freeze
 from ..solving.budget import Budget
 from ..solving.executors import InProcess
 from ..solving.journal import open_journal
-from ..solving.schedule import Schedule
-from ..solving.worker import AskJob, Outcome, Usage, asked_together
+from ..solving.scheduler import Scheduler
+from ..solving.worker import JobOutput, PredictJob, ResourceUsage, prediction_groups
 
 TASKS = 10_000
 
@@ -28,11 +28,11 @@ TASKS = 10_000
 class _AtOnce:
     """A worker that knows the answer."""
 
-    def run(self, job: AskJob) -> Outcome:
+    def run(self, job: PredictJob) -> JobOutput:
         scores = (-1.0,) * job.config.views
         views = tuple(range(job.config.views))
         candidates = (Candidate(0, job.tasks[0].test[0], views, (), scores),)
-        return Outcome([Predictions((0,) * job.config.views, candidates)], Usage(0.0, 0.0, 0, 0))
+        return JobOutput([Predictions((0,) * job.config.views, candidates)], ResourceUsage(0.0, 0.0, 0, 0))
 
 
 def overhead_s(tasks: int = TASKS) -> float:
@@ -44,10 +44,10 @@ def overhead_s(tasks: int = TASKS) -> float:
     with tempfile.TemporaryDirectory() as name:
         began = time.perf_counter()
         with open_journal(Path(name) / "run", found, config, [BUNDLED_DIR]) as journal:
-            chunks = partial(asked_together, device=torch.device("cpu"))
-            schedule = Schedule([(task,) for task in named], chunks, config, journal, Budget(1))
+            chunks = partial(prediction_groups, device=torch.device("cpu"))
+            schedule = Scheduler([(task,) for task in named], chunks, config, journal, Budget(1))
             with InProcess(lambda number: _AtOnce()) as executor:
                 for done in executor.map_unordered(schedule.jobs()):
-                    schedule.take(done)
-                    journal.follow()
+                    schedule.handle_result(done)
+                    journal.refresh_submission()
         return (time.perf_counter() - began) / tasks

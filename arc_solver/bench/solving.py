@@ -1,14 +1,14 @@
-"""`bin/bench solve`: test time, ours against the field's, on the same tasks, steps, samples and views.
+"""`bin/bench solve`: test time, ours against the baseline's, on the same tasks, steps, samples and views.
 
-The field solves one task after another in one process: PEFT at batch size 1, merge, Hugging Face `generate` over all
-views at once, votes (`bench_field_solve.py`). Ours is `bin/solve` as it is, with a worker for every core. Both have all
+The baseline solves one task after another in one process: PEFT at batch size 1, merge, Hugging Face `generate` over all
+views at once, votes (`baseline_solving.py`). Ours is `bin/solve` as it is, with a worker for every core. Both have all
 cores and bf16 where the hardware multiplies it, and train on the very same samples in the same order.
 
     adapt           tokens of adaptation a second
     decode_steps    forward passes that a view took part in, summed over all views, until all are answered
     decode_batches  the same, a pass of many views counted once
     decode_time     seconds until all views are answered, prompts included
-    score           candidates scored under a view, a second; the field runs prompt and reply anew, ours goes on from
+    score           candidates scored under a view, a second; the baseline runs prompt and reply anew, ours goes on from
                     what decoding left
     whole           tasks an hour, from a command's start to its end, all that it writes included
     solved          test outputs
@@ -29,18 +29,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..answers.candidates import Predictions
-from ..answers.submission import read_submission, score
-from ..config import FormatConfig, ModelConfig, PredictConfig, load_config, named_rng
-from ..decoding.torch_engine import TorchEngine, TorchSession
-from ..models.adapters import Adapter, load_adapter, merge
-from ..models.hardware import fast_dtype, pick_device
-from ..models.model import BUNDLED_DIR, Model, load_model, new_model, save_model
-from ..puzzles.encode import PAD, encode_prompt, encode_sample
-from ..puzzles.tasks import Pair, Task, TasksConfig, TaskSet, challenge, load_tasks
+from ..answers import Predictions, read_submission, score
+from ..config import FormatConfig, ModelConfig, PredictConfig, TasksConfig, load_config
+from ..decoding import TorchEngine
+from ..decoding.torch_engine import TorchSession
+from ..models import Adapter, Model, fast_dtype, load_adapter, load_model, new_model, pick_device, save_model
+from ..models.adapters import merge
+from ..models.model import BUNDLED_DIR
+from ..puzzles import PAD, Pair, Task, TaskSet, challenge, encode_prompt, encode_sample, load_tasks
+from ..rng import named_rng
 from ..solving.predict import predict, views_of
-from .field_solving import load_field, submission_file
-from .field_training import now_s
+from .baseline_solving import load_baseline, submission_file
+from .baseline_training import now_s
 
 SETTINGS = (  # of both sides
     "adapt.batch_size=1",
@@ -48,18 +48,18 @@ SETTINGS = (  # of both sides
     "adapt.together=8",
     "adapt.group_tokens=4096",
     "predict.views=32",
-    "predict.score=false",  # the field does not score
+    "predict.score=false",  # the baseline does not score
     "vote.rule=votes",
 )
 LARGE_CELLS, LARGE_TASKS = 200, 3  # of each test output; training tasks with the fewest tokens
 RANDOM_TASKS, RANDOM_VIEWS = 2, 8
 SCORE_TASKS = 6  # on which scoring is measured, in one process with all cores
-SCORED = 4  # candidates of a test input that the field scores: those of most votes
-SCORE_TOKENS = 8192  # in a batch of the field's
+SCORED = 4  # candidates of a test input that the baseline scores: those of most votes
+SCORE_TOKENS = 8192  # in a batch of the baseline's
 
 
 @dataclass(frozen=True)
-class Side:
+class SolveFigures:
     """What one side took for all tasks."""
 
     adapt_tokens_per_s: float
@@ -73,24 +73,24 @@ class Side:
 
 
 def compare(
-    found: TaskSet, model_dir: Path = BUNDLED_DIR, settings: Sequence[str] = SETTINGS, scored: int = 0
-) -> tuple[Side, Side]:
-    """Both sides on the same tasks: ours, the field's. Scoring is measured on the first `scored` tasks."""
+    task_set: TaskSet, model_dir: Path = BUNDLED_DIR, settings: Sequence[str] = SETTINGS, scored: int = 0
+) -> tuple[SolveFigures, SolveFigures]:
+    """Both sides on the same tasks: ours, the baseline's. Scoring is measured on the first `scored` tasks."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "tasks").mkdir()
-        for task in found.tasks:
+        for task in task_set.tasks:
             (folder / "tasks" / f"{task.id}.json").write_text(json.dumps(challenge(task)))
-        ours = _ours(found, folder, model_dir, settings, scored)
-        return ours, _field(found, folder, model_dir, settings, scored)
+        ours = _ours(task_set, folder, model_dir, settings, scored)
+        return ours, _baseline(task_set, folder, model_dir, settings, scored)
 
 
 def large_tasks() -> TaskSet:
     """Training tasks whose test outputs all have 200 cells or more."""
-    found = load_tasks(TasksConfig(spec="arc-agi-1/training"))
-    large = [task for task in found.tasks if min(grid.size for grid in found.solutions[task.id]) >= LARGE_CELLS]
+    task_set = load_tasks(TasksConfig(spec="arc-agi-1/training"))
+    large = [task for task in task_set.tasks if min(grid.size for grid in task_set.solutions[task.id]) >= LARGE_CELLS]
     chosen = tuple(sorted(large, key=lambda task: task.tokens)[:LARGE_TASKS])
-    return TaskSet(found.name, chosen, {task.id: found.solutions[task.id] for task in chosen})
+    return TaskSet(task_set.name, chosen, {task.id: task_set.solutions[task.id] for task in chosen})
 
 
 def random_model(folder: Path) -> Path:
@@ -99,7 +99,7 @@ def random_model(folder: Path) -> Path:
     return folder
 
 
-def _ours(found: TaskSet, folder: Path, model_dir: Path, settings: Sequence[str], scored: int) -> Side:
+def _ours(task_set: TaskSet, folder: Path, model_dir: Path, settings: Sequence[str], scored: int) -> SolveFigures:
     """`bin/solve` in a process of its own."""
     run_dir, start = folder / "run", now_s()
     words = ["--tasks", folder / "tasks", "--out", run_dir, f"model.path={model_dir}", "run.show=0", *settings]
@@ -110,14 +110,14 @@ def _ours(found: TaskSet, folder: Path, model_dir: Path, settings: Sequence[str]
     learnt = [record["adaptation"] for record in log if record["adaptation"]]
     workers = {record["worker"]: record["peak_memory_bytes"] for record in log}
     adapt_s = sum(adaptation["seconds"] for adaptation in learnt) / len(workers)
-    return Side(
+    return SolveFigures(
         sum(adaptation["tokens"] for adaptation in learnt) / adapt_s if learnt else 0.0,
         sum(record["predicting"] for record in log) / len(workers),
         sum(record["cost"]["view_steps"] for record in log),
         sum(record["cost"]["forward_steps"] for record in log),
-        _scores_per_s(found.tasks[:scored], run_dir, model_dir, settings),
-        3600 * len(found.tasks) / seconds,
-        score(read_submission(run_dir / "submission.json", found.tasks), found.solutions).outputs_solved,
+        _scores_per_s(task_set.tasks[:scored], run_dir, model_dir, settings),
+        3600 * len(task_set.tasks) / seconds,
+        score(read_submission(run_dir / "submission.json", task_set.tasks), task_set.solutions).outputs_solved,
         sum(workers.values()),
     )
 
@@ -134,20 +134,20 @@ def _scores_per_s(tasks: Sequence[Task], run_dir: Path, model_dir: Path, setting
     return scored / engine.score_s if tasks else 0.0
 
 
-def _field(found: TaskSet, folder: Path, model_dir: Path, settings: Sequence[str], scored: int) -> Side:
-    result, start = folder / "field.json", now_s()
-    _run("arc_solver.bench.field_solving", model_dir, folder / "tasks", result, *settings)
+def _baseline(task_set: TaskSet, folder: Path, model_dir: Path, settings: Sequence[str], scored: int) -> SolveFigures:
+    result, start = folder / "baseline.json", now_s()
+    _run("arc_solver.bench.baseline_solving", model_dir, folder / "tasks", result, *settings)
     seconds = now_s() - start
     measured = json.loads(result.read_text())
     total = measured["total"]
-    return Side(
+    return SolveFigures(
         total["adapt_tokens"] / total["adapt_s"] if total["adapt_tokens"] else 0.0,
         total["decode_s"],
         total["reply_tokens"],  # each id of a view takes a pass
         total["forward_steps"],
-        _field_scores_per_s(found.tasks[:scored], folder / "run", model_dir, settings),
-        3600 * len(found.tasks) / seconds,
-        score(read_submission(submission_file(result), found.tasks), found.solutions).outputs_solved,
+        _baseline_scores_per_s(task_set.tasks[:scored], folder / "run", model_dir, settings),
+        3600 * len(task_set.tasks) / seconds,
+        score(read_submission(submission_file(result), task_set.tasks), task_set.solutions).outputs_solved,
         measured["peak_memory_bytes"],
     )
 
@@ -158,8 +158,8 @@ class _Timed(TorchEngine):
     score_s = 0.0
 
     @contextmanager
-    def open(self, prompts: Sequence, adapters: Sequence[Adapter | None]) -> Iterator[TorchSession]:
-        with super().open(prompts, adapters) as session:
+    def open_session(self, prompts: Sequence, adapters: Sequence[Adapter | None]) -> Iterator[TorchSession]:
+        with super().open_session(prompts, adapters) as session:
             real = session.score
 
             def timed(replies: Sequence) -> list:
@@ -174,12 +174,12 @@ class _Timed(TorchEngine):
 
 
 @torch.inference_mode()
-def _field_scores_per_s(tasks: Sequence[Task], run_dir: Path, model_dir: Path, settings: Sequence[str]) -> float:
+def _baseline_scores_per_s(tasks: Sequence[Task], run_dir: Path, model_dir: Path, settings: Sequence[str]) -> float:
     """Scores the leading candidates of our run under all views by whole forward passes of the stock model."""
     config, device = load_config(None, settings), pick_device("auto")
     scored, spent_s = 0, 0.0
     for task in tasks:
-        lm, format = load_field(model_dir, device, fast_dtype(device))
+        lm, format = load_baseline(model_dir, device, fast_dtype(device))
         if (run_dir / "adapters" / task.id).is_dir():
             merge(Model(lm, format, None), load_adapter(run_dir / "adapters" / task.id))
         predictions = Predictions.from_json(json.loads((run_dir / "tasks" / f"{task.id}.json").read_text()))
@@ -202,7 +202,7 @@ def _rows_to_score(
     views = views_of(task, config, named_rng(seed, task.id, "predict"))
     rows = []
     for t in range(len(task.test)):
-        for candidate in sorted(predictions.of(t), key=lambda c: -len(c.views))[:SCORED]:
+        for candidate in sorted(predictions.for_test(t), key=lambda c: -len(c.views))[:SCORED]:
             for view in views:
                 seen = view.apply_task(task)
                 answered = [*seen.train, Pair(seen.test[t], view.apply(candidate.grid))]

@@ -1,11 +1,11 @@
-"""`bin/bench train`: our offline trainer against the field's, on the same model and the same samples.
+"""`bin/bench train`: our offline trainer against the baseline's, on the same model and the same samples.
 
 The model is a Qwen2 of 4 layers with a vocabulary of 150,000 ids and random weights; the samples are ARC-AGI-1 training
 tasks. Both sides train the same LoRA adapter once over the same samples, so on the same supervised tokens, each in a
-process of its own. The field is TRL's SFTTrainer with PEFT: padded batches, and a head with the whole vocabulary, which
-it is let off for positions without a label. Ours are packed batches and a cut vocabulary.
+process of its own. The baseline is TRL's SFTTrainer with PEFT: padded batches, and a head with the whole vocabulary,
+which it is let off for positions without a label. Ours are packed batches and a cut vocabulary.
 
-    python -P -m arc_solver.bench.training MODEL_DIR SAMPLES.npz RESULT.json     # our side; the field's: bench_field.py
+    python -P -m arc_solver.bench.training MODEL_DIR SAMPLES.npz RESULT.json   # ours; see baseline_training.py
 """
 
 import json
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..command import Parser, run_main
 from ..config import (
     AdaptConfig,
     Config,
@@ -30,22 +31,19 @@ from ..config import (
     LoraConfig,
     ModelConfig,
     OptimConfig,
-    Parser,
     RunConfig,
     SourceConfig,
     TrainConfig,
-    run_main,
 )
 from ..data.sources import read_source
-from ..data.stream import FILLED, Batch, BatchStream, Draw, SampleStream, pack, share_out
-from ..models.hardware import fast_dtype, peak_memory
-from ..models.lora import attach_lora
-from ..models.model import Model, new_model, packed_loss, prepare_transformers, read_weights
+from ..data.stream import FILLED, Batch, BatchStream, DrawnSample, SampleStream, pack, share_out
+from ..models import Model, attach_lora, fast_dtype, new_model, packed_loss, peak_memory
+from ..models.model import prepare_transformers, read_weights
 from ..models.pretrained import cut_vocabulary
-from ..puzzles.encode import END, IGNORE, PAD, VOCABULARY, Sample
-from ..training.devices import Devices, compiled, compiling
+from ..puzzles import END, IGNORE, PAD, VOCABULARY, Sample
 from ..training.optimize import fit, make_optimizers
-from .field_training import BATCH_SIZE, now_s, read_samples
+from ..training.parallel import ParallelContext, compiled, decide_compile
+from .baseline_training import BATCH_SIZE, now_s, read_samples
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 150_000,
@@ -67,14 +65,14 @@ FORMAT = FormatConfig(positions="token")
 
 
 @dataclass(frozen=True)
-class Side:
+class TrainFigures:
     """What one side measured; the speed over the steps after the warm-up."""
 
     tokens_per_s: float  # useful tokens
     peak_memory_bytes: int  # of the whole process; on a GPU what PyTorch held there
 
 
-def compare() -> dict[str, Side]:
+def compare() -> dict[str, TrainFigures]:
     """Runs both sides on one device, in one precision."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     precision = "bf16" if fast_dtype(torch.device(device)) == torch.bfloat16 else "fp32"
@@ -86,15 +84,18 @@ def compare() -> dict[str, Side]:
         steps = ["--steps", str(SAMPLES // BATCH_SIZE), "--warm", str(WARM)]
         same = ["--device", device, "--precision", precision]
         head = ["--labelled-only"] if device == "cpu" else []  # what it does on a GPU by itself
-        commands = {"ours": ["bench_train", *common, *same], "field": ["bench_field", *common, *same, *steps, *head]}
+        commands = {
+            "ours": ["training", *common, *same],
+            "baseline": ["baseline_training", *common, *same, *steps, *head],
+        }
         sides = {}
         for name, (module, *words) in commands.items():
-            command = [sys.executable, "-P", "-m", f"arc_solver.{module}", *words]
+            command = [sys.executable, "-P", "-m", f"arc_solver.bench.{module}", *words]
             done = subprocess.run(command, capture_output=True, text=True)  # the libraries' warnings are not ours
             if done.returncode:
                 raise RuntimeError(f"{name} failed:\n{done.stderr}")
             found = json.loads(result.read_text())
-            sides[name] = Side(**{key: found[key] for key in Side.__annotations__})
+            sides[name] = TrainFigures(**{key: found[key] for key in TrainFigures.__annotations__})
     return sides
 
 
@@ -134,25 +135,29 @@ def make_samples(file: Path) -> None:
     )
 
 
-def train_ours(model_dir: Path, file: Path, device: str, precision: str) -> Side:
+def train_ours(model_dir: Path, file: Path, device: str, precision: str) -> TrainFigures:
     """Cut vocabulary, packed batches, an adapter by PEFT, compiled where `bin/train` compiles."""
     same = AdaptConfig()
     settings = {"run": {"device": device}, "train": {"precision": precision}}
-    devices = Devices(Config.model_validate(settings))
-    lm = read_weights(model_dir, devices.dtype)
+    parallel = ParallelContext(Config.model_validate(settings))
+    lm = read_weights(model_dir, parallel.dtype)
     cut_vocabulary(lm, KEPT)
-    model = Model(lm.to(devices.device).train(), FORMAT, None)
+    model = Model(lm.to(parallel.device).train(), FORMAT, None)
     attach_lora(model, LoraConfig(rank=same.rank, alpha=same.alpha, rslora=False, targets=same.targets), seed=0)
-    pays = compiling(model.lm, TrainConfig(), devices).pays
+    pays = decide_compile(model.lm, TrainConfig(), parallel).pays
     logits_of = compiled(model.logits) if pays else model.logits
     batches = _packed(file)
     config = same.model_copy(update={"schedule": "constant", "warmup": 0.0})
-    spent_s = _timed_fit(devices, model, logits_of, config, batches)
-    return Side(sum(batch.useful_tokens for batch in batches[WARM:]) / spent_s, peak_memory(devices.device))
+    spent_s = _timed_fit(parallel, model, logits_of, config, batches)
+    return TrainFigures(sum(batch.useful_tokens for batch in batches[WARM:]) / spent_s, peak_memory(parallel.device))
 
 
 def _timed_fit(
-    devices: Devices, model: Model, logits_of: Callable[..., Tensor], config: OptimConfig, batches: Sequence[Batch]
+    parallel: ParallelContext,
+    model: Model,
+    logits_of: Callable[..., Tensor],
+    config: OptimConfig,
+    batches: Sequence[Batch],
 ) -> float:
     """Trains what is not frozen, a step a batch; the seconds of the steps after the warm-up."""
     named = [(name, p) for name, p in model.lm.named_parameters() if p.requires_grad]
@@ -164,7 +169,7 @@ def _timed_fit(
 
     def backward_at(k: int) -> Tensor:
         begins_s.append(now_s())
-        return devices.backward(loss_of, model.lm, [batches[k]], batches[k].learnt)
+        return parallel.backward(loss_of, model.lm, [batches[k]], batches[k].target_tokens)
 
     fit([p for _, p in named], optimizers, config.model_copy(update={"steps": len(batches)}), backward_at)
     return now_s() - begins_s[WARM]
@@ -176,7 +181,7 @@ def _packed(file: Path) -> list[Batch]:
     ours[np.array(KEPT)[:, 0]] = np.arange(VOCABULARY)
     columns = read_samples(file)
     draws = [
-        Draw(
+        DrawnSample(
             Sample(
                 ours[ids].astype(np.uint8),
                 np.where(labels == IGNORE, IGNORE, ours[ids]).astype(np.int16),
@@ -206,20 +211,20 @@ def flop_utilisation(shape: ModelConfig, train: TrainConfig, steps: int, device:
     A token costs 6 operations a parameter, and in attention 12 a layer, unit of width and token that it sees (Chowdhery
     et al. 2022, arXiv 2204.02311, appendix B), of which half are masked. The peak is measured, by a large product.
     """
-    devices = Devices(Config(run=RunConfig(device=device), train=train))
+    parallel = ParallelContext(Config(run=RunConfig(device=device), train=train))
     model = new_model(shape, FORMAT, seed=0)
-    model.lm.to(devices.device).train()
+    model.lm.to(parallel.device).train()
     source = read_source(SourceConfig(kind="tasks", path="arc-agi-1/training"))
     samples = SampleStream([source], CorpusConfig(max_tokens=MAX_TOKENS), FORMAT, 0, "bench")
     batches = BatchStream(samples, train.batch_tokens)[(0, 0)][: steps + WARM]
-    logits_of = compiled(model.logits) if compiling(model.lm, train, devices).pays else model.logits
-    spent_s = _timed_fit(devices, model, logits_of, train, batches)
+    logits_of = compiled(model.logits) if decide_compile(model.lm, train, parallel).pays else model.logits
+    spent_s = _timed_fit(parallel, model, logits_of, train, batches)
     lengths = [batch.ends_S.diff(prepend=torch.zeros(1, dtype=torch.int64)) for batch in batches[WARM:]]
     seen = sum(int((length**2).sum()) for length in lengths)
     attention = 6 * shape.layers * shape.heads * shape.head_dim * seen
     tokens = train.batch_tokens * (len(batches) - WARM)
     flops = 6 * model.parameters_count * tokens + attention
-    return Utilisation(model.parameters_count, tokens / spent_s, flops / spent_s / peak_flops(devices.device))
+    return Utilisation(model.parameters_count, tokens / spent_s, flops / spent_s / peak_flops(parallel.device))
 
 
 def peak_flops(device: torch.device) -> float:

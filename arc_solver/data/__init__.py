@@ -1,0 +1,16 @@
+"""Where training samples come from, and what may not be among them.
+
+In the order of reading; each imports only from those before it:
+
+    counting  generated tasks about number
+    sources   task files, many-sample files, live RE-ARC, counting tasks
+    leaks     the leak audit: trained on and scored on, by id and by content
+    corpus    the mixture of sources, and what is held out of it
+    stream    samples without end: drawn, augmented, encoded, packed
+
+What other wings use is handed on here, but for `stream`, which needs PyTorch: `bin/submit` starts without it.
+"""
+
+from .leaks import DATA_FILE, NOTHING, TrainingData, leak_audit, read_training_data
+
+__all__ = ["DATA_FILE", "NOTHING", "TrainingData", "leak_audit", "read_training_data"]

@@ -7,8 +7,10 @@ scored on, by id and by content; a run with overlap does not start unless the co
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..config import Config, SourceConfig, TasksConfig, UserError, ValidationConfig, named_rng
-from ..puzzles.tasks import TaskSet, load_tasks
+from ..config import Config, SourceConfig, TasksConfig, ValidationConfig
+from ..errors import UserError
+from ..puzzles import TaskSet, load_tasks
+from ..rng import named_rng
 from .leaks import Overlap, TrainingData, find_overlaps, known_keys, training_data
 from .sources import Source, read_source
 
@@ -84,17 +86,17 @@ class Partition:
 
 def make_partition(config: ValidationConfig, exclude: Sequence[str] = ()) -> Partition:
     """Draws `config.tasks` random tasks of a set: the same for the same seed, whatever the set's order."""
-    found = load_tasks(TasksConfig(spec=config.of))
-    by_id = {task.id: task for task in found.tasks if task.id not in exclude}
+    task_set = load_tasks(TasksConfig(spec=config.of))
+    by_id = {task.id: task for task in task_set.tasks if task.id not in exclude}
     if config.tasks >= len(by_id):
         raise UserError(f"validation.tasks={config.tasks} leaves none of the {len(by_id)} tasks of {config.of}")
-    if unsolved := [i for i in by_id if i not in found.solutions]:
+    if unsolved := [i for i in by_id if i not in task_set.solutions]:
         raise UserError(
             f"{config.of} has no solution for {len(unsolved)} tasks, e.g. {unsolved[0]}: none to validate on"
         )
     ids = sorted(by_id)
     chosen = sorted(ids[i] for i in named_rng(config.seed, "held-out tasks").permutation(len(ids))[: config.tasks])
-    kept = TaskSet(config.of, tuple(by_id[i] for i in chosen), {i: found.solutions[i] for i in chosen})
+    kept = TaskSet(config.of, tuple(by_id[i] for i in chosen), {i: task_set.solutions[i] for i in chosen})
     return Partition(config, kept, tuple(i for i in ids if i not in set(chosen)))
 
 

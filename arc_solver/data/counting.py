@@ -15,7 +15,7 @@ from functools import partial
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from ..puzzles.tasks import COLOURS, Grid, Pair, freeze
+from ..puzzles import COLOURS, Grid, Pair, freeze
 
 Maker = Callable[[np.random.Generator], Pair]
 CountingRule = Callable[[np.random.Generator], Maker]

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import SourceConfig
-from ..puzzles.augment import GEOMETRIES, Augmentation
-from ..puzzles.tasks import GridKey, Pair, Task, TaskSet
+from ..puzzles import Augmentation, Pair, Task, TaskSet
+from ..puzzles.augment import GEOMETRIES
+from ..puzzles.tasks import GridKey
 from .sources import Source, solved_pairs
 
 

@@ -25,22 +25,13 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from ..config import SourceConfig, TasksConfig, UserError, named_rng
+from ..config import SourceConfig, TasksConfig
+from ..errors import UserError
 from ..files import sha256
-from ..puzzles.tasks import (
-    MAX_SIDE,
-    Grid,
-    Pair,
-    Task,
-    TaskSet,
-    check_task_id,
-    freeze,
-    json_files,
-    json_stem,
-    load_tasks,
-    make_pairs,
-    read_json,
-)
+from ..puzzles import MAX_SIDE, Grid, Pair, Task, TaskSet, freeze, load_tasks, read_json
+from ..puzzles.task_files import check_task_id, json_files, json_stem
+from ..puzzles.tasks import make_pairs
+from ..rng import named_rng
 from .counting import COUNTING_TASKS
 
 _log = logging.getLogger(__name__)
@@ -143,16 +134,16 @@ class Pool:
 # ---- files ---------------------------------------------------------------------------------------------------------
 
 
-def solved_pairs(task: Task, found: TaskSet) -> tuple[Pair, ...]:
+def solved_pairs(task: Task, task_set: TaskSet) -> tuple[Pair, ...]:
     """The test pairs of a task, as far as their outputs are known."""
-    return tuple(Pair(i, o) for i, o in zip(task.test, found.solutions.get(task.id, ()), strict=False))
+    return tuple(Pair(i, o) for i, o in zip(task.test, task_set.solutions.get(task.id, ()), strict=False))
 
 
 @cache
 def task_pairs(spec: str) -> Mapping[str, tuple[Pair, ...]]:
     """All pairs of a task set, test pairs included: task id -> pairs."""
-    found = load_tasks(TasksConfig(spec=spec))
-    return {task.id: task.train + solved_pairs(task, found) for task in found.tasks}
+    task_set = load_tasks(TasksConfig(spec=spec))
+    return {task.id: task.train + solved_pairs(task, task_set) for task in task_set.tasks}
 
 
 def read_tasks(config: SourceConfig) -> dict[str, PairMaker]:
@@ -162,8 +153,8 @@ def read_tasks(config: SourceConfig) -> dict[str, PairMaker]:
 
 def read_demonstrations(config: SourceConfig) -> dict[str, PairMaker]:
     """The demonstrations of a set that is to be solved; tasks with a single one teach nothing and are left out."""
-    found = load_tasks(TasksConfig(spec=config.path), outputs=False)
-    return {task.id: partial(_all_pairs, task.train) for task in found.tasks if len(task.train) > 1}
+    task_set = load_tasks(TasksConfig(spec=config.path), outputs=False)
+    return {task.id: partial(_all_pairs, task.train) for task in task_set.tasks if len(task.train) > 1}
 
 
 def read_pairs(config: SourceConfig) -> dict[str, PairMaker]:

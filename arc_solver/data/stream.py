@@ -18,19 +18,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ..config import CorpusConfig, FormatConfig, UserError, named_rng
-from ..puzzles.augment import ColourPolicy, random_augmentation, random_problem_augmentation
-from ..puzzles.encode import (
-    IGNORE,
-    PAD,
-    Labels,
-    Sample,
-    encode_imitation,
-    encode_sample,
-    imitation_tokens,
-    sample_tokens,
-)
-from ..puzzles.tasks import Pair
+from ..config import CorpusConfig, FormatConfig
+from ..errors import UserError
+from ..puzzles import IGNORE, PAD, ColourPolicy, Labels, Pair, Sample, encode_sample, random_augmentation, sample_tokens
+from ..puzzles.augment import random_problem_augmentation
+from ..puzzles.encode import encode_imitation, imitation_tokens
+from ..rng import named_rng
 from .sources import Source
 
 GROUP = 16  # batches that are packed together: enough for even filling, few enough to be made in a moment
@@ -59,13 +52,14 @@ class Batch:
         return int((self.ids_T != PAD).sum())
 
     @property
-    def learnt(self) -> int:
+    def target_tokens(self) -> int:
+        """Number of tokens that have a label and so count in the loss."""
         return int((self.labels_T != IGNORE).sum())
 
 
 @dataclass(frozen=True, eq=False)
-class Draw:
-    """A sample, and what it took to draw it."""
+class DrawnSample:
+    """A sample with the source it was drawn from, and what was dropped or rejected on the way."""
 
     sample: Sample
     source: int = 0  # index into the mixture
@@ -73,7 +67,7 @@ class Draw:
     too_long: int = 0  # samples of its source that were drawn before it and did not fit at all
 
 
-class SampleStream(Dataset[Draw]):
+class SampleStream(Dataset[DrawnSample]):
     """Draw `index` is a pure function of (seed, names, index), for any index >= 0.
 
     Args:
@@ -103,7 +97,7 @@ class SampleStream(Dataset[Draw]):
     def __len__(self) -> int:
         return 2**62
 
-    def __getitem__(self, index: int) -> Draw:
+    def __getitem__(self, index: int) -> DrawnSample:
         rng = named_rng(self.seed, *self.names, index)
         s = min(int(np.searchsorted(self.cumulative, rng.random(), side="right")), len(self.sources) - 1)
         config = self.sources[s].config
@@ -116,7 +110,7 @@ class SampleStream(Dataset[Draw]):
             while self.config.too_long == "drop" and kept > 2 and tokens(pairs[:kept], self.format) > room:
                 kept -= 1
             if tokens(pairs[:kept], self.format) <= room:
-                return Draw(self._encode(pairs[:kept], imitates), s, len(pairs) - kept, too_long)
+                return DrawnSample(self._encode(pairs[:kept], imitates), s, len(pairs) - kept, too_long)
         raise UserError(
             f"corpus.max_tokens={self.config.max_tokens} is too small for source '{config.label}': 1000 samples"
             " of it in a row were longer"
@@ -183,7 +177,7 @@ class BatchStream(Dataset[list[Batch]]):
     def __getitem__(self, place: tuple[int, int]) -> list[Batch]:
         group, lane = place
         first = (group * self.lanes + lane) * SAMPLES_PER_GROUP
-        draws: list[Draw] = []
+        draws: list[DrawnSample] = []
         drawn = 0
         while drawn < FILLED * GROUP * self.batch_tokens:
             draws.append(self.samples[first + len(draws)])
@@ -196,7 +190,7 @@ class BatchStream(Dataset[list[Batch]]):
             for batch, counted in zip(batches, counts, strict=True)
         ]
 
-    def _counts(self, draws: Sequence[Draw], packed: bool = True) -> np.ndarray:
+    def _counts(self, draws: Sequence[DrawnSample], packed: bool = True) -> np.ndarray:
         counts_SC = np.zeros((len(self.samples.sources), len(COUNTS)), dtype=np.int64)
         for draw in draws:
             counts_SC[draw.source] += (1, len(draw.sample), draw.dropped, 0, 0) if packed else (0, 0, 0, 0, 1)
@@ -204,7 +198,9 @@ class BatchStream(Dataset[list[Batch]]):
         return counts_SC
 
 
-def share_out(draws: Sequence[Draw], batch_tokens: int, count: int) -> tuple[list[list[Draw]], list[Draw]]:
+def share_out(
+    draws: Sequence[DrawnSample], batch_tokens: int, count: int
+) -> tuple[list[list[DrawnSample]], list[DrawnSample]]:
     """Shares samples out over `count` batches, longest first; and what found no room.
 
     Each goes to the batch with most room, which makes the batches alike. Where that leaves any out, as of nothing but
@@ -218,10 +214,13 @@ def share_out(draws: Sequence[Draw], batch_tokens: int, count: int) -> tuple[lis
 
 
 def _share_out(
-    draws: Sequence[Draw], batch_tokens: int, count: int, choose: Callable[[list[tuple[int, int]]], tuple[int, int]]
-) -> tuple[list[list[Draw]], list[Draw]]:
+    draws: Sequence[DrawnSample],
+    batch_tokens: int,
+    count: int,
+    choose: Callable[[list[tuple[int, int]]], tuple[int, int]],
+) -> tuple[list[list[DrawnSample]], list[DrawnSample]]:
     rooms = [batch_tokens] * count
-    batches: list[list[Draw]] = [[] for _ in range(count)]
+    batches: list[list[DrawnSample]] = [[] for _ in range(count)]
     left_out = []
     for draw in sorted(draws, key=lambda draw: -len(draw.sample)):
         size = len(draw.sample)

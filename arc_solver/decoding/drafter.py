@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..puzzles.encode import END, INPUT, NEWLINE, NUMBER, OUTPUT, Cursor
-from ..puzzles.tasks import MAX_SIDE
+from ..puzzles import END, INPUT, MAX_SIDE, NEWLINE, NUMBER, OUTPUT, Cursor
 from .token_tree import Grammar, TokenTree
 
 LIKELY = 0.4  # probability that a whole chain of guesses is right, at least
@@ -22,7 +21,7 @@ LONGEST = 15  # guesses in a pass after the first, in which all rows are padded 
 Rule = Callable[[Cursor, Sequence[int]], int | None]  # place in the reply, its ids so far -> the id that is next
 
 
-class SameCell:
+class CopyCell:
     """A rule: the same cell of another grid, whatever the two sizes, and its ends of rows and of the grid."""
 
     def __init__(self, ids: Sequence[int]):
@@ -49,7 +48,7 @@ class SameCell:
             return row[cursor.column]
         return NEWLINE if cursor.column == len(row) else None
 
-    def agrees(self, other: "SameCell") -> float:
+    def agrees(self, other: "CopyCell") -> float:
         """Share of cells that are equal; 0 for grids of different shapes."""
         if [len(row) for row in self.rows] != [len(row) for row in other.rows] or not self.rows:
             return 0.0
@@ -57,14 +56,14 @@ class SameCell:
         return float(np.mean([a == b for a, b in pairs]))
 
 
-def above(cursor: Cursor, ids: Sequence[int]) -> int | None:
+def copy_above(cursor: Cursor, ids: Sequence[int]) -> int | None:
     """A rule: the cell above."""
     if cursor.width is None or cursor.row == 0 or cursor.column >= cursor.width or cursor.needs_number:
         return None
     return ids[-cursor.width - 1 - cursor.config.row_numbers]
 
 
-def left(cursor: Cursor, ids: Sequence[int]) -> int | None:
+def copy_left(cursor: Cursor, ids: Sequence[int]) -> int | None:
     """A rule: the cell to the left."""
     return ids[-1] if cursor.column else None
 
@@ -90,8 +89,8 @@ class Drafter:
         self.recorded = 1  # nodes of the path that the record covers; the prompt is the first
         self.rules = [] if drafts is None else [*_of_drafts(drafts), *_of_prompt(tree)]
 
-    def chain(self, most: float, node: int | None = None) -> list[int]:
-        """Nodes that are likely to come after `node`, one after another; END may be the last.
+    def draft(self, most: float, node: int | None = None) -> list[int]:
+        """Drafts nodes likely to follow `node` on the greedy path, for the model to verify; END may be the last.
 
         Args:
             node: what they follow, if not the end of the greedy path.
@@ -146,7 +145,7 @@ def _legal(rule: Rule, grammar: Grammar, state: int, ids: Sequence[int]) -> int 
 
 def _of_drafts(drafts: Sequence[Sequence[int]]) -> list[_Trusted]:
     """The distinct ones, each trusted as far as the others agree with it."""
-    rules = [SameCell(draft) for draft in drafts]
+    rules = [CopyCell(draft) for draft in drafts]
     distinct = {str(rule.rows): i for i, rule in reversed(list(enumerate(rules)))}
     trusted = []
     for i in sorted(distinct.values()):
@@ -161,14 +160,14 @@ def _of_prompt(tree: TokenTree) -> list[_Trusted]:
     A prompt may be any ids; what is no grid is passed over.
     """
     ids = tree.prompt.ids_T
-    grids = [SameCell(part.tolist()) for part in np.split(ids, np.flatnonzero((ids == INPUT) | (ids == OUTPUT)))[1:-1]]
-    *shown, asked = grids or [SameCell(())]
+    grids = [CopyCell(part.tolist()) for part in np.split(ids, np.flatnonzero((ids == INPUT) | (ids == OUTPUT)))[1:-1]]
+    *shown, asked = grids or [CopyCell(())]
     outputs = [np.array(grid.rows) for grid in shown[1::2] if len({len(row) for row in grid.rows}) == 1]
     copied = [given.agrees(output) for given, output in zip(shown[::2], shown[1::2], strict=False)]
     return [
         _Trusted(asked, _mean(copied)),
-        _Trusted(above, _mean([cell for o in outputs for cell in (o[1:] == o[:-1]).ravel()])),
-        _Trusted(left, _mean([cell for o in outputs for cell in (o[:, 1:] == o[:, :-1]).ravel()])),
+        _Trusted(copy_above, _mean([cell for o in outputs for cell in (o[1:] == o[:-1]).ravel()])),
+        _Trusted(copy_left, _mean([cell for o in outputs for cell in (o[:, 1:] == o[:, :-1]).ravel()])),
     ]
 
 

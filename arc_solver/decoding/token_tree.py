@@ -1,7 +1,7 @@
-"""What is known about the replies to one prompt: a tree of ids, each with what the model says may come after it.
+"""A tree of reply ids to one prompt, with the model's log-probabilities and each node's column in the KV cache.
 
 Greedy decoding, search and scoring walk the same tree, so what one of them found out costs the others nothing. Node 0
-is the prompt. A node is *known* once the model has said what may follow it, and *placed* while its keys and values are
+is the prompt. A node is *known* once the model has said what may follow it, and *cached* while its keys and values are
 in the cache; either may be so without the other.
 """
 
@@ -11,11 +11,12 @@ from copy import copy
 import numpy as np
 
 from ..config import FormatConfig
-from ..puzzles.encode import END, GRID_STRIDE, INPUT, OUTPUT, VOCABULARY, Cursor, Prompt
+from ..puzzles import END, INPUT, OUTPUT, VOCABULARY, Cursor, Prompt
+from ..puzzles.encode import GRID_STRIDE
 
 
 class Grammar:
-    """What `Cursor` says, as a table of its states that is filled as they are reached.
+    """The reply grammar as a state table (legal ids, next state), filled as states are reached.
 
     Rows of a batch and paths of a tree meet the same states again and again; a number stands for a state here.
     """
@@ -57,20 +58,20 @@ class Grammar:
 
 
 class TokenTree:
-    """The replies to one prompt, as far as anyone has looked at them.
+    """All replies to one prompt that have been looked at so far, as a tree of ids.
 
     Args:
-        context: positions that the model has; what would lie beyond them is not in the tree.
+        context_length: positions that the model has; what would lie beyond them is not in the tree.
     """
 
-    def __init__(self, prompt: Prompt, grammar: Grammar, context: int):
-        self.prompt, self.grammar, self.context = prompt, grammar, context
+    def __init__(self, prompt: Prompt, grammar: Grammar, context_length: int):
+        self.prompt, self.grammar, self.context_length = prompt, grammar, context_length
         markers = np.count_nonzero((prompt.ids_T == INPUT) | (prompt.ids_T == OUTPUT))
         self.grid_start = GRID_STRIDE * (int(markers) - 1) if grammar.format.positions == "grid" else None
         # Of each node. Parents come before their children.
         self.parents, self.ids, self.states, self.positions = [-1], [-1], [Grammar.START], [len(prompt) - 1]
         self.depths = [0]
-        self.columns = [-1]  # of the cache; -1: not placed. That of the prompt is its last one
+        self.columns = [-1]  # of the cache; -1: not cached. That of the prompt is its last one
         self.run_starts = [0]  # the oldest ancestor from which on columns are consecutive
         self.known = [False]
         self.greedy = [-1]  # the most probable legal id after it
@@ -88,7 +89,7 @@ class TokenTree:
         state, offset = self.grammar.step(self.states[node], token)
         depth = self.depths[node] + 1
         position = len(self.prompt) + depth - 1 if self.grid_start is None else self.grid_start + offset
-        if position >= self.context:
+        if position >= self.context_length:
             return None
         found = self._children[node, token] = len(self.ids)
         for column, value in (
@@ -131,8 +132,8 @@ class TokenTree:
         ids = [self.ids[node] for node in nodes[1:]]
         return float(self.log_probabilities_NV[nodes[:-1], ids].sum(dtype=np.float64))
 
-    def learn(self, nodes: Sequence[int], log_probabilities_TV: np.ndarray) -> None:
-        """What the model says of the ids after these nodes. They become known."""
+    def record(self, nodes: Sequence[int], log_probabilities_TV: np.ndarray) -> None:
+        """Stores the model's next-id log-probabilities after these nodes; they are known from now on."""
         while len(self.log_probabilities_NV) < len(self.ids):
             self.log_probabilities_NV = np.concatenate(
                 (self.log_probabilities_NV, np.zeros_like(self.log_probabilities_NV))
@@ -155,14 +156,14 @@ class TokenTree:
         return self.cut or self.ended(tip)
 
     @property
-    def placed(self) -> bool:
+    def prompt_is_cached(self) -> bool:
         return self.columns[0] >= 0
 
-    def place_prompt(self) -> None:
+    def assign_prompt_columns(self) -> None:
         self.columns[0] = len(self.prompt) - 1
         self.used = len(self.prompt)
 
-    def place(self, nodes: Sequence[int]) -> None:
+    def assign_columns(self, nodes: Sequence[int]) -> None:
         """Nodes get the next free columns, in this order; parents come first."""
         for node in nodes:
             parent = self.parents[node]
@@ -172,15 +173,15 @@ class TokenTree:
             )
             self.used += 1
 
-    def free_from(self, column: int) -> None:
+    def free_columns_from(self, column: int) -> None:
         """Columns from `column` on are free again: what is written next overwrites them."""
         if column >= self.used:
             return
         self.used = column
         self.columns = [-1 if place >= column else place for place in self.columns]
 
-    def unplaced(self, nodes: Iterable[int]) -> list[int]:
-        """What has to go through the model to know `nodes`: those not known, and ancestors not placed, parents first.
+    def nodes_to_run(self, nodes: Iterable[int]) -> list[int]:
+        """The nodes that a pass must run for `nodes` to become known: they and uncached ancestors, parents first.
 
         The prompt is not among them.
         """
@@ -193,8 +194,8 @@ class TokenTree:
                 node = self.parents[node]
         return sorted(found)
 
-    def see(self, node: int, seen_R: np.ndarray) -> None:
-        """Marks the columns after the prompt of a placed node and its ancestors. [R] bool."""
+    def mark_visible(self, node: int, seen_R: np.ndarray) -> None:
+        """Sets the mask of one query: the cached columns of a node and its ancestors. [R] bool."""
         while node:
             oldest = self.run_starts[node]
             seen_R[self.columns[oldest] - len(self.prompt) : self.columns[node] + 1 - len(self.prompt)] = True

@@ -1,4 +1,4 @@
-"""Answers from vLLM, in this process: the same ids and log-probabilities as `engine.TorchEngine`, many rows at a time.
+"""Answers from vLLM, in this process: the same ids and log-probabilities as `TorchEngine`, many rows at a time.
 
 vLLM knows nothing of which id is legal where. It is asked for greedy continuations among all ids that are ever legal,
 and reports the log-probabilities of all of these at every place. They go into a tree of what is known under a prompt,
@@ -27,15 +27,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..config import EngineConfig, FormatConfig, MachineError, UserError, first_line
-from ..models.adapters import Adapter, save_adapter
+from ..config import EngineConfig, FormatConfig
+from ..errors import MachineError, UserError, first_line
+from ..models import Adapter, Model, save_adapter
 from ..models.kv_cache import bytes_per_token
-from ..models.model import Model
-from ..puzzles.encode import END, NEWLINE, NUMBER, VOCABULARY, Prompt, longest_reply
-from ..puzzles.tasks import COLOURS, MAX_SIDE
+from ..puzzles import COLOURS, END, MAX_SIDE, NEWLINE, NUMBER, VOCABULARY, Prompt, longest_reply
 from .drafter import Drafter
+from .engine import DecodingStats, Drafts, Reply, ReplyScore, SearchResult
+from .search import common_prefix_length, greedy_reply, score_reply
 from .token_tree import Grammar, TokenTree
-from .torch_engine import Cost, Drafts, Found, Reply, Scored, agreement, greedy_reply, scored
 
 SETTINGS = {  # read when vllm is imported
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process: no workers to start, and none left behind
@@ -63,12 +63,17 @@ class VLLMEngine:
     """
 
     def __init__(
-        self, model: Model, model_dir: Path, config: EngineConfig, like: Adapter | None = None, context: int = 8192
+        self,
+        model: Model,
+        model_dir: Path,
+        config: EngineConfig,
+        like: Adapter | None = None,
+        context_length: int = 8192,
     ):
         check_positions(model.format)
         self.format = model.format
-        self.context = min(context, model.lm.config.max_position_embeddings)
-        needed = self.context * bytes_per_token(model) / 2**30  # GiB
+        self.context_length = min(context_length, model.lm.config.max_position_embeddings)
+        needed = self.context_length * bytes_per_token(model) / 2**30  # GiB
         if needed > config.kv_cache_gib:
             raise UserError(
                 f"a prompt and its reply may take {needed:.3g} GiB of keys and values, and engine.kv_cache_gib is"
@@ -106,7 +111,7 @@ class VLLMEngine:
                     skip_tokenizer_init=True,
                     generation_config="vllm",  # its own defaults, whatever the checkpoint suggests
                     enforce_eager=on_cpu,  # on a GPU, LoRA without CUDA graphs is very slow
-                    max_model_len=self.context,
+                    max_model_len=self.context_length,
                     max_num_seqs=config.max_sequences,
                     max_num_batched_tokens=config.step_tokens,
                     kv_cache_memory_bytes=int(config.kv_cache_gib * 2**30),
@@ -125,7 +130,7 @@ class VLLMEngine:
             ) from error
 
     @contextmanager
-    def open(self, prompts: Sequence[Prompt], adapters: Sequence[Adapter | None]) -> Iterator["VLLMSession"]:
+    def open_session(self, prompts: Sequence[Prompt], adapters: Sequence[Adapter | None]) -> Iterator["VLLMSession"]:
         """Takes prompts, each with the adapter that it is answered under, until the context is left.
 
         Raises:
@@ -249,10 +254,10 @@ class VLLMSession:
     """An `engine.Session`. Where the engine's deadline came first, replies have no END and scores are NaN."""
 
     def __init__(self, engine: VLLMEngine, prompts: Sequence[Prompt], adapters: Sequence[Any]):
-        self.cost = Cost()
+        self.cost = DecodingStats()
         self._engine, self._adapters = engine, adapters
         grammar = Grammar(engine.format)
-        self._trees = [TokenTree(prompt, grammar, engine.context) for prompt in prompts]
+        self._trees = [TokenTree(prompt, grammar, engine.context_length) for prompt in prompts]
         self._answered: set[int] = set()
         self._pending: set[str] = set()  # requests that vLLM has not reported on
         self._open: set[str] = set()  # requests that vLLM has not finished
@@ -276,7 +281,7 @@ class VLLMSession:
         replies = {row: greedy_reply(self._trees[row]) for row in dict.fromkeys(rows)}
         for row, (start, ids) in guesses.items():
             self.cost.drafted += len(ids) - start
-            self.cost.accepted += max(0, agreement(ids, replies[row].ids) - start)
+            self.cost.accepted += max(0, common_prefix_length(ids, replies[row].ids) - start)
         for row in replies.keys() - self._answered:
             tree = self._trees[row]
             if tree.ended(tree.path[-1]) or not self._room(_Tip(row, tree.path[-1])):
@@ -284,7 +289,7 @@ class VLLMSession:
                 self._answered.add(row)
         return [replies[row] for row in rows]
 
-    def search(self, threshold: float, max_nodes: int) -> list[Found]:
+    def search(self, threshold: float, max_nodes: int) -> list[SearchResult]:
         """For every prompt, the legal replies of probability `threshold` or more; `max_nodes` ids at most are tried."""
         assert threshold > 0, threshold
         least = math.log(threshold)
@@ -310,12 +315,12 @@ class VLLMSession:
 
         ended |= {tip.row for tip in self._explore([_Tip(row, 0) for row in range(len(self._trees))], follow)}
         in_order = [sorted(replies, key=lambda reply: (-reply.log_probability, reply.ids)) for replies in found]
-        return [Found(tuple(replies), row not in ended) for row, replies in enumerate(in_order)]
+        return [SearchResult(tuple(replies), row not in ended) for row, replies in enumerate(in_order)]
 
-    def score(self, replies: Sequence[Sequence[Sequence[int]]]) -> list[list[Scored]]:
+    def score(self, replies: Sequence[Sequence[Sequence[int]]]) -> list[list[ReplyScore]]:
         """For every prompt, its own list of replies (with END) scored; what is known already costs nothing."""
         self._learn((row, tuple(ids)) for row, mine in enumerate(replies) for ids in mine)
-        return [[scored(tree, ids) for ids in mine] for tree, mine in zip(self._trees, replies, strict=True)]
+        return [[score_reply(tree, ids) for ids in mine] for tree, mine in zip(self._trees, replies, strict=True)]
 
     def close(self) -> None:
         """Nothing of it is left in vLLM, even if it was left in the middle."""
@@ -325,7 +330,7 @@ class VLLMSession:
         """How many ids of the reply are known, and how it is likely to go on from there, those ids included."""
         tree = self._trees[row]
         tip = tree.path[-1]
-        return tree.depths[tip], tree.ids_to([tip, *Drafter(tree, drafts).chain(math.inf)][-1])
+        return tree.depths[tip], tree.ids_to([tip, *Drafter(tree, drafts).draft(math.inf)][-1])
 
     def _explore(self, start: list[_Tip], follow: Callable[[_Tip], list[_Tip]]) -> list[_Tip]:
         """Makes places known. For each, `follow` then says which of the places after it are wanted too.
@@ -339,7 +344,7 @@ class VLLMSession:
             tree, completion = self._trees[tip.row], output.outputs[0]
             others: list[_Tip] = []
             for i, token in enumerate(completion.token_ids):
-                tree.learn([tip.node], _row(completion.logprobs, i)[None])
+                tree.record([tip.node], _row(completion.logprobs, i)[None])
                 wanted = follow(tip)
                 others += [after for after in wanted if tree.ids[after.node] != token]
                 ahead = [after for after in wanted if tree.ids[after.node] == token]
@@ -368,7 +373,7 @@ class VLLMSession:
     def _room(self, tip: _Tip) -> int:
         """How many ids may come after a place at most."""
         tree = self._trees[tip.row]
-        longest = min(self._engine.context - len(tree.prompt), longest_reply(self._engine.format))
+        longest = min(self._engine.context_length - len(tree.prompt), longest_reply(self._engine.format))
         return longest - tree.depths[tip.node]
 
     def _learn(self, wanted: Iterable[tuple[int, tuple[int, ...]]]) -> None:
@@ -390,7 +395,7 @@ class VLLMSession:
             for output in self._outputs(asked):
                 row, nodes = asked.pop(output.request_id)
                 reported = _rows_at_the_end(output, len(nodes))
-                self._trees[row].learn(nodes[-len(reported) :], reported)
+                self._trees[row].record(nodes[-len(reported) :], reported)
 
     def _ask(self, row: int, ids: Sequence[int], params: Any) -> str:
         name = self._engine.add([*self._trees[row].prompt.ids_T.tolist(), *ids], params, self._adapters[row])

@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..config import AdaptConfig, UserError
-from .attention import sent
-from .decoder import Blocks, LoraLinear
+from ..config import AdaptConfig
+from ..errors import UserError
+from .attention import to_device
+from .fast_decoder import AdapterPadding, LoraLinear
 from .model import Model
 from .peft_format import CONFIG_FILE, PREFIX, WEIGHTS_FILE, check_adapter, layer_alphas
 
@@ -88,25 +89,25 @@ class LoraBank:
         self.gradients_KP.mul_((most / (norms_K + 1e-6)).clamp_max(1)[:, None])
         return norms_K
 
-    def row(self, k: int) -> nn.Parameter:
-        """All of adapter k as one parameter, with its gradients: an optimizer of its own changes the bank. [P]"""
+    def flat_parameter(self, k: int) -> nn.Parameter:
+        """Adapter k as one flat parameter with gradient, a view of the bank, for an optimizer of its own. [P]"""
         p = nn.Parameter(self.weights_KP[k])
         p.grad = self.zero_gradients()[k]
         return p
 
-    def use(self, live: Sequence[int]) -> None:
-        """The next batches are for these adapters, in this order, in equal blocks of rows."""
+    def activate(self, live: Sequence[int]) -> None:
+        """Selects the adapters that the next batches go through, one equal block of rows each."""
         wanted = () if list(live) == list(range(self.count)) else tuple(live)
         if wanted != self.live:
             self.live = wanted
-            live_L = sent(torch.tensor(wanted), self.weights_KP.device) if wanted else None
+            live_L = to_device(torch.tensor(wanted), self.weights_KP.device) if wanted else None
             for layer in self.layers.values():
                 layer.live_L = live_L
 
-    def use_rows(self, rows_K: Sequence[int], length: int) -> None:
+    def set_rows_per_adapter(self, rows_K: Sequence[int], length: int) -> None:
         """How many rows of the next batches, of so many ids, belong to each adapter, one after another."""
         equal = len(set(rows_K)) == 1
-        blocks = None if equal else Blocks.of([rows * length for rows in rows_K], self.weights_KP.device)
+        blocks = None if equal else AdapterPadding.of([rows * length for rows in rows_K], self.weights_KP.device)
         for layer in self.layers.values():
             layer.blocks = blocks
 
@@ -138,8 +139,8 @@ def _views(whole_KP: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
 
 
 @contextmanager
-def attached(model: Model, adapters: Sequence[Adapter]) -> Iterator[LoraBank]:
-    """The model with these adapters on its linear layers, one block of rows each; the bare model again afterwards.
+def attach_adapters(model: Model, adapters: Sequence[Adapter]) -> Iterator[LoraBank]:
+    """Context manager: attaches these adapters to the model's linear layers, yields the bank, detaches them at the end.
 
     Raises:
         UserError: an adapter is for another model, or they differ in rank, alpha or layers.

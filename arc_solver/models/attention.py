@@ -25,8 +25,8 @@ AMPERE = 8, 0  # the compute capability from which on flash attention runs
 MOST_UNEVEN = 2  # longest by shortest of sequences that are padded to one length
 
 
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on the device, without waiting for what the device is doing."""
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copies a CPU tensor to the device without waiting for it: pinned memory, non_blocking."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
@@ -51,7 +51,7 @@ class Packing:
                 becomes part of the graph; 0: those of the longest here, rounded up to a power of two.
         """
         assert ends_S.device.type == "cpu", ends_S.device
-        starts_S1 = sent(F.pad(ends_S, (1, 0)).to(torch.int32), device)
+        starts_S1 = to_device(F.pad(ends_S, (1, 0)).to(torch.int32), device)
         for ends in (ends_S, starts_S1):
             torch._dynamo.maybe_mark_dynamic(ends, 0)  # the number of sequences differs from batch to batch
         longest = int(ends_S.diff(prepend=ends_S.new_zeros(1)).max())
@@ -72,8 +72,8 @@ class Packing:
             rows.append(rows_GL.flatten())
             begin += rows_GL.numel()
         device = self.starts_S1.device
-        moved = tuple(sent(rows_N, device) for rows_N in rows)
-        return Padded(moved, tuple(map(len, groups)), sent(places_T, device))
+        moved = tuple(to_device(rows_N, device) for rows_N in rows)
+        return Padded(moved, tuple(map(len, groups)), to_device(places_T, device))
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..config import UserError
+from ..errors import UserError
 
 # Ends of the names of architectures that write no text, or not from text alone.
 OTHER_KINDS = {
@@ -19,16 +19,16 @@ OTHER_KINDS = {
 }
 
 
-def instead_of_checkpoint(path: Path) -> str:
-    """What there is in place of a checkpoint, and what to do; "" if that cannot be told."""
+def explain_no_checkpoint(path: Path) -> str:
+    """Why a folder is no checkpoint, and what to do about it; "" if unknown."""
     if (path / "adapter_config.json").is_file():
         return "it is an adapter; give it as model.adapter, and the model that it is for as model.path"
     if (path / "model" / "config.json").is_file():
         return f"it is a run of bin/train; give {path / 'model'}"
-    return other_format(path)
+    return explain_no_safetensors(path)
 
 
-def other_format(path: Path) -> str:
+def explain_no_safetensors(path: Path) -> str:
     """What there is in place of weights in safetensors, and what to do; "" if that cannot be told."""
     inside = sorted(file.name for file in path.glob("*")) if path.is_dir() else [path.name]
     if gguf := next((name for name in inside if name.endswith(".gguf")), ""):
@@ -44,7 +44,7 @@ def other_format(path: Path) -> str:
     return ""
 
 
-def refuse_pointers(folder: Path) -> None:
+def refuse_lfs_pointers(folder: Path) -> None:
     """Refuses a folder with files that git-lfs has not fetched: a few lines of text in place of each.
 
     Raises:
@@ -61,7 +61,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: it holds no settings, or files are missing that git-lfs has not fetched.
     """
-    refuse_pointers(folder)
+    refuse_lfs_pointers(folder)
     try:
         config = json.loads((folder / "config.json").read_text())
         if not isinstance(config, dict):
@@ -71,8 +71,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}/config.json is damaged, copy or make it again: {error}") from None
 
 
-def check_kind(folder: Path) -> None:
-    """Refuses a checkpoint whose numbers are packed, or are those of something else than a causal language model.
+def require_causal_lm(folder: Path) -> None:
+    """Refuses a checkpoint that is quantised or is not a causal language model.
 
     Raises:
         UserError: it is one.

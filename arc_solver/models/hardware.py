@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ..config import UserError
+from ..errors import UserError
 
 
 def pick_device(name: str) -> torch.device:
@@ -32,8 +32,8 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if _bf16_by(device) else torch.float32
 
 
-def precision_of(device: torch.device) -> str:
-    """The same in words, and why."""
+def describe_precision(device: torch.device) -> str:
+    """The number type that `fast_dtype` picks, and why, as text for the user."""
     if unit := _bf16_by(device):
         return f"bf16 ({unit})"
     if device.type == "cuda":

@@ -10,14 +10,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .attention import sent
+from .attention import to_device
 from .model import Model
 
 ROOM = 64  # columns of headroom, at least, when buffers are made or grow
 
 
-class Cache(Protocol):
-    """All that models of transformers want of a cache, in any version from 5.0 on."""
+class PassCache(Protocol):
+    """What a transformers model calls on its cache (5.0 and later); one object serves one forward pass."""
 
     def update(self, k_BGTD: Tensor, v_BGTD: Tensor, layer: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """Takes the keys and values of new ids; gives those that they attend to, [B, G, K, D] each.
@@ -33,7 +33,7 @@ def _index(rows: Sequence[int], device: torch.device) -> slice | Tensor:
     """Rows as an index that is made once, so that no layer waits for it: a slice where they follow each other."""
     if list(rows) == list(range(rows[0], rows[0] + len(rows))):
         return slice(rows[0], rows[0] + len(rows))
-    return sent(torch.tensor(rows), device)
+    return to_device(torch.tensor(rows), device)
 
 
 Buffers = dict[int, tuple[Tensor, Tensor]]  # layer -> keys, values [B, G, capacity, D]
@@ -61,16 +61,16 @@ class KvCache:
     def bytes(self) -> int:
         return sum(x.nbytes for buffers in (self.all, self.some) for pair in buffers.values() for x in pair)
 
-    def prompts(self, rows: Sequence[int]) -> Cache:
-        """For a causal pass: keeps what it is given as the first columns of these rows."""
+    def for_prefill(self, rows: Sequence[int]) -> PassCache:
+        """The cache for one causal prefill pass: stores what it gets as the first columns of these rows."""
         return _Prompts(self, rows)
 
-    def step(self, columns_BT: Tensor, end: int) -> Cache:
-        """For a pass of all of `self.rows`: writes at these columns, and shows the first `end` ones."""
+    def for_decoding(self, columns_BT: Tensor, end: int) -> PassCache:
+        """The cache for one decoding pass over `self.rows`: writes these columns, returns the first `end`."""
         return _Step(self, columns_BT, end)
 
-    def focus(self, wanted: Sequence[int]) -> None:
-        """Makes `self.rows` a superset of `wanted` that is less than twice as large.
+    def compact_to(self, wanted: Sequence[int]) -> None:
+        """Shrinks the active rows to a superset of `wanted` that is less than twice as large.
 
         Copying rows is cheap; going through rows that have nothing to say is not, as attention reads all their columns.
         """
@@ -106,7 +106,7 @@ class KvCache:
 
 
 class _Stateless:
-    """What makes positions and masks of a cache's length is not asked for them here: see `Cache`."""
+    """What makes positions and masks of a cache's length is not asked for them here: see `PassCache`."""
 
     def get_seq_length(self, layer: int = 0) -> int:
         return 0

@@ -15,9 +15,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..config import LoraConfig, UserError
-from ..data.leaks import TrainingData
-from .adapters import Adapter, attached, load_adapter, merge
+from ..config import LoraConfig
+from ..data import TrainingData
+from ..errors import UserError
+from .adapters import Adapter, attach_adapters, load_adapter, merge
 from .model import DATA_FILE, Model, fingerprint, load_model
 from .peft_format import CONFIG_FILE, PREFIX, WEIGHTS_FILE, check_adapter
 
@@ -129,11 +130,10 @@ def check_base(folder: Path, base_dir: Path, by_peft: bool = False) -> frozenset
     return layers
 
 
-def base_it_names(folder: Path) -> str:
-    """What an adapter that others made says of its base: a name, by which nothing can be checked.
+def unverified_base_warning(folder: Path) -> str:
+    """A warning if the adapter only names its base, so that the match is unverified; "" if it is verified.
 
-    Returns:
-        A remark for the user; "" where the adapter was checked against the base's own numbers.
+    It is verified where the adapter was checked against the base's own numbers.
     """
     if (folder / BASE_FILE).is_file():
         return ""
@@ -182,11 +182,11 @@ def merged_model(adapter_dir: Path, base_dir: Path) -> Model:
     """The checkpoint in `base_dir` with an adapter of any kind merged into its weights, in float32."""
     base = load_model(base_dir)
     lm = continue_lora(base, adapter_dir, base_dir).merge_and_unload()
-    return Model(lm, base.format, trained_with(base.trained_on, adapter_dir))
+    return Model(lm, base.format, combined_training_data(base.trained_on, adapter_dir))
 
 
-def with_adapter(model: Model, adapter: str, base_dir: Path) -> Model:
-    """The model with a saved LoRA adapter merged into its weights, if a folder of one is given.
+def merge_saved_adapter(model: Model, adapter: str, base_dir: Path) -> Model:
+    """Merges the LoRA adapter saved in a folder into the model's weights; with "" the model stays as it is.
 
     Raises:
         UserError: there is none, it is for another base, or no plain LoRA.
@@ -200,11 +200,11 @@ def with_adapter(model: Model, adapter: str, base_dir: Path) -> Model:
         merge(model, loaded)
     except UserError as error:
         raise UserError(f"the adapter in {folder} cannot be merged into the model in {base_dir}: {error}") from error
-    return Model(model.lm, model.format, trained_with(model.trained_on, folder))
+    return Model(model.lm, model.format, combined_training_data(model.trained_on, folder))
 
 
-def with_start(model: Model, folder: Path, base_dir: Path) -> tuple[Model, Adapter]:
-    """A saved LoRA adapter that tasks continue, and the model that it is for, which knows what both were trained on.
+def load_start_adapter(model: Model, folder: Path, base_dir: Path) -> tuple[Model, Adapter]:
+    """Loads the adapter that every task's adapter starts from; also the model, its training record extended.
 
     Raises:
         UserError: there is none, it is for another base, or no plain LoRA.
@@ -218,15 +218,15 @@ def with_start(model: Model, folder: Path, base_dir: Path) -> tuple[Model, Adapt
             ' adapt.start="fresh" merges it into the model'
         )
     try:
-        with attached(model, [adapter]):
+        with attach_adapters(model, [adapter]):
             pass
     except UserError as error:
         raise UserError(f"the adapter in {folder} does not go on the model in {base_dir}: {error}") from error
-    return Model(model.lm, model.format, trained_with(model.trained_on, folder)), adapter
+    return Model(model.lm, model.format, combined_training_data(model.trained_on, folder)), adapter
 
 
-def trained_with(base: TrainingData | None, folder: Path) -> TrainingData | None:
-    """What a base and the adapter on it were trained on together; None where either does not say.
+def combined_training_data(base: TrainingData | None, folder: Path) -> TrainingData | None:
+    """What a base and its adapter were trained on, for the leak audit; None if either is unknown.
 
     Raises:
         UserError: what the adapter says cannot be read.

@@ -21,13 +21,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import BUNDLED_DIR, FormatConfig, ModelConfig, Quantize, UserError, first_line
-from ..data.leaks import DATA_FILE, TrainingData, read_training_data
+from ..config import BUNDLED_DIR, FormatConfig, ModelConfig, Quantize
+from ..data import DATA_FILE, TrainingData, read_training_data
 from ..data.stream import Batch
-from ..puzzles.encode import END, IGNORE, PAD, TOKENS, VOCABULARY
-from . import decoder
-from .attention import Packing, attend, sent
-from .checkpoint_format import check_kind, instead_of_checkpoint, read_config
+from ..errors import UserError, first_line
+from ..puzzles import END, IGNORE, PAD, VOCABULARY
+from ..puzzles.encode import TOKENS
+from . import fast_decoder
+from .attention import Packing, attend, to_device
+from .checkpoint_format import explain_no_checkpoint, read_config, require_causal_lm
 
 ATTENTION = "arc_solver"
 
@@ -72,8 +74,8 @@ class Model:
             attention: `packing`, where packed sequences end (B must be 1), or `mask_BTK`, True where a key may be seen,
                 with a `cache` to keep keys and values (`kv_cache`). None of them: plain causal attention.
         """
-        if through is None and decoder.runs(self.lm):
-            return decoder.run(self.lm, ids_BT, positions_BT, rows_N, recompute=recompute, **attention).float()
+        if through is None and fast_decoder.supports(self.lm):
+            return fast_decoder.forward(self.lm, ids_BT, positions_BT, rows_N, recompute=recompute, **attention).float()
         module = through or self.lm
         if keeps := "cache" in attention:
             attention[_cache_parameter(type(self.lm).forward)] = attention.pop("cache")
@@ -95,12 +97,12 @@ def packed_loss(
     logits_of: Callable[..., Tensor] | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """Cross entropy of the learnt ids of a packed batch, in nats: their mean, or their sum.
+    """Cross entropy of the target ids of a packed batch, in nats: their mean, or their sum.
 
     `logits_of` is `model.logits`, or that compiled.
     """
     device = model.device
-    ids_T, positions_T, labels_T = (sent(x, device) for x in (batch.ids_T, batch.positions_T, batch.labels_T))
+    ids_T, positions_T, labels_T = (to_device(x, device) for x in (batch.ids_T, batch.positions_T, batch.labels_T))
     packing = Packing.of(batch.ends_S, device, most=len(ids_T))
     logits_TV = (logits_of or model.logits)(ids_T[None], positions_T[None], packing=packing)[0]
     # Nothing is learnt at a sequence's first id, so the shift by one crosses no border.
@@ -213,7 +215,7 @@ def load_model(
     """
     folder = checkpoint_dir(path)
     if not (folder / "config.json").is_file() or not has_weights(folder):
-        if instead := instead_of_checkpoint(folder):
+        if instead := explain_no_checkpoint(folder):
             raise UserError(f"{folder} holds no checkpoint: {instead}")
         missing = "weights in safetensors" if (folder / "config.json").is_file() else "config.json"
         raise UserError(f"{folder} holds no checkpoint ({missing} missing); make one with bin/train CONFIG --out DIR")
@@ -257,7 +259,7 @@ def read_weights(folder: Path, dtype: torch.dtype, device: str | torch.device = 
     """
     from transformers import AutoModelForCausalLM
 
-    check_kind(folder)
+    require_causal_lm(folder)
     prepare_transformers()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(

@@ -13,8 +13,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from ..config import UserError
-from .checkpoint_format import other_format, refuse_pointers
+from ..errors import UserError
+from .checkpoint_format import explain_no_safetensors, refuse_lfs_pointers
 from .model import has_weights
 
 PREFIX = "base_model.model."
@@ -106,7 +106,7 @@ def require_adapter(folder: Path) -> None:
     if not folder.exists():
         raise UserError(f"there is no adapter {folder}: give the folder of one; adapters are not fetched from the hub")
     if folder.is_dir():
-        refuse_pointers(folder)
+        refuse_lfs_pointers(folder)
     for needed in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / needed).is_file():
             raise UserError(f"{folder} holds no adapter: {_instead(folder) or f'{needed} is missing'}")
@@ -120,7 +120,7 @@ def _instead(path: Path) -> str:
         return "adapters.safetensors is in MLX's format, which is not read; convert it to PEFT's"
     if below := sorted(path.glob(f"*/{CONFIG_FILE}")):
         return f"{below[-1].parent} does; give that folder"
-    return other_format(path)
+    return explain_no_safetensors(path)
 
 
 def _check_settings(folder: Path, settings: Mapping[str, Any], by_peft: bool) -> None:

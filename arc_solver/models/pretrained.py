@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import FormatConfig, UserError, first_line
-from ..data.leaks import NOTHING
-from ..puzzles.encode import END, INPUT, NEWLINE, NUMBER, OUTPUT, PAD, VOCABULARY
-from ..puzzles.tasks import COLOURS, MAX_SIDE
-from . import decoder
+from ..config import FormatConfig
+from ..data import NOTHING
+from ..errors import UserError, first_line
+from ..puzzles import COLOURS, END, INPUT, MAX_SIDE, NEWLINE, NUMBER, OUTPUT, PAD, VOCABULARY
+from . import fast_decoder
 from .attention import Packing
-from .checkpoint_format import instead_of_checkpoint, refuse_pointers
+from .checkpoint_format import explain_no_checkpoint, refuse_lfs_pointers
 from .kv_cache import KvCache
 from .model import ATTENTION, Model, has_weights, is_ours, load_model, read_weights
 
@@ -65,13 +65,13 @@ def load_any(
         raise UserError(f'{path} is a pretrained model, which knows token positions only: set format.positions="token"')
     lm = read_weights(folder, torch.float32)
     _check_windows(lm, path)
-    cut = cut_vocabulary(lm, kept_ids(_tokenizer(folder), _rows_count(lm, path)))
+    cut = cut_vocabulary(lm, vocabulary_map(_tokenizer(folder), _rows_count(lm, path)))
     check_attention(lm, path)
     return Model(lm.to(dtype).eval(), format, replace(NOTHING, pretrained=frozenset({path}))), cut
 
 
-def checkpoint_dir(path: str) -> Path:
-    """The folder of a checkpoint; one on the Hugging Face hub is fetched first.
+def fetch_checkpoint(path: str) -> Path:
+    """The folder of a checkpoint, given as a folder or a Hugging Face id, which is downloaded.
 
     Raises:
         UserError: neither a folder nor a hub id leads to one.
@@ -79,11 +79,11 @@ def checkpoint_dir(path: str) -> Path:
     folder = Path(path)
     if folder.is_dir():
         if not (folder / "config.json").is_file() or not has_weights(folder):
-            instead = instead_of_checkpoint(folder) or "config.json and model.safetensors are needed"
+            instead = explain_no_checkpoint(folder) or "config.json and model.safetensors are needed"
             raise UserError(f"{path} holds no checkpoint: {instead}")
         return folder
     if folder.suffix == ".gguf":
-        raise UserError(f"model.path={path} holds no checkpoint: {instead_of_checkpoint(folder)}")
+        raise UserError(f"model.path={path} holds no checkpoint: {explain_no_checkpoint(folder)}")
     if path.count("/") != 1 or path.startswith(("/", ".", "~")) or folder.exists():
         raise UserError(f"model.path={path} is no folder; give a checkpoint's folder, or a hub id such as org/name")
     from huggingface_hub import snapshot_download
@@ -100,11 +100,11 @@ def checkpoint_dir(path: str) -> Path:
             f"model.path={path} is no folder and cannot be fetched from the Hugging Face hub ({said[0]}); give the"
             " folder of a downloaded checkpoint"
         ) from error
-    return checkpoint_dir(fetched)
+    return fetch_checkpoint(fetched)
 
 
-def kept_ids(tokenizer: Any, rows: int) -> list[tuple[int, ...]]:
-    """Which of a tokenizer's ids stand for ours.
+def vocabulary_map(tokenizer: Any, rows: int) -> list[tuple[int, ...]]:
+    """For each of our ids, the ids of the tokenizer that stand for it.
 
     Args:
         rows: of the embedding. A tokenizer may name tokens beyond them, as when a token to pad with was added to it.
@@ -183,7 +183,7 @@ def _rename_ids(lm: Any) -> None:
 def _tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
-    refuse_pointers(folder)
+    refuse_lfs_pointers(folder)
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # of many kinds; all of them mean these files
@@ -254,16 +254,16 @@ def _attention_agrees(lm: Any, length: int) -> bool:
     finally:
         lm.set_attn_implementation(ATTENTION)
     found = []
-    for through in (lm, None) if decoder.runs(lm) else (lm,):
+    for through in (lm, None) if fast_decoder.supports(lm) else (lm,):
         logits = partial(model.logits, through=through)
         whole = logits(ids_BT, positions_BT)
         twice = logits(ids_BT[:, :half].repeat(1, 2), positions_BT[:, :half].repeat(1, 2), packing=packing)
         cache = KvCache(1)
-        logits(ids_BT[:, :half], positions_BT[:, :half], cache=cache.prompts([0]))
+        logits(ids_BT[:, :half], positions_BT[:, :half], cache=cache.for_prefill([0]))
         continued = logits(
             ids_BT[:, half:],
             positions_BT[:, half:],
-            cache=cache.step(torch.arange(half, length)[None], length),
+            cache=cache.for_decoding(torch.arange(half, length)[None], length),
             mask_BTK=torch.ones(1, length - half, length, dtype=torch.bool).tril(half),
         )
         found += [(whole, own), (twice[:, :half], own[:, :half]), (twice[:, half:], own[:, :half])]

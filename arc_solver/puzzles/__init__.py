@@ -1,0 +1,71 @@
+"""What a grid and a task are, changes of them, and the one format that a model reads and writes.
+
+In the order of reading; each imports only from those before it:
+
+    tasks       grids, pairs, tasks
+    task_files  every file format of them: read, or refused in one sentence
+    augment     reversible changes that keep a task's rule, and changes that make a new task
+    encode      tasks <-> token ids, labels and positions; which ids are legal next
+    pictures    grids in the terminal and in SVG, loss and learning-rate curves
+"""
+
+from .augment import Augmentation, ColourPolicy, random_augmentation
+from .encode import (
+    END,
+    IGNORE,
+    INPUT,
+    NEWLINE,
+    NUMBER,
+    OUTPUT,
+    PAD,
+    VOCABULARY,
+    Cursor,
+    Labels,
+    Malformed,
+    Prompt,
+    Sample,
+    decode_reply,
+    encode_prompt,
+    encode_sample,
+    longest_reply,
+    sample_tokens,
+)
+from .task_files import load_tasks, read_json
+from .tasks import COLOURS, MAX_SIDE, Attempts, Grid, Pair, Task, TaskSet, challenge, freeze, grid_key, same_grid
+
+__all__ = [
+    "COLOURS",
+    "END",
+    "IGNORE",
+    "INPUT",
+    "MAX_SIDE",
+    "NEWLINE",
+    "NUMBER",
+    "OUTPUT",
+    "PAD",
+    "VOCABULARY",
+    "Attempts",
+    "Augmentation",
+    "ColourPolicy",
+    "Cursor",
+    "Grid",
+    "Labels",
+    "Malformed",
+    "Pair",
+    "Prompt",
+    "Sample",
+    "Task",
+    "TaskSet",
+    "challenge",
+    "decode_reply",
+    "encode_prompt",
+    "encode_sample",
+    "freeze",
+    "grid_key",
+    "load_tasks",
+    "longest_reply",
+    "random_augmentation",
+    "read_json",
+    "same_grid",
+    "sample_tokens",
+]

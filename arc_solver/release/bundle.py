@@ -27,9 +27,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from .. import __version__
-from ..config import MACHINES, PACKAGE_DIR, Config, MachineError, Say, TasksConfig, UserError, duration_s, first_line
-from ..files import commit, sha256, write_json
-from ..puzzles.tasks import read_json
+from ..clock import duration_s
+from ..command import Say
+from ..config import MACHINES, PACKAGE_DIR, Config, TasksConfig
+from ..errors import MachineError, UserError, first_line
+from ..files import git_commit, sha256, write_json
+from ..puzzles import read_json
 from .image import KAGGLE_DIR, download, read_image
 
 CHECKOUT = PACKAGE_DIR.parent
@@ -142,7 +145,7 @@ def _make(config: Config, folder: Path, cache: Path, say: Say) -> Release:
     write_json(wheels / "config.json", there.model_dump(mode="json", exclude={"kaggle"}))
     source = (KAGGLE_DIR / "notebook.py").read_text()
     manifest = {
-        "commit": commit(),
+        "commit": git_commit(),
         "versions": {"arc_solver": __version__, **dict(sorted(map(_name_and_version, wheels.glob("*.whl"))))},
         "config": config.model_dump(mode="json"),
         "torch": read_image()["torch"].base_version if kaggle.vllm else "",  # the only one that vLLM's wheels go with

@@ -19,7 +19,8 @@ from typing import IO, Any
 
 from packaging.utils import canonicalize_name
 
-from ..config import MACHINES, Config, UserError, first_line
+from ..config import MACHINES, Config
+from ..errors import UserError, first_line
 from ..files import sha256
 from .image import IMAGE_FILE, Changes, Wheel, read_image, read_lock, read_wheel, simulate
 

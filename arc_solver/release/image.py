@@ -7,8 +7,8 @@ asks nothing and changes nothing else. What it would have asked is answered here
 packages (`kaggle/image.txt`) and from what the wheels say of themselves: is there a wheel that cannot be installed on
 Python 3.12 and glibc 2.35, which packages are added and which replaced, and does a wheel need what will not be there?
 
-Locks are made by pip itself in an empty environment that claims to have the image's packages (`pretend`). The same
-environment shows in the tests that pip and `simulate` agree.
+Locks are made by pip itself in an empty environment that claims to have the image's packages (`make_stub_env`). The
+same environment shows in the tests that pip and `simulate` agree.
 """
 
 import io
@@ -31,7 +31,9 @@ from packaging.tags import Tag, compatible_tags, cpython_tags
 from packaging.utils import canonicalize_name, parse_wheel_filename
 from packaging.version import Version
 
-from ..config import PACKAGE_DIR, MachineError, UserError, first_line, run_main
+from ..command import run_main
+from ..config import PACKAGE_DIR
+from ..errors import MachineError, UserError, first_line
 
 KAGGLE_DIR = PACKAGE_DIR.parent / "kaggle"  # of the checkout
 IMAGE_FILE = KAGGLE_DIR / "image.txt"
@@ -226,8 +228,8 @@ def download(lock: Path, folder: Path) -> None:
         raise MachineError(f"the wheels of {lock.name} could not be downloaded; pip said: {_end(done.stderr)}")
 
 
-def pretend(image: Packages, folder: Path) -> Path:
-    """Makes an environment in which pip believes that the image's packages are installed. Returns its Python.
+def make_stub_env(image: Packages, folder: Path) -> Path:
+    """Makes an environment with metadata of the image's packages only, so that pip takes them as installed; its Python.
 
     Raises:
         MachineError: there is no Python 3.12, whose markers pip needs.
@@ -282,7 +284,7 @@ def make_lock(words: Sequence[str]) -> str:
         MachineError: there is no Python 3.12, or no such wheels, or their hashes are not known.
     """
     with TemporaryDirectory() as folder:
-        python = pretend(read_image(), Path(folder) / "image")
+        python = make_stub_env(read_image(), Path(folder) / "image")
         plan = pip_plan(python, ["--use-feature=fast-deps", *own_requirements(), *words])
     if bare := [name for name, _, digest in plan if not digest]:
         raise MachineError(

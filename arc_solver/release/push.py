@@ -16,12 +16,13 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
-from ..answers.submission import read_submission
-from ..config import MachineError, Say, UserError
+from ..answers import read_submission
+from ..command import Say
+from ..errors import MachineError, UserError
 from ..files import write_json
-from ..puzzles.tasks import Task, read_json
+from ..puzzles import Task, read_json
 from .bundle import NOBODY, NOT_DATA, Release, dataset_content
-from .client import Dataset, Kaggle, Refused, Submitted, Unsure
+from .kaggle_client import Dataset, Kaggle, KaggleSubmission, OutcomeUnknown, Refused
 
 ENDED = ("COMPLETE", "ERROR", "CANCEL_ACKNOWLEDGED")
 LOG_LINES = 30  # of a failed run are shown
@@ -32,15 +33,15 @@ class TimedOut(MachineError):
 
 
 @dataclass(frozen=True)
-class Waiting:
+class PollPolicy:
     """How to wait for Kaggle."""
 
     limit_s: float = 14 * 3600.0  # for a run or a score: 12 h, and the queue
     first_s: float = 5.0  # between two looks; half as much again after each
     longest_s: float = 60.0
 
-    def looks(self, what: str) -> Iterator[None]:
-        """One item for each look.
+    def polls(self, what: str) -> Iterator[None]:
+        """Yields once for each poll, with growing pauses, until the limit.
 
         Raises:
             TimedOut: it took too long.
@@ -66,7 +67,7 @@ class State:
     def __getitem__(self, key: str) -> Any:
         return self.content.get(key)
 
-    def note(self, **what: Any) -> None:
+    def update(self, **what: Any) -> None:
         self.content |= what
         try:
             write_json(self.file, self.content)
@@ -87,7 +88,7 @@ class Pusher:
     release: Release
     kaggle: Kaggle
     owner: str
-    waiting: Waiting
+    waiting: PollPolicy
     say: Say
     public: bool = False
     dry_run: bool = False
@@ -106,7 +107,7 @@ class Pusher:
     # ---- datasets ----
 
     def push_datasets(self) -> None:
-        """All datasets of the release are on Kaggle with this content, and ready."""
+        """Uploads the datasets that Kaggle lacks in this content, and waits until they are ready."""
         for folder in self.release.datasets:
             self._push_dataset(folder)
 
@@ -145,7 +146,7 @@ class Pusher:
             self._once(send, lambda: self._is_later(ref, before, notes), f"dataset {ref}")
             found = self._ready(ref, notes)
             self.say(f"dataset {ref} v{found.version} is ready")
-        self.state.note(datasets={**(self.state["datasets"] or {}), ref: {"version": found.version, "notes": notes}})
+        self.state.update(datasets={**(self.state["datasets"] or {}), ref: {"version": found.version, "notes": notes}})
 
     def _is_later(self, ref: str, version: int, notes: str) -> bool:
         found = self.kaggle.dataset(ref)
@@ -154,7 +155,7 @@ class Pusher:
     def _ready(self, ref: str, notes: str = "") -> Dataset:
         """The dataset, once its current version is ready; and is the one with these notes, which may show late."""
         shown = "READY"
-        for _ in self.waiting.looks(f"dataset {ref}"):
+        for _ in self.waiting.polls(f"dataset {ref}"):
             found = self.kaggle.dataset(ref)
             if found and found.status == "READY" and notes in found.notes:
                 return found
@@ -172,9 +173,9 @@ class Pusher:
         for _ in range(2):
             try:
                 return send()
-            except Unsure as unsure:
+            except OutcomeUnknown as unsure:
                 self.say(f"{unsure}; looking for {what}")
-                for _, _ in zip(range(3), self.waiting.looks(what), strict=False):  # it may show late
+                for _, _ in zip(range(3), self.waiting.polls(what), strict=False):  # it may show late
                     if is_there():
                         return None
         raise MachineError(f"Kaggle's answers about {what} got lost twice: give the same command again, it looks first")
@@ -182,7 +183,7 @@ class Pusher:
     # ---- the notebook and its run ----
 
     def push_notebook(self, again: bool = False) -> None:
-        """The notebook is on Kaggle with this content, and runs.
+        """Saves the notebook on Kaggle unless this content is there, which starts its run.
 
         Args:
             again: save it once more although it is there, as its run failed for a reason that passes.
@@ -206,7 +207,7 @@ class Pusher:
             try:
                 saved = self._once(save, lambda: (self._saved(ref) or 0) > before, f"notebook {ref}")
             except Refused:  # though with sources that it does not know, it is saved, and of no use
-                self.state.note(refused=self._saved(ref))
+                self.state.update(refused=self._saved(ref))
                 raise
             if saved and saved[0] != ref:
                 raise MachineError(
@@ -215,15 +216,15 @@ class Pusher:
             version = saved[1] if saved else self._saved(ref)
             self.say(f"notebook {ref} v{version} is saved")
         if not self.state["notebook"] or self.state["notebook"]["version"] != version:
-            self.state.note(notebook={"ref": ref, "version": version}, run=None, output=None)
+            self.state.update(notebook={"ref": ref, "version": version}, run=None, output=None)
 
     def _saved(self, ref: str) -> int | None:
         """The version of the notebook on Kaggle, if it has this content."""
         found = self.kaggle.notebook(ref)
         return found.version if found and self.release.content in found.source else None
 
-    def wait(self) -> None:
-        """The notebook's run has ended well.
+    def wait_for_run(self) -> None:
+        """Waits until the notebook's run has ended; raises if it failed.
 
         Raises:
             MachineError: it failed, with the end of its log.
@@ -231,14 +232,14 @@ class Pusher:
         """
         ref, version = self._pushed()
         shown = ""
-        for _ in self.waiting.looks(f"the run of {ref} v{version}"):
-            status, why = self.kaggle.run(ref, version)
+        for _ in self.waiting.polls(f"the run of {ref} v{version}"):
+            status, why = self.kaggle.run_status(ref, version)
             if status != shown:
                 self.say(f"run of {ref} v{version}: {_words(status)}")
                 shown = status
             if status in ENDED:
                 break
-        self.state.note(run=status)
+        self.state.update(run=status)
         if status != "COMPLETE":
             log = self._fetched(ref, version)[1]
             raise MachineError(
@@ -268,7 +269,7 @@ class Pusher:
         except UserError as error:
             raise MachineError(f"the run of {ref} v{version} left a bad submission: {error}") from None
         self.say(f"{file} is whole: {len(answers)} tasks")
-        self.state.note(output=file.relative_to(self.release.folder).as_posix())
+        self.state.update(output=file.relative_to(self.release.folder).as_posix())
         return file
 
     def _fetched(self, ref: str, version: int) -> tuple[Path, str]:
@@ -277,7 +278,7 @@ class Pusher:
         folder.parent.mkdir(exist_ok=True)
         part = Path(mkdtemp(dir=folder.parent, prefix=".part-"))
         try:
-            log = self.kaggle.fetch(ref, version, part)
+            log = self.kaggle.download_output(ref, version, part)
             (part / "log.txt").write_text(log)
             shutil.rmtree(folder, ignore_errors=True)
             part.rename(folder)
@@ -293,7 +294,7 @@ class Pusher:
 
     # ---- the submission ----
 
-    def submit(self, yes: bool) -> Submitted | None:
+    def submit(self, yes: bool) -> KaggleSubmission | None:
         """Enters the competition with this version of the notebook, once; waits for its score. None: a dry run.
 
         Raises:
@@ -315,7 +316,7 @@ class Pusher:
             if self.dry_run:
                 return None
             number = self._enter(ref, version)
-        self.state.note(submission={"ref": number})
+        self.state.update(submission={"ref": number})
         return self._scored(number)
 
     def _entered(self, version: int) -> int | None:
@@ -336,7 +337,7 @@ class Pusher:
             UserError: it may not be done.
         """
         competition = self.release.competition
-        allowed = self.kaggle.limits(competition)
+        allowed = self.kaggle.submission_quota(competition)
         self.say(
             f"submissions to {competition}: {allowed.left} left, {allowed.today} made today, {allowed.total} in all"
         )
@@ -354,9 +355,9 @@ class Pusher:
         send = partial(self.kaggle.submit, competition, ref, version, "submission.json", said)
         try:
             number = send()
-        except Unsure as unsure:  # it is scarce: it is looked for, and never sent again without being asked to
+        except OutcomeUnknown as unsure:  # it is scarce: it is looked for, and never sent again without being asked to
             self.say(f"{unsure}; looking for the submission")
-            for _, _ in zip(range(3), self.waiting.looks("the submission"), strict=False):
+            for _, _ in zip(range(3), self.waiting.polls("the submission"), strict=False):
                 if found := self._entered(version):
                     return found
             raise MachineError(
@@ -366,16 +367,18 @@ class Pusher:
         self.say(f"entered {competition} with {ref} v{version}: submission {number}")
         return number
 
-    def _scored(self, number: int) -> Submitted:
+    def _scored(self, number: int) -> KaggleSubmission:
         shown = ""
-        for _ in self.waiting.looks(f"submission {number}"):
+        for _ in self.waiting.polls(f"submission {number}"):
             found = self.kaggle.submission(number)
             if found.status != shown:
                 self.say(f"submission {number}: {_words(found.status)}")
                 shown = found.status
             if found.status != "PENDING":
                 break
-        self.state.note(submission={"ref": number, "status": found.status, "score": found.score, "error": found.error})
+        self.state.update(
+            submission={"ref": number, "status": found.status, "score": found.score, "error": found.error}
+        )
         if found.status != "COMPLETE" or found.error or not found.score:
             why = found.error or "no score and no reason given; out of memory, disk or time is likely"
             raise MachineError(

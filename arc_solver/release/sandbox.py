@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..config import MachineError
+from ..errors import MachineError
 
 SYSTEM = ("bin", "sbin", "lib", "lib32", "lib64", "libx32", "usr", "etc", "nix", "sys")  # where there are such folders
 PIP_FILES = ("/etc/pip.conf", "/etc/xdg/pip/pip.conf")  # they would tell of packages that the real machine has not
@@ -64,7 +64,7 @@ class Sandbox:
 
 
 @dataclass(frozen=True)
-class Ended:
+class CommandResult:
     """How a command ended: by itself, or because it took too long or too much."""
 
     how: Literal["exit", "time", "memory"]
@@ -97,7 +97,7 @@ def run_inside(
     seconds: float,
     memory_gib: float | None,
     log: Path,
-) -> Ended:
+) -> CommandResult:
     """Runs a command in the sandbox to its end, or kills it there with all that it started.
 
     Args:
@@ -117,7 +117,7 @@ def run_inside(
         _wait_for(inside, seconds + STUCK_S, log)
         if not verdict.exists() or not verdict.read_text():
             raise MachineError(f"the sandbox could not be made, or was killed: {log.read_text()[-1000:].strip()}")
-        return Ended(**json.loads(verdict.read_text()))
+        return CommandResult(**json.loads(verdict.read_text()))
 
 
 def _wait_for(command: Sequence[str], seconds: float, log: Path) -> None:
@@ -209,21 +209,21 @@ def _raise_loopback() -> None:
         fcntl.ioctl(any_socket, SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", IFF_UP))
 
 
-def _watch(child: int, seconds: float, memory_gib: float | None) -> Ended:
+def _watch(child: int, seconds: float, memory_gib: float | None) -> CommandResult:
     """Waits for the command, as process 1 must for all that were left behind, and measures what they take."""
     started, measured_at, peak_gib = time.monotonic(), -math.inf, 0.0
     while True:
         ended, status = os.waitpid(-1, os.WNOHANG)
         now = time.monotonic()
         if ended == child:
-            return Ended("exit", os.waitstatus_to_exitcode(status), now - started, peak_gib)
+            return CommandResult("exit", os.waitstatus_to_exitcode(status), now - started, peak_gib)
         if now - started > seconds:
-            return Ended("time", -signal.SIGKILL, now - started, peak_gib)
+            return CommandResult("time", -signal.SIGKILL, now - started, peak_gib)
         if now - measured_at > MEASURE_S:
             peak_gib = max(peak_gib, _memory() / GIB)
             measured_at = time.monotonic()
         if memory_gib is not None and peak_gib > memory_gib:
-            return Ended("memory", -signal.SIGKILL, now - started, peak_gib)
+            return CommandResult("memory", -signal.SIGKILL, now - started, peak_gib)
         if not ended:
             time.sleep(LOOK_S)
 

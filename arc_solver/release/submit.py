@@ -11,28 +11,20 @@ from typing import Any
 
 from rich.console import Console
 
-from ..config import (
-    BUNDLED_DIR,
-    Config,
-    MachineError,
-    Parser,
-    Say,
-    TasksConfig,
-    UserError,
-    duration_s,
-    load_config,
-    run_main,
-)
-from ..data.leaks import leak_audit, read_training_data
+from ..clock import duration_s
+from ..command import Parser, Say
+from ..config import BUNDLED_DIR, Config, TasksConfig, load_config
+from ..data import leak_audit, read_training_data
+from ..errors import MachineError, UserError
 from ..files import lock
-from ..puzzles.tasks import TaskSet, load_tasks
+from ..puzzles import TaskSet, load_tasks
 from .bundle import Release, build
 from .check import Report, check
-from .client import connect
-from .push import Pusher, State, TimedOut, Waiting
-from .rehearsal import Failed, Layout, Terms, competition_files, rehearse
-from .replica import NEEDED, image_python
-from .wire import Patience
+from .image_env import NEEDED, make_image_env
+from .kaggle_client import connect
+from .push import PollPolicy, Pusher, State, TimedOut
+from .rehearsal import Layout, RehearsalFailed, RehearsalSettings, competition_files, rehearse
+from .retry import RetryPolicy
 
 RELEASES = Path("runs/submit")
 STEPS = ("build", "check", "dry-run", "push", "submit")
@@ -56,10 +48,10 @@ def main(arguments: list[str]) -> int:
     except (UserError, MachineError) as error:
         if args.json:
             print(json.dumps({"error": str(error)}))
-        if not isinstance(error, Failed | TimedOut):
+        if not isinstance(error, RehearsalFailed | TimedOut):
             raise
         print(f"error: {error}", file=sys.stderr)
-        return FAILED if isinstance(error, Failed) else LATE
+        return FAILED if isinstance(error, RehearsalFailed) else LATE
     except KeyboardInterrupt:
         print("interrupted; nothing is lost: give the same command again", file=sys.stderr)
         return 1
@@ -164,29 +156,32 @@ def _rehearse(release: Release, config: Config, args: Any, say: Say) -> dict[str
     if duration_s(config.kaggle.time_budget) * args.clock < LEAST_S:
         raise UserError(f"--clock {args.clock} leaves {config.kaggle.time_budget} under {LEAST_S} s: give a larger one")
     ray = config.run.executor == "ray"
-    python, differences = image_python(RELEASES / f".image{'-ray' * ray}", say, (*NEEDED, *(("ray",) if ray else ())))
+    python, differences = make_image_env(RELEASES / f".image{'-ray' * ray}", say, (*NEEDED, *(("ray",) if ray else ())))
     for line in differences:
         say(f"unlike Kaggle: {line}")
     layout: Layout = "older" if args.older_mounts else "today"
     memory = None if config.kaggle.machine else KAGGLE_GIB
-    shown = (Terms("commit", layout, 1.0, memory), SHOWN[0]), (Terms("rerun", layout, args.clock, memory), SHOWN[1])
+    shown = (
+        (RehearsalSettings("commit", layout, 1.0, memory), SHOWN[0]),
+        (RehearsalSettings("rerun", layout, args.clock, memory), SHOWN[1]),
+    )
     done = {
         terms.mode: _rehearse_once(release, config, python, terms, _some(spec, args.rehearse), say)
         for terms, spec in shown
     }
     say(f"rehearsed in {time.monotonic() - began:.0f} s")
-    State(release).note(rehearsal=done)
+    State(release).update(rehearsal=done)
     return {"rehearsal": done}
 
 
 def _rehearse_once(
-    release: Release, config: Config, python: Path, terms: Terms, found: TaskSet, say: Say
+    release: Release, config: Config, python: Path, terms: RehearsalSettings, task_set: TaskSet, say: Say
 ) -> dict[str, Any]:
     title = "the run at a push" if terms.mode == "commit" else "the scored run"
     competition = release.folder / "rehearsal" / f"{terms.mode}-tasks"
     shutil.rmtree(competition, ignore_errors=True)
-    competition_files(competition, found)
-    count, spec = len(found.tasks), f"the {len(found.tasks)} tasks of {found.name} with the fewest tokens"
+    competition_files(competition, task_set)
+    count, spec = len(task_set.tasks), f"the {len(task_set.tasks)} tasks of {task_set.name} with the fewest tokens"
     say(f"rehearsing {title}: {spec}")
     ran = rehearse(release.folder, competition, python, release.folder / "rehearsal" / terms.mode, terms, say)
     for line in ran.differences:
@@ -196,18 +191,18 @@ def _rehearse_once(
     done |= {"answered": ran.answered}
     if ran.score:
         trained_on = read_training_data(Path(config.model.path or BUNDLED_DIR))
-        audit = str(leak_audit(trained_on, found)) if trained_on else "no leak audit: the model does not say"
+        audit = str(leak_audit(trained_on, task_set)) if trained_on else "no leak audit: the model does not say"
         solved = f"{ran.score.outputs_solved} of {ran.score.outputs} test outputs solved in this time"
         say(f"{solved}: {spec}, seed {config.run.seed}; {audit}")
-        done |= {"score": ran.score.to_json(), "data": found.data, "seed": config.run.seed, "audit": audit}
+        done |= {"score": ran.score.to_json(), "data": task_set.data, "seed": config.run.seed, "audit": audit}
     return done
 
 
 def _some(spec: str, count: int) -> TaskSet:
-    found = load_tasks(TasksConfig(spec=spec, limit=count))
-    if count > len(found.tasks):
-        raise UserError(f"--rehearse is at most {len(found.tasks)}, as many tasks as {spec} has")
-    return found
+    task_set = load_tasks(TasksConfig(spec=spec, limit=count))
+    if count > len(task_set.tasks):
+        raise UserError(f"--rehearse is at most {len(task_set.tasks)}, as many tasks as {spec} has")
+    return task_set
 
 
 def _push(release: Release, config: Config, args: Any, say: Say) -> dict[str, Any]:
@@ -220,7 +215,7 @@ def _push(release: Release, config: Config, args: Any, say: Say) -> dict[str, An
     pusher.push_notebook(args.again)
     if args.dry_run:
         return {"sent": False}
-    pusher.wait()
+    pusher.wait_for_run()
     return {"output": str(pusher.fetch(tasks)), **pusher.state.content}
 
 
@@ -230,8 +225,8 @@ def _submit(release: Release, config: Config, args: Any, say: Say) -> dict[str, 
 
 
 def _pusher(release: Release, config: Config, args: Any, say: Say) -> Pusher:
-    waiting = Waiting(args.timeout, args.poll)
-    kaggle = connect(Patience(first_wait_s=min(1.0, waiting.first_s), limit_s=min(900.0, waiting.limit_s)), say)
+    waiting = PollPolicy(args.timeout, args.poll)
+    kaggle = connect(RetryPolicy(first_wait_s=min(1.0, waiting.first_s), limit_s=min(900.0, waiting.limit_s)), say)
     owner = config.kaggle.owner or kaggle.owner
     if owner != kaggle.owner:
         say(f"signed in as {kaggle.owner}, for {owner}")
@@ -276,7 +271,3 @@ def _told(state: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     if submission := state.get("submission"):
         outcome = submission.get("score") or submission.get("error") or submission.get("status") or "no score yet"
         yield "submission", f"{submission['ref']}: {outcome}"
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -20,16 +20,23 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import AdamW
 
-from ..config import AdaptConfig, FormatConfig, named_rng
+from ..config import AdaptConfig, FormatConfig
 from ..data.stream import pack
-from ..models.adapters import Adapter, LoraBank, attached, fresh_adapter
-from ..models.attention import Packing, sent
-from ..models.model import Model
-from ..puzzles.augment import Augmentation, ColourPolicy, random_augmentation
-from ..puzzles.encode import IGNORE, OUTPUT, Sample, encode_sample, sample_tokens
-from ..puzzles.tasks import Pair, Task
-from ..training.memory import kept_per_token
-from ..training.optimize import step_rate
+from ..models import Adapter, LoraBank, Model, Packing, attach_adapters, fresh_adapter, to_device
+from ..puzzles import (
+    IGNORE,
+    OUTPUT,
+    Augmentation,
+    ColourPolicy,
+    Pair,
+    Sample,
+    Task,
+    encode_sample,
+    random_augmentation,
+    sample_tokens,
+)
+from ..rng import named_rng
+from ..training import activation_bytes_per_token, step_rate
 
 log = logging.getLogger(__name__)
 
@@ -126,8 +133,8 @@ def group_by_length(
     return groups
 
 
-def most_together(adapter: Adapter, memory: int) -> int:
-    """How many adapters like this one may be trained at once in so many bytes, of which the model needs most."""
+def max_group_size(adapter: Adapter, memory: int) -> int:
+    """How many adapters like this one can be trained at once with this much memory."""
     numbers = sum(a.numel() + b.numel() for a, b in adapter.weights.values())
     return max(1, int(ADAPTER_SHARE * memory) // (ADAPTER_BYTES * numbers))
 
@@ -154,12 +161,12 @@ def adapt(
     """
     began = time.monotonic()
     starts = [start or fresh_adapter(model, config, rng) for rng in rngs]
-    with attached(model, starts) as bank:
+    with attach_adapters(model, starts) as bank:
         learners = [
             _Learner(k, *each, bank, config, model.format) for k, each in enumerate(zip(tasks, rngs, strict=True))
         ]
-        bank.use([0])  # what a token keeps does not depend on how many adapters there are
-        passes = Passes.planned(model, config, max(0, memory - BESIDE_BYTES * bank.weights_KP.numel()))
+        bank.activate([0])  # what a token keeps does not depend on how many adapters there are
+        passes = MicroBatching.plan(model, config, max(0, memory - BESIDE_BYTES * bank.weights_KP.numel()))
         while live := [learner for learner in learners if not learner.ended]:
             spent = (time.monotonic() - began) / max(1e-9, deadline - began)
             if spent >= 1:
@@ -180,26 +187,26 @@ Part = list[tuple[int, Sequence[Sample]]]  # learners, by index, each with sampl
 
 
 @dataclass(eq=False)
-class Passes:
-    """How much goes through the model at once."""
+class MicroBatching:
+    """How a step is split into micro-batches that fit in memory, and whether activations are recomputed."""
 
     room: float = math.inf  # tokens, padding included
     recompute: bool = False  # activations are computed again in the backward pass instead of kept
     may_recompute: bool = True  # where memory runs out all the same
 
     @staticmethod
-    def planned(model: Model, config: AdaptConfig, memory: float) -> "Passes":
-        """For so many free bytes, under adapters: recomputing where not even one of the longest samples has room."""
+    def plan(model: Model, config: AdaptConfig, memory: float) -> "MicroBatching":
+        """The split for so many free bytes; recomputes where not even one of the longest samples fits."""
         may = config.recompute != "no"
         if memory == math.inf:
-            return Passes(recompute=config.recompute == "yes", may_recompute=may)
-        kept, recomputed = kept_per_token(model)
+            return MicroBatching(recompute=config.recompute == "yes", may_recompute=may)
+        kept, recomputed = activation_bytes_per_token(model)
         room = STEP_SHARE * memory / kept
         pays = room < config.max_tokens and recomputed < kept
         recompute = config.recompute == "yes" or (config.recompute == "auto" and pays)
-        return Passes(STEP_SHARE * memory / recomputed if recompute else room, recompute, may)
+        return MicroBatching(STEP_SHARE * memory / recomputed if recompute else room, recompute, may)
 
-    def parts(self, samples: Sequence[Sequence[Sample]]) -> list[Part]:
+    def split(self, samples: Sequence[Sequence[Sample]]) -> list[Part]:
         """Learners in parts for which there is room; one that has none by itself, sample by sample."""
         pieces: Part = []
         for i, own in enumerate(samples):
@@ -217,7 +224,7 @@ class Passes:
 
     def shrink(self, samples: Sequence[Sequence[Sample]]) -> bool:
         """Less at once, after memory ran out with these; false: there is nothing less."""
-        used = max(sum(len(sample) for _, own in part for sample in own) for part in self.parts(samples))
+        used = max(sum(len(sample) for _, own in part for sample in own) for part in self.split(samples))
         smallest = max(len(sample) for own in samples for sample in own)
         if used <= smallest:
             if self.recompute or not self.may_recompute:
@@ -249,7 +256,7 @@ class _Learner:
         self.config = config = self.config.model_copy(update={"steps": planned_steps(self.task, self.config)})
         self.samples = held_out_samples(self.task, config, self.format, self.rng)
         self.optimizer = AdamW(
-            [self.bank.row(self.k)], config.lr, config.betas, weight_decay=config.weight_decay, fused=True
+            [self.bank.flat_parameter(self.k)], config.lr, config.betas, weight_decay=config.weight_decay, fused=True
         )
         self.draw()
 
@@ -304,7 +311,7 @@ def _step(
     bank: LoraBank,
     live: Sequence[_Learner],
     starts: Sequence[Adapter],
-    passes: Passes,
+    passes: MicroBatching,
     spent: float,
 ) -> None:
     """A step of all. What a GPU does is not waited for until the samples of the next step are drawn."""
@@ -321,11 +328,11 @@ def _step(
 
 
 def _backward(
-    model: Model, bank: LoraBank, live: Sequence[_Learner], samples: Sequence[Sequence[Sample]], passes: Passes
+    model: Model, bank: LoraBank, live: Sequence[_Learner], samples: Sequence[Sequence[Sample]], passes: MicroBatching
 ) -> Tensor:
     """Leaves the gradients of each one's mean loss in the bank; the losses, [L]."""
     counts = [sum(int((sample.labels_T != IGNORE).sum()) for sample in own) for own in samples]
-    counts_L = sent(torch.tensor(counts, dtype=torch.float32), model.device)
+    counts_L = to_device(torch.tensor(counts, dtype=torch.float32), model.device)
     while True:
         try:
             return _passed(model, bank, live, samples, passes, counts_L)
@@ -341,17 +348,17 @@ def _passed(
     bank: LoraBank,
     live: Sequence[_Learner],
     samples: Sequence[Sequence[Sample]],
-    passes: Passes,
+    passes: MicroBatching,
     counts_L: Tensor,
 ) -> Tensor:
-    """The same in as many parts as `passes` says. `counts_L`: learnt ids of each."""
+    """The same in as many parts as `passes` says. `counts_L`: target ids of each."""
     bank.zero_gradients()
     losses_L = torch.zeros_like(counts_L)
-    for part in passes.parts(samples):
+    for part in passes.split(samples):
         members, own = [i for i, _ in part], [some for _, some in part]
         logits_NV, labels_N, owners_N = _ask(model, bank, [live[i] for i in members], own, passes.recompute)
         losses_N = F.cross_entropy(logits_NV, labels_N, reduction="none")
-        members_M = sent(torch.tensor(members), model.device)
+        members_M = to_device(torch.tensor(members), model.device)
         sums_M = losses_N.new_zeros(len(members)).index_add(0, owners_N, losses_N)
         means_M = sums_M / counts_L.index_select(0, members_M)
         bank.backward(means_M.sum())
@@ -360,10 +367,10 @@ def _passed(
 
 
 @torch.no_grad()
-def _stop_where_all_is_right(model: Model, bank: LoraBank, asked: Sequence[_Learner], passes: Passes) -> None:
+def _stop_where_all_is_right(model: Model, bank: LoraBank, asked: Sequence[_Learner], passes: MicroBatching) -> None:
     samples = [learner.questions() for learner in asked]
     wrong: set[int] = set()
-    for part in passes.parts(samples):
+    for part in passes.split(samples):
         members, own = [i for i, _ in part], [some for _, some in part]
         logits_NV, labels_N, owners_N = _ask(model, bank, [asked[i] for i in members], own)
         wrong |= {members[i] for i in owners_N[logits_NV.argmax(-1) != labels_N].tolist()}
@@ -381,9 +388,9 @@ def _ask(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Each learner's samples through its adapter.
 
-    Returns the logits at the N places before a learnt id, [N, V]; that id; and whose it is, as an index of `learners`.
+    Returns the logits at the N places before a target id, [N, V]; that id; and whose it is, as an index of `learners`.
     """
-    bank.use([learner.k for learner in learners])
+    bank.activate([learner.k for learner in learners])
     longest = max(sum(map(len, own)) for own in samples)
     batches = [pack(own, longest) for own in samples]
     ids_T, labels_T, positions_T = (
@@ -393,10 +400,10 @@ def _ask(
     rows_N = (labels_T[1:] != IGNORE).nonzero()[:, 0]  # nothing is learnt at a sequence's first id
     device, packing = model.device, Packing.of(ends_S, model.device)
     logits_NV = model.logits(
-        sent(ids_T[None], device),
-        sent(positions_T[None], device),
-        rows_N=sent(rows_N, device),
+        to_device(ids_T[None], device),
+        to_device(positions_T[None], device),
+        rows_N=to_device(rows_N, device),
         packing=packing,
         recompute=recompute,
     )
-    return logits_NV, sent(labels_T[rows_N + 1], device), sent(rows_N // longest, device)
+    return logits_NV, to_device(labels_T[rows_N + 1], device), to_device(rows_N // longest, device)

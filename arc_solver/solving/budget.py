@@ -52,32 +52,36 @@ class Budget:
         return self.deadline - time.monotonic()
 
     @property
-    def asking_s(self) -> float:
+    def s_per_predicted_token(self) -> float:
         """What a token costs that is asked, seconds of one worker; 0: not measured yet."""
         return self.done_s.asking / max(1.0, self.done.asking)
 
     @property
-    def adapting_s(self) -> float:
+    def s_per_trained_token(self) -> float:
         """What a token of training costs."""
         return self.done_s.adapting / max(1.0, self.done.adapting)
 
-    def weight(self, work: Work) -> float:
-        """In tokens that are asked: those of training count as many times as they cost."""
-        ratio = self.adapting_s / self.asking_s if self.adapting_s and self.asking_s else TRAINING
+    def equivalent_tokens(self, work: Work) -> float:
+        """The work in prediction tokens; a training token counts as many times as it costs more."""
+        ratio = (
+            self.s_per_trained_token / self.s_per_predicted_token
+            if self.s_per_trained_token and self.s_per_predicted_token
+            else TRAINING
+        )
         return work.asking + ratio * work.adapting
 
-    def wants_s(self, work: Work) -> float:
+    def estimated_s(self, work: Work) -> float:
         """The seconds of a worker that it would take; NaN as long as that was not measured."""
-        adapting = work.adapting * (self.adapting_s or math.nan) if work.adapting else 0.0
-        return adapting + work.asking * (self.asking_s or self.adapting_s / TRAINING or math.nan)
+        adapting = work.adapting * (self.s_per_trained_token or math.nan) if work.adapting else 0.0
+        return adapting + work.asking * (self.s_per_predicted_token or self.s_per_trained_token / TRAINING or math.nan)
 
     def is_worthwhile(self, work: Work, then: Work, share: float = 0.0) -> bool:
         """Whether there is time for so much of some work, and for all that must follow it."""
-        wants = share * self.wants_s(work) if share else 0.0
-        return not self.limited or not self.left_s < wants + ASKING * self.wants_s(then)
+        wants = share * self.estimated_s(work) if share else 0.0
+        return not self.limited or not self.left_s < wants + ASKING * self.estimated_s(then)
 
-    def limit_s(self, work: Work, then: Work, waiting: Work, busy_s: float) -> float:
-        """The seconds that some work may take.
+    def time_limit_s(self, work: Work, then: Work, waiting: Work, busy_s: float) -> float:
+        """The time limit in seconds for a job, its share of what is left.
 
         Args:
             then: what must follow it.
@@ -86,18 +90,20 @@ class Budget:
         """
         if not self.limited:
             return math.inf
-        left, wants = self.left_s, self.wants_s(work)
-        share = (self.workers * left - busy_s) * self.weight(work) / max(self.weight(waiting), 1.0)
+        left, wants = self.left_s, self.estimated_s(work)
+        share = (
+            (self.workers * left - busy_s) * self.equivalent_tokens(work) / max(self.equivalent_tokens(waiting), 1.0)
+        )
         if math.isnan(wants):
             least = left / 2 if work.asking else FIRST_SHARE * left
         elif work.asking:
             least = ASKING * wants
         else:
             least = LEAST_SHARE * wants
-            left -= min(left / 2, self.wants_s(then))
+            left -= min(left / 2, self.estimated_s(then))
         return max(0.0, min(max(share, least), left))
 
-    def note(self, work: Work, seconds: float) -> None:
+    def record(self, work: Work, seconds: float) -> None:
         """What some work took, all of it adapting or all asking."""
         self.done += work
         self.done_s += Work(asking=seconds) if work.asking else Work(adapting=seconds)

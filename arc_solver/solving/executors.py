@@ -28,7 +28,7 @@ from multiprocessing.context import SpawnProcess
 from typing import Any, Literal, Protocol, Self
 from urllib.parse import urlsplit
 
-from ..config import MachineError, UserError, first_line
+from ..errors import MachineError, UserError, first_line
 
 ExecutorKind = Literal["inprocess", "processes", "ray"]
 
@@ -48,8 +48,8 @@ MakeWorker = Callable[[int], Worker]  # gets the worker's number; picklable
 
 
 @dataclass(frozen=True, eq=False)
-class Done:
-    """What became of a job."""
+class JobResult:
+    """A job that ended: the worker's output, or the error that ended it."""
 
     job: Any
     value: Any = None  # what the worker's `run` returned
@@ -62,7 +62,7 @@ class Done:
 class Executor(Protocol):
     count: int  # workers
 
-    def map_unordered(self, jobs: Iterator[Any | None], until: float = math.inf) -> Iterator[Done]:
+    def map_unordered(self, jobs: Iterator[Any | None], until: float = math.inf) -> Iterator[JobResult]:
         """Runs jobs, one at a time on each worker; yields what became of them as they end.
 
         Args:
@@ -145,7 +145,7 @@ class InProcess:
         self._make_worker = make_worker
         self._worker: Worker | None = None
 
-    def map_unordered(self, jobs: Iterator[Any | None], until: float = math.inf) -> Iterator[Done]:
+    def map_unordered(self, jobs: Iterator[Any | None], until: float = math.inf) -> Iterator[JobResult]:
         while time.monotonic() < until:
             try:
                 job = next(jobs)
@@ -154,9 +154,9 @@ class InProcess:
             assert job is not None, "no job at present, and none in flight that could bring one"
             self._worker = self._worker or self._make_worker(0)
             try:
-                done = Done(job, self._worker.run(job))
+                done = JobResult(job, self._worker.run(job))
             except Exception:
-                done = Done(job, error=traceback.format_exc())
+                done = JobResult(job, error=traceback.format_exc())
             yield done
 
     def __enter__(self) -> Self:
@@ -169,7 +169,7 @@ class InProcess:
 # ---- elsewhere -----------------------------------------------------------------------------------------------------
 
 
-def _run_all(pool: "Processes | RayActors", jobs: Iterator[Any | None], until: float) -> Iterator[Done]:
+def _run_all(pool: "Processes | RayActors", jobs: Iterator[Any | None], until: float) -> Iterator[JobResult]:
     """`Executor.map_unordered`, for workers elsewhere: `free` is one that can take a job, `poll` looks for a result."""
     try:
         more, made = True, False
@@ -227,10 +227,12 @@ class _Host:
             return _Reply(error=traceback.format_exc())
 
 
-def _done(reply: _Reply, job: Any, number: int) -> Done:
+def _done(reply: _Reply, job: Any, number: int) -> JobResult:
     if why := reply.no_worker:
-        return Done(job, error=f"worker {number} could not be made: {why}", died=True, worker=number, no_worker=why)
-    return Done(job, reply.value, reply.error, worker=number)
+        return JobResult(
+            job, error=f"worker {number} could not be made: {why}", died=True, worker=number, no_worker=why
+        )
+    return JobResult(job, reply.value, reply.error, worker=number)
 
 
 class Processes:
@@ -243,7 +245,7 @@ class Processes:
         self._make_worker = pickle.dumps(make_worker)
         self._processes: dict[int, tuple[SpawnProcess, Connection]] = {}
 
-    def map_unordered(self, jobs: Iterator[Any | None], until: float = math.inf) -> Iterator[Done]:
+    def map_unordered(self, jobs: Iterator[Any | None], until: float = math.inf) -> Iterator[JobResult]:
         return _run_all(self, jobs, until)
 
     def free(self) -> int | None:
@@ -259,7 +261,7 @@ class Processes:
                 self._bury(number)
         self._start(number)
 
-    def poll(self, timeout_s: float) -> Done | None:
+    def poll(self, timeout_s: float) -> JobResult | None:
         pipes = {self._processes[number][1]: number for number in self.jobs}
         ready = connection.wait(list(pipes), timeout_s)
         if not ready:
@@ -271,7 +273,7 @@ class Processes:
                 pipe.send_bytes(pickle.dumps(self.jobs[number]))
                 return None
         except (EOFError, OSError):
-            return Done(self.jobs.pop(number), error=self._bury(number), died=True, worker=number)
+            return JobResult(self.jobs.pop(number), error=self._bury(number), died=True, worker=number)
         return _done(pickle.loads(packed), self.jobs.pop(number), number)
 
     def kill(self, number: int) -> None:
@@ -377,7 +379,7 @@ class RayActors:
         self._is_up: dict[int, Any] = {}  # reference to an answer that an actor gives once it runs
         self._numbers: dict[Any, int] = {}  # reference to a reply -> worker
 
-    def map_unordered(self, jobs: Iterator[Any | None], until: float = math.inf) -> Iterator[Done]:
+    def map_unordered(self, jobs: Iterator[Any | None], until: float = math.inf) -> Iterator[JobResult]:
         return _run_all(self, jobs, until)
 
     def free(self) -> int | None:
@@ -392,11 +394,11 @@ class RayActors:
             self._is_up[number] = self._actors[number].__ray_ready__.remote()
         self._numbers[self._actors[number].run.remote(self._ray.cloudpickle.dumps(job))] = number
 
-    def poll(self, timeout_s: float) -> Done | None:
+    def poll(self, timeout_s: float) -> JobResult | None:
         if (lost := self._without_room()) is not None:
             job = self.jobs[lost]
             self.kill(lost)
-            return Done(job, error=f"worker {lost} ended (its machine left the cluster)", died=True, worker=lost)
+            return JobResult(job, error=f"worker {lost} ended (its machine left the cluster)", died=True, worker=lost)
         ready, _ = self._ray.wait(list(self._numbers), timeout=min(timeout_s, COUNT_AGAIN_S))
         if not ready:
             return None
@@ -405,10 +407,10 @@ class RayActors:
         try:
             reply = self._ray.get(ready[0])
         except self._ray.exceptions.RayTaskError as error:  # such as a value that cannot be pickled
-            return Done(job, error=str(error), worker=number)
+            return JobResult(job, error=str(error), worker=number)
         except self._ray.exceptions.RayError as error:
             self.kill(number)
-            return Done(job, error=f"worker {number} ended ({first_line(error)})", died=True, worker=number)
+            return JobResult(job, error=f"worker {number} ended ({first_line(error)})", died=True, worker=number)
         return _done(reply, job, number)
 
     def kill(self, number: int) -> None:

@@ -27,14 +27,16 @@ from typing import IO, Any, Self, TypeVar
 from safetensors import SafetensorError
 
 from .. import __version__
-from ..answers.candidates import STAGES, Predictions
+from ..answers import Predictions, choose_attempts, write_submission
+from ..answers.candidates import STAGES
 from ..answers.revote import parse_predictions
-from ..answers.submission import blank_submission, candidate_grids, first_attempts, solved, write_submission
-from ..answers.vote import rank, vote
-from ..config import Config, MachineError, UserError, first_line, load_config
-from ..files import commit, lock, write_json, write_whole
-from ..models.adapters import load_adapter, save_adapter
-from ..puzzles.tasks import Attempts, Task, TaskSet, challenge, read_json
+from ..answers.submission import blank_submission, candidate_grids, first_attempts, solved_outputs
+from ..answers.vote import rank
+from ..config import Config, load_config
+from ..errors import MachineError, UserError, first_line
+from ..files import git_commit, lock, write_json, write_whole
+from ..models import load_adapter, save_adapter
+from ..puzzles import Attempts, Task, TaskSet, challenge, read_json
 from .adapt import Adaptation
 
 SAMPLED = 1 << 20  # bytes of a file of weights that are looked at, at its beginning, middle and end
@@ -56,8 +58,8 @@ FREE = (
 
 
 @dataclass(frozen=True, eq=False)
-class Result:
-    """What solving one task gave."""
+class TaskResult:
+    """All that solving one task gave; the content of its file in the run directory."""
 
     task_id: str
     predictions: Predictions
@@ -79,7 +81,7 @@ class Result:
         }
 
     @staticmethod
-    def read(file: Path, task: Task) -> "Result":
+    def read(file: Path, task: Task) -> "TaskResult":
         """The result of a task that a file holds.
 
         Raises:
@@ -87,7 +89,7 @@ class Result:
         """
         content = read_json(file)
         predictions = parse_predictions(content, task, file)
-        return Result(
+        return TaskResult(
             task.id,
             predictions,
             content["adaptation"],
@@ -99,8 +101,8 @@ class Result:
 
 
 @dataclass(frozen=True, eq=False)
-class Standing:
-    """What the journal keeps in mind of a task that has a result."""
+class TaskStatus:
+    """A task's state in the journal: its best stage so far, the voted attempts, the time spent, what is right."""
 
     stage: str
     attempts: list[Attempts]
@@ -125,12 +127,18 @@ class Journal:
         MachineError: something cannot be written. All that was written before stays.
     """
 
-    def __init__(self, run_dir: Path, found: TaskSet, config: Config, continued: bool, lock: IO[str]):
-        self.run_dir, self.found, self.config, self.continued, self._lock = run_dir, found, config, continued, lock
-        self.tasks = {task.id: task for task in found.tasks}
-        self.standings: dict[str, Standing] = {}
+    def __init__(self, run_dir: Path, task_set: TaskSet, config: Config, continued: bool, lock: IO[str]):
+        self.run_dir, self.task_set, self.config, self.continued, self._lock = (
+            run_dir,
+            task_set,
+            config,
+            continued,
+            lock,
+        )
+        self.tasks = {task.id: task for task in task_set.tasks}
+        self.statuses: dict[str, TaskStatus] = {}
         self.damaged: list[Path] = []  # files that could not be read, and were put aside
-        self._submission = blank_submission(found)
+        self._submission = blank_submission(task_set)
         self._written_at, self._writing_s, self._stale = -math.inf, 0.0, True
         with self._writing():
             for stage in (*STAGES, "adapters"):  # some ways of copying a folder leave out empty ones
@@ -140,36 +148,36 @@ class Journal:
             self._log = (run_dir / "log.jsonl").open("a+b", buffering=0)
             if self._log.tell() and not (run_dir / "log.jsonl").read_bytes().endswith(b"\n"):
                 self._log.write(b"\n")
-        self.flush()
+        self.rewrite_submission()
 
     # ---- tasks ----
 
     def done(self, task_id: str, stage: str = "tasks") -> bool:
         """Whether a task has a result of this stage or a better one. A placeholder is none."""
-        standing = self.standings.get(task_id)
+        status = self.statuses.get(task_id)
         return bool(
-            standing
-            and STAGES.index(standing.stage) >= STAGES.index(stage)
-            and not (stage != "unadapted" and standing.fallback == "placeholder")
+            status
+            and STAGES.index(status.stage) >= STAGES.index(stage)
+            and not (stage != "unadapted" and status.fallback == "placeholder")
         )
 
-    def keep(self, result: Result, stage: str = "tasks") -> Standing:
-        """Writes a task's result, once and for all. The submission follows: see `follow`."""
+    def save_result(self, result: TaskResult, stage: str = "tasks") -> TaskStatus:
+        """Writes a task's result, once and for all. The submission follows: see `refresh_submission`."""
         self._write(self.run_dir / stage / f"{result.task_id}.json", result.to_json())
-        task, before = self.tasks[result.task_id], self.standings.get(result.task_id)
+        task, before = self.tasks[result.task_id], self.statuses.get(result.task_id)
         earlier_s = 0.0
         if before:
             earlier_s = before.earlier_s if before.stage == stage else before.seconds
-        standing = _judged(task, self.found, self.config, stage, result, earlier_s)
-        self._stand(task.id, standing)
-        return standing
+        status = _judged(task, self.task_set, self.config, stage, result, earlier_s)
+        self._set_status(task.id, status)
+        return status
 
-    def follow(self) -> None:
-        """Brings the submission up to date with what was kept, unless that would take too much of the time."""
+    def refresh_submission(self) -> None:
+        """Rewrites submission.json if results are newer, unless writing would take too much of the time."""
         if self._stale and self._writing_s < WRITING_SHARE * (time.monotonic() - self._written_at):
-            self.flush()
+            self.rewrite_submission()
 
-    def keep_adaptations(self, tasks: Sequence[Task], adaptations: Sequence[Adaptation], round: int) -> None:
+    def save_adaptations(self, tasks: Sequence[Task], adaptations: Sequence[Adaptation], round: int) -> None:
         """Writes what was learnt of a group, before any of its tasks is asked."""
         with self._writing():
             for task, adaptation in zip(tasks, adaptations, strict=True):
@@ -203,11 +211,11 @@ class Journal:
 
     def predictions(self, task_id: str) -> Predictions:
         """All candidates of a task that has a result."""
-        file = self.run_dir / self.standings[task_id].stage / f"{task_id}.json"
+        file = self.run_dir / self.statuses[task_id].stage / f"{task_id}.json"
         return parse_predictions(read_json(file), self.tasks[task_id], file)
 
-    def flush(self) -> None:
-        """Brings submission.json up to date, whatever it takes."""
+    def rewrite_submission(self) -> None:
+        """Rewrites submission.json now, however long it takes."""
         began = time.monotonic()
         with self._writing():
             second = [Path(self.config.run.submission)] if self.config.run.submission else []
@@ -228,7 +236,7 @@ class Journal:
     def __exit__(self, *_: Any) -> None:
         try:
             if self._stale:
-                self.flush()
+                self.rewrite_submission()
         finally:
             self._log.close()
             self._lock.close()
@@ -237,16 +245,16 @@ class Journal:
 
     def _read(self) -> None:
         """What earlier runs have left."""
-        for task_id, file, standing in saved_standings(self.run_dir, self.found, self.config):
-            if standing:
-                self._stand(task_id, standing)
+        for task_id, file, status in read_statuses(self.run_dir, self.task_set, self.config):
+            if status:
+                self._set_status(task_id, status)
             else:
                 with self._writing():
                     file.replace(file.with_suffix(".damaged"))
                 self.damaged.append(file)
 
-    def _stand(self, task_id: str, standing: Standing) -> None:
-        self.standings[task_id], self._submission[task_id] = standing, standing.attempts
+    def _set_status(self, task_id: str, status: TaskStatus) -> None:
+        self.statuses[task_id], self._submission[task_id] = status, status.attempts
         self._stale = True
 
     def _write(self, file: Path, content: Any) -> None:
@@ -265,7 +273,7 @@ class Journal:
             ) from None
 
 
-def open_journal(run_dir: Path, found: TaskSet, config: Config, weights: Sequence[Path]) -> Journal:
+def open_journal(run_dir: Path, task_set: TaskSet, config: Config, weights: Sequence[Path]) -> Journal:
     """The journal of a new run, or of one that is continued.
 
     Args:
@@ -277,15 +285,15 @@ def open_journal(run_dir: Path, found: TaskSet, config: Config, weights: Sequenc
     """
     facts = {
         "version": __version__,
-        "commit": commit(),
-        "tasks": _digest(json.dumps([[task.id, challenge(task)] for task in found.tasks]).encode()),
+        "commit": git_commit(),
+        "tasks": _digest(json.dumps([[task.id, challenge(task)] for task in task_set.tasks]).encode()),
         "checkpoint": _digest(
             *(_parts_of(file) for folder in weights for file in sorted(folder.glob("*.safetensors")))
         ),
     }
     continued = (run_dir / "run.json").exists()
     if not continued:
-        _make(run_dir, found, config, facts)
+        _make(run_dir, task_set, config, facts)
     with ExitStack() as stack:
         held = stack.enter_context(_locked(run_dir))
         if continued:
@@ -295,7 +303,7 @@ def open_journal(run_dir: Path, found: TaskSet, config: Config, weights: Sequenc
                 write_whole(run_dir / "config.json", config_text(config))
         except OSError as error:
             raise UserError(f"{run_dir} cannot be written ({error.strerror}): give another --out") from None
-        journal = Journal(run_dir, found, config, continued, held)
+        journal = Journal(run_dir, task_set, config, continued, held)
         stack.pop_all()
     return journal
 
@@ -310,7 +318,7 @@ def _locked(run_dir: Path) -> IO[str]:
     return held
 
 
-def _make(run_dir: Path, found: TaskSet, config: Config, facts: Mapping[str, str]) -> None:
+def _make(run_dir: Path, task_set: TaskSet, config: Config, facts: Mapping[str, str]) -> None:
     """The folder of a new run, whole from its first moment."""
     if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
         raise UserError(f"{run_dir} exists and is no run to continue: give another --out")
@@ -321,7 +329,7 @@ def _make(run_dir: Path, found: TaskSet, config: Config, facts: Mapping[str, str
             (part / stage).mkdir(parents=True)
         write_whole(part / "config.json", config_text(config))
         write_json(part / "run.json", facts)
-        write_submission(blank_submission(found), part / "submission.json")
+        write_submission(blank_submission(task_set), part / "submission.json")
         part.rename(run_dir)  # over an empty folder too
     except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
@@ -372,27 +380,29 @@ def config_text(config: Config) -> str:
     return json.dumps(config.model_dump(mode="json"), indent=1) + "\n"
 
 
-def saved_standings(run_dir: Path, found: TaskSet, config: Config) -> Iterator[tuple[str, Path, Standing | None]]:
-    """Task, file and standing of all results, of a task the best one last; None: the file cannot be read."""
+def read_statuses(run_dir: Path, task_set: TaskSet, config: Config) -> Iterator[tuple[str, Path, TaskStatus | None]]:
+    """Task, file and status of all results, of a task the best one last; None: the file cannot be read."""
     seconds: dict[str, float] = defaultdict(float)
     for stage in STAGES:
-        for task in found.tasks:
-            file, standing = run_dir / stage / f"{task.id}.json", None
+        for task in task_set.tasks:
+            file, status = run_dir / stage / f"{task.id}.json", None
             if not file.exists():
                 continue
             with suppress(UserError, KeyError):
-                result = Result.read(file, task)
-                standing = _judged(task, found, config, stage, result, seconds[task.id])
-                seconds[task.id] = standing.seconds
-            yield task.id, file, standing
+                result = TaskResult.read(file, task)
+                status = _judged(task, task_set, config, stage, result, seconds[task.id])
+                seconds[task.id] = status.seconds
+            yield task.id, file, status
 
 
-def _judged(task: Task, found: TaskSet, config: Config, stage: str, result: Result, earlier_s: float) -> Standing:
+def _judged(
+    task: Task, task_set: TaskSet, config: Config, stage: str, result: TaskResult, earlier_s: float
+) -> TaskStatus:
     """How a task stands with a result, after so many seconds of earlier stages."""
     predictions = result.predictions
-    attempts = vote(predictions, task, config.vote)
-    solutions = {i: grids for i, grids in found.solutions.items() if i == task.id}
-    return Standing(
+    attempts = choose_attempts(predictions, task, config.vote)
+    solutions = {i: grids for i, grids in task_set.solutions.items() if i == task.id}
+    return TaskStatus(
         stage,
         attempts,
         result.adaptation is not None,
@@ -400,9 +410,9 @@ def _judged(task: Task, found: TaskSet, config: Config, stage: str, result: Resu
         min(_agreement(predictions, task, test, config) for test in range(len(task.test))),
         earlier_s,
         earlier_s + result.seconds,
-        solved({task.id: first_attempts(attempts)}, solutions).get(task.id),
-        solved({task.id: attempts}, solutions).get(task.id),
-        solved(candidate_grids({task.id: predictions}, solutions), solutions).get(task.id),
+        solved_outputs({task.id: first_attempts(attempts)}, solutions).get(task.id),
+        solved_outputs({task.id: attempts}, solutions).get(task.id),
+        solved_outputs(candidate_grids({task.id: predictions}, solutions), solutions).get(task.id),
     )
 
 

@@ -1,4 +1,4 @@
-"""Ask tasks under many views, undo each answer, and ask every view about every answer: views -> prompts -> candidates.
+"""Predicts tasks: decodes under augmented views, maps replies back to candidates, scores each under all views.
 
 A few views are decoded first. Their answers, carried into the other views, are the drafts that those verify; they
 change no answer, only the time. All questions of a call share one session, so what was computed for one of them is
@@ -12,18 +12,18 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
-from ..answers.candidates import Candidate, Predictions
+from ..answers import Candidate, Predictions
 from ..config import FormatConfig, PredictConfig
-from ..decoding.torch_engine import Engine, Reply, Session, needed_context
-from ..models.adapters import Adapter
-from ..puzzles.augment import Augmentation, ColourPolicy, spread_augmentations
-from ..puzzles.encode import Malformed, Prompt, decode_reply, encode_prompt, encode_reply
-from ..puzzles.tasks import Grid, Task, grid_key
+from ..decoding.engine import Engine, Reply, Session, needed_context_length
+from ..models import Adapter
+from ..puzzles import Augmentation, ColourPolicy, Grid, Malformed, Prompt, Task, decode_reply, encode_prompt, grid_key
+from ..puzzles.augment import spread_augmentations
+from ..puzzles.encode import encode_reply
 
 
 @dataclass(frozen=True, eq=False)
-class Question:
-    """One test input of one task under one view."""
+class ViewPrompt:
+    """The prompt of one test input of one task under one view."""
 
     task: int
     test: int
@@ -44,8 +44,8 @@ class Question:
 
 
 @dataclass(eq=False)
-class Answer:
-    """A distinct answer while views are being asked."""
+class CandidateBuilder:
+    """A distinct answer and the votes and log-probabilities collected for it so far."""
 
     grid: Grid
     views: list[int] = field(default_factory=list)
@@ -57,7 +57,7 @@ class Answer:
         return Candidate(test, self.grid, tuple(self.views), tuple(self.searched), scores)
 
 
-Answers = dict[bytes, Answer]  # by `grid_key`, in the order in which they were found
+Answers = dict[bytes, CandidateBuilder]  # by `grid_key`, in the order in which they were found
 ByInput = Mapping[tuple[int, int], Answers]  # by task and test
 
 
@@ -80,7 +80,7 @@ def predict_tasks(
     questions = [q for k, task in enumerate(tasks) for q in _questions(k, task, views[k], engine, config)]
     answers: ByInput = defaultdict(dict)
     capped = np.zeros(len(tasks), dtype=int)
-    with engine.open([q.prompt for q in questions], [adapters[q.task] for q in questions]) as session:
+    with engine.open_session([q.prompt for q in questions], [adapters[q.task] for q in questions]) as session:
         for q, reply in zip(questions, _decode(session, questions, engine.format, config), strict=True):
             if answer := _answer(answers, q, reply, engine.format):
                 answer.views.append(q.view)
@@ -118,15 +118,15 @@ def views_of(task: Task, config: PredictConfig, rng: np.random.Generator) -> lis
 
 def _questions(
     k: int, task: Task, views: Sequence[Augmentation], engine: Engine, config: PredictConfig
-) -> list[Question]:
+) -> list[ViewPrompt]:
     """All views of all test inputs, view by view."""
     questions = []
     for v, view in enumerate(views):
         seen = view.apply_task(task)
         for t, test_input in enumerate(seen.test):
             prompt, dropped = _prompt(seen, test_input, engine, config.max_tokens)
-            fits = needed_context(prompt, engine.format) <= engine.context
-            questions.append(Question(k, t, v, view, prompt, dropped, fits))
+            fits = needed_context_length(prompt, engine.format) <= engine.context_length
+            questions.append(ViewPrompt(k, t, v, view, prompt, dropped, fits))
     return questions
 
 
@@ -134,13 +134,13 @@ def _prompt(seen: Task, test_input: Grid, engine: Engine, max_tokens: int) -> tu
     """A prompt that is too long loses demonstrations from the front, but never the last one. And how many it lost."""
     for dropped in range(len(seen.train)):
         prompt = encode_prompt(seen.train[dropped:], test_input, engine.format)
-        if len(prompt) <= max_tokens and needed_context(prompt, engine.format) <= engine.context:
+        if len(prompt) <= max_tokens and needed_context_length(prompt, engine.format) <= engine.context_length:
             break
     return prompt, dropped
 
 
 def _decode(
-    session: Session, questions: Sequence[Question], format: FormatConfig, config: PredictConfig
+    session: Session, questions: Sequence[ViewPrompt], format: FormatConfig, config: PredictConfig
 ) -> list[Reply]:
     """The greedy reply to each question; with drafts, the leaders' first."""
     if not config.drafts:
@@ -157,17 +157,17 @@ def _decode(
     return [replies[i] for i in range(len(questions))]
 
 
-def _answer(answers: ByInput, q: Question, reply: Reply, format: FormatConfig) -> Answer | None:
+def _answer(answers: ByInput, q: ViewPrompt, reply: Reply, format: FormatConfig) -> CandidateBuilder | None:
     """The answer that a reply spells, with what the reply says of its probability; None: it is no grid."""
     grid = q.grid_of(reply.ids, format)
     if grid is None:
         return None
-    answer = answers[q.task, q.test].setdefault(grid_key(grid), Answer(grid))
+    answer = answers[q.task, q.test].setdefault(grid_key(grid), CandidateBuilder(grid))
     answer.log_probabilities.setdefault(q.view, reply.log_probability)
     return answer
 
 
-def _score(session: Session, questions: Sequence[Question], answers: ByInput, format: FormatConfig) -> None:
+def _score(session: Session, questions: Sequence[ViewPrompt], answers: ByInput, format: FormatConfig) -> None:
     """Every answer's log-probability in every view; where its reply has no room in the context there is none."""
     asked = [list(answers[q.task, q.test].values()) for q in questions]
     replies = [[q.reply_of(answer.grid, format) for answer in of] for q, of in zip(questions, asked, strict=True)]

@@ -1,4 +1,4 @@
-"""A look before hours: one short task goes through all that a run does, with the real model on the real device.
+"""A smoke test before the first task: one tiny task is adapted to, decoded and scored on the real device.
 
 What does not work there would fail for every task, after its adaptation. Here it ends the run at its start.
 """
@@ -11,13 +11,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..config import Config, MachineError, UserError, first_line, named_rng
-from ..decoding.torch_engine import Engine
-from ..models.adapters import Adapter, attached
-from ..models.hardware import free_memory
-from ..models.model import Model
-from ..puzzles.encode import IGNORE, Prompt, Sample, encode_prompt, encode_sample
-from ..puzzles.tasks import Pair, Task, freeze
+from ..config import Config
+from ..decoding.engine import Engine
+from ..errors import MachineError, UserError, first_line
+from ..models import Adapter, Model, attach_adapters, free_memory
+from ..puzzles import IGNORE, Pair, Prompt, Sample, Task, encode_prompt, encode_sample, freeze
+from ..rng import named_rng
 from .adapt import adapt
 
 # How far the engine's log-probability of a reply may be from that of a plain pass: rounding of 16 bit is well within.
@@ -27,7 +26,7 @@ T = TypeVar("T")
 
 
 def preflight(model: Model, engine: Engine, start: Adapter | None, config: Config) -> None:
-    """Adapts, decodes from a cache and scores once.
+    """Adapts to a tiny task, decodes and scores it, and compares the score with a plain forward pass.
 
     Raises:
         MachineError: one of them does not work with this model on this device; the sentence says which, and why.
@@ -74,7 +73,7 @@ def _sentence(what: str, model: Model, why: str) -> str:
 
 def _asked(engine: Engine, adapter: Adapter | None, prompt: Prompt, reply: list[int]) -> float:
     """The engine's log-probability of a reply, once it has continued the prompt from its cache."""
-    with engine.open([prompt], [adapter]) as session:
+    with engine.open_session([prompt], [adapter]) as session:
         session.search(threshold=1e-6, max_nodes=NODES)
         return session.score([[reply]])[0][0].log_probability
 
@@ -86,6 +85,6 @@ def _log_probability(model: Model, adapter: Adapter | None, sample: Sample) -> f
         torch.from_numpy(x.astype(np.int64)).to(model.device)
         for x in (sample.ids_T, sample.positions_T, sample.labels_T)
     )
-    with attached(model, [adapter]) if adapter else nullcontext():
+    with attach_adapters(model, [adapter]) if adapter else nullcontext():
         logits_TV = model.logits(ids_T[None], positions_T[None])[0]
     return -F.cross_entropy(logits_TV[:-1], labels_T[1:], ignore_index=IGNORE, reduction="sum").item()

@@ -28,23 +28,25 @@ from ..answers import revote
 from ..answers.submission import table_of
 from ..answers.vote import rank
 from ..clock import process_age_s
-from ..config import Config, Parser, UserError, add_task_arguments, load_config, named_rng, run_main, task_overrides
-from ..data.leaks import TrainingData, leak_audit
-from ..decoding.choose import check_engine, engine_kind
-from ..models.adapters import fresh_adapter
-from ..models.hardware import pick_device, precision_of, whole_memory
-from ..models.lora import base_it_names
-from ..models.model import checkpoint_dir
+from ..command import Parser, add_task_arguments, task_overrides
+from ..config import Config, load_config
+from ..data import TrainingData, leak_audit
+from ..decoding.engine_choice import check_engine, engine_kind
+from ..errors import UserError
+from ..models import checkpoint_dir, describe_precision, fresh_adapter, pick_device, unverified_base_warning
+from ..models.hardware import whole_memory
+from ..puzzles import Task, TaskSet, load_tasks
 from ..puzzles.pictures import save_picture, task_picture
-from ..puzzles.tasks import Task, TaskSet, load_tasks, smallest
+from ..puzzles.task_files import smallest
+from ..rng import named_rng
 from . import status
-from .adapt import group_by_length, most_together
+from .adapt import group_by_length, max_group_size
 from .budget import Budget
 from .executors import Executor, cores, make_executor
 from .journal import Journal, open_journal, saved_config
-from .schedule import Finished, Schedule
+from .scheduler import FinishedTask, Scheduler
 from .status import Meter
-from .worker import asked_together, load_base, make_worker
+from .worker import load_base, make_worker, prediction_groups
 
 # What of a time budget is kept for the end: for jobs that come a step late, the summary, and the end of all processes.
 MARGIN_S, MARGIN_SHARE = 4.0, 0.01
@@ -53,25 +55,25 @@ END_OF_START, END_MOST = 0.25, 0.05
 INCOMPLETE = 3  # exit code of a run that ended as it should, but not with an answer of the adapted model to every task
 
 
-def solve(schedule: Schedule, executor: Executor, deadline: float, console: Console) -> dict[str, Any]:
+def solve(schedule: Scheduler, executor: Executor, deadline: float, console: Console) -> dict[str, Any]:
     """Solves what is not solved yet, until `deadline` of `time.monotonic()`. The summary of the run."""
     journal, config = schedule.journal, schedule.config
-    found = journal.found
+    task_set = journal.task_set
     meter = Meter(executor.count, deadline, status.last_summary(journal.run_dir))
     with _progress_bar(console, deadline) as bar:
-        line = bar.add_task("solving", total=1.0, tasks_done=len(journal.standings), tasks=len(found.tasks))
+        line = bar.add_task("solving", total=1.0, tasks_done=len(journal.statuses), tasks=len(task_set.tasks))
         for done in executor.map_unordered(schedule.jobs(), until=deadline):
             meter.note(done)
-            for finished in schedule.take(done):
+            for finished in schedule.handle_result(done):
                 record = _log_record(finished, journal.tasks[finished.result.task_id], config)
                 journal.log(**record)
                 if finished.stage != "unadapted":
                     console.print(_task_line(finished, record), soft_wrap=True)
-            journal.follow()
+            journal.refresh_submission()
             meter.keep(journal, schedule.share_done)
-            bar.update(line, completed=schedule.share_done, tasks_done=len(journal.standings))
-    journal.flush()
-    summary = meter.summary(found, journal.standings, schedule.share_done)
+            bar.update(line, completed=schedule.share_done, tasks_done=len(journal.statuses))
+    journal.rewrite_submission()
+    summary = meter.summary(task_set, journal.statuses, schedule.share_done)
     journal.write_summary(summary)
     return summary
 
@@ -124,7 +126,7 @@ def _progress_bar(console: Console, deadline: float) -> Progress:
     )
 
 
-def _log_record(finished: Finished, task: Task, config: Config) -> dict[str, Any]:
+def _log_record(finished: FinishedTask, task: Task, config: Config) -> dict[str, Any]:
     result, usage = finished.result, finished.usage
     ranked = [rank(result.predictions, task, test, config.vote) for test in range(len(task.test))]
     return {
@@ -147,7 +149,7 @@ def _log_record(finished: Finished, task: Task, config: Config) -> dict[str, Any
     }
 
 
-def _task_line(finished: Finished, record: dict[str, Any]) -> str:
+def _task_line(finished: FinishedTask, record: dict[str, Any]) -> str:
     result = finished.result
     parts = [f"{result.task_id}  {result.seconds:4.0f} s"]
     if result.fallback:
@@ -187,26 +189,26 @@ _ENDS = {
 
 
 def _picture(
-    found: TaskSet, journal: Journal, config: Config, trained_on: TrainingData | None, summary: dict[str, Any]
+    task_set: TaskSet, journal: Journal, config: Config, trained_on: TrainingData | None, summary: dict[str, Any]
 ) -> Group:
     """Some tasks drawn; how the run stands; and what a score must be read with."""
     shown: list[RenderableType] = []
-    attempts = {i: standing.attempts for i, standing in journal.standings.items()}
+    attempts = {i: status.attempts for i, status in journal.statuses.items()}
     drawn = config.run.show
     if not summary["score"]:
-        shown += [task_picture(t, attempts[t.id], None) for t in found.tasks if t.id in attempts][:drawn]
+        shown += [task_picture(t, attempts[t.id], None) for t in task_set.tasks if t.id in attempts][:drawn]
     else:
         per_task = {i: share for i, share in summary["score"]["per_task"].items() if i in attempts}
         for title, is_wanted in (("Solved", lambda share: share == 1), ("Not solved", lambda share: share < 1)):
             ids = [i for i, share in per_task.items() if is_wanted(share)]
             if ids and drawn:
                 shown.append(Rule(f"{title}: {min(len(ids), drawn)} of {len(ids)}"))
-                shown += [task_picture(journal.tasks[i], attempts[i], found.solutions[i]) for i in ids[:drawn]]
-    title = f"{found.name}, {_count(len(found.tasks), 'task')}, seed {config.run.seed}"
-    shown.append(table_of(title, status.rows(summary)))
+                shown += [task_picture(journal.tasks[i], attempts[i], task_set.solutions[i]) for i in ids[:drawn]]
+    title = f"{task_set.name}, {_count(len(task_set.tasks), 'task')}, seed {config.run.seed}"
+    shown.append(table_of(title, status.summary_rows(summary)))
     if summary["score"]:
         unknown = "no leak audit: this checkpoint does not say what it was trained on"
-        shown.append(Text(str(leak_audit(trained_on, found)) if trained_on else unknown))
+        shown.append(Text(str(leak_audit(trained_on, task_set)) if trained_on else unknown))
     return Group(*shown)
 
 
@@ -214,9 +216,9 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' * (number != 1)}"
 
 
-def default_run_dir(found: TaskSet) -> Path:
+def default_run_dir(task_set: TaskSet) -> Path:
     """runs/<tasks>-<time>, one that does not exist yet."""
-    name = f"{Path(found.name).stem if Path(found.name).exists() else found.name.replace('/', '-')}"
+    name = f"{Path(task_set.name).stem if Path(task_set.name).exists() else task_set.name.replace('/', '-')}"
     stem = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     candidate, n = stem, 1
     while candidate.exists():
@@ -292,20 +294,20 @@ def main(arguments: list[str]) -> int:
     deadline = _deadline(config)
     console = Console()
     plain = partial(console.print, markup=False, highlight=False, soft_wrap=True)
-    found = load_tasks(config.tasks)
-    run_dir = out or default_run_dir(found)
+    task_set = load_tasks(config.tasks)
+    run_dir = out or default_run_dir(task_set)
     device = pick_device(config.run.device)
     model, start_adapter = load_base(config, torch.device("cpu"))
     most = 0
     if config.adapt.enabled:  # this refuses targets that the model lacks before any work is done
         adapter = start_adapter or fresh_adapter(model, config.adapt, named_rng(0))
-        most = most_together(adapter, whole_memory(device, worker_count(config, len(found.tasks)) or cores()))
+        most = max_group_size(adapter, whole_memory(device, worker_count(config, len(task_set.tasks)) or cores()))
     config = config.model_copy(update={"format": model.format})  # the checkpoint's, whatever the config says
     kind, why = engine_kind(model, config, device)
     check_engine(model, config, device)
     parameters, trained_on = model.parameters_count, model.trained_on
     del model, start_adapter  # workers have their own
-    chosen = smallest(found.tasks, config.run.smoke) if config.run.smoke else found.tasks
+    chosen = smallest(task_set.tasks, config.run.smoke) if config.run.smoke else task_set.tasks
     groups = group_by_length(chosen, config.adapt, device, most)
     weights = [checkpoint_dir(config.model.path), *([Path(config.model.adapter)] if config.model.adapter else [])]
     count = worker_count(config, len(groups))
@@ -313,21 +315,21 @@ def main(arguments: list[str]) -> int:
     with ExitStack() as stack:
         executor = stack.enter_context(make_executor(config.run.executor, make, count, config.run.address or None))
         signal.signal(signal.SIGTERM, _interrupt)  # once more: Ray has put its own there
-        journal = stack.enter_context(open_journal(run_dir, found, config, weights))
+        journal = stack.enter_context(open_journal(run_dir, task_set, config, weights))
         plain(
-            f"{_count(len(found.tasks), 'task')} from {found.name}; model of {parameters:,} parameters on {device} in"
-            f" {precision_of(device)}, {_count(executor.count, 'worker')}; engine {kind} ({why}); run directory"
-            f" {run_dir}"
+            f"{_count(len(task_set.tasks), 'task')} from {task_set.name};"
+            f" model of {parameters:,} parameters on {device} in {describe_precision(device)},"
+            f" {_count(executor.count, 'worker')}; engine {kind} ({why}); run directory {run_dir}"
         )
-        if config.model.adapter and (remark := base_it_names(Path(config.model.adapter))):
+        if config.model.adapter and (remark := unverified_base_warning(Path(config.model.adapter))):
             plain(remark)
         if journal.continued:
-            plain(f"continued: {len(journal.standings)} of {len(found.tasks)} tasks have an answer")
+            plain(f"continued: {len(journal.statuses)} of {len(task_set.tasks)} tasks have an answer")
         for file in journal.damaged:
             plain(f"{file} could not be read and is solved again")
         try:
-            chunks, budget = partial(asked_together, device=device), Budget(executor.count, deadline)
-            summary = solve(Schedule(groups, chunks, config, journal, budget), executor, deadline, console)
+            chunks, budget = partial(prediction_groups, device=device), Budget(executor.count, deadline)
+            summary = solve(Scheduler(groups, chunks, config, journal, budget), executor, deadline, console)
         except KeyboardInterrupt:
             print(
                 f"interrupted; the answers so far are in {run_dir}/submission.json, and bin/solve --out {run_dir}"
@@ -335,7 +337,7 @@ def main(arguments: list[str]) -> int:
                 file=sys.stderr,
             )
             return 1
-    shown = _picture(found, journal, config, trained_on, summary)
+    shown = _picture(task_set, journal, config, trained_on, summary)
     try:
         save_picture(shown, run_dir / "report.svg", "bin/solve")
     except OSError as error:
@@ -351,21 +353,17 @@ def _conclude(tasks: int, journal: Journal, summary: dict[str, Any], say: Any) -
         f"{summary['seconds']['whole'] / 60:.1f} minutes. Submission: {run_dir}/submission.json; beside it report.svg,"
         " log.jsonl, tasks/ and adapters/"
     )
-    cheap = sum(standing.stage == "unadapted" for standing in journal.standings.values())
+    cheap = sum(status.stage == "unadapted" for status in journal.statuses.values())
     if cheap:
         say(f"no time to adapt to {cheap} of {tasks} tasks, which have the answer of the cheap pass")
-    if left_out := len(journal.found.tasks) - tasks:
+    if left_out := len(journal.task_set.tasks) - tasks:
         say(f"only {tasks} of {tasks + left_out} tasks were to be solved; the others have placeholders")
-    if nothing := tasks - len(journal.standings):
+    if nothing := tasks - len(journal.statuses):
         say(f"no time for {nothing} of {tasks} tasks, which have placeholders; bin/solve --out {run_dir} goes on")
     if summary["fallen_back"]:
-        say(f"{status.fallen(summary['fallen_back'], tasks)}; see {run_dir}/log.jsonl")
+        say(f"{status.describe_fallbacks(summary['fallen_back'], tasks)}; see {run_dir}/log.jsonl")
     return INCOMPLETE if nothing or summary["fallen_back"] else 0
 
 
 def _interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -15,11 +15,13 @@ from typing import Any
 
 from rich.console import Console
 
-from ..answers.submission import Row, Score, data_rows, score_rows, table_of, total
-from ..config import Parser, UserError
-from ..puzzles.tasks import TaskSet, load_tasks, read_json
-from .executors import Done
-from .journal import Journal, Standing, saved_config, saved_standings
+from ..answers import Score
+from ..answers.submission import Row, data_rows, score_of, score_rows, table_of
+from ..command import Parser
+from ..errors import UserError
+from ..puzzles import TaskSet, load_tasks, read_json
+from .executors import JobResult
+from .journal import Journal, TaskStatus, read_statuses, saved_config
 from .worker import AdaptJob
 
 EVERY_S = 5.0  # between two summaries, while a run goes on
@@ -44,7 +46,7 @@ class Meter:
     gpu: list[float] = field(default_factory=list)  # shares, the latest only
     written: float = -math.inf
 
-    def note(self, done: Done) -> None:
+    def note(self, done: JobResult) -> None:
         if done.error is not None:
             return
         usage = done.value.usage
@@ -56,10 +58,10 @@ class Meter:
         self.peak_memory[usage.process] = usage.peak_memory_bytes
         self.gpu = [*self.gpu, usage.gpu][-100:] if usage.gpu is not None else self.gpu
 
-    def summary(self, found: TaskSet, standings: Mapping[str, Standing], share_done: float) -> dict[str, Any]:
+    def summary(self, task_set: TaskSet, statuses: Mapping[str, TaskStatus], share_done: float) -> dict[str, Any]:
         """All of it, in numbers."""
         if self.before and not self.peak_memory:  # nothing was left to do
-            return {**self.before, **counts(found, standings)}
+            return {**self.before, **counts(task_set, statuses)}
         spent = time.monotonic() - self.began
         left = spent * (1 - share_done) / share_done if share_done > 0 else None
         if left is not None and spent + left > self.deadline - self.began:
@@ -68,7 +70,7 @@ class Meter:
         busy = self.adapting_s + self.asking_s
         utilisation = sum(self.gpu) / len(self.gpu) if self.gpu else self.cpu_s / max(1e-9, self.workers * spent)
         return {
-            **counts(found, standings),
+            **counts(task_set, statuses),
             "seconds": {
                 "whole": round(spent + earlier.get("whole", 0.0), 2),
                 "adapting": round(self.adapting_s + earlier.get("adapting", 0.0), 2),
@@ -86,54 +88,54 @@ class Meter:
     def keep(self, journal: Journal, share_done: float) -> None:
         """Writes a summary, but not more often than needed."""
         if time.monotonic() - self.written > EVERY_S:
-            journal.write_summary(self.summary(journal.found, journal.standings, share_done))
+            journal.write_summary(self.summary(journal.task_set, journal.statuses, share_done))
             self.written = time.monotonic()
 
 
-def counts(found: TaskSet, standings: Mapping[str, Standing]) -> dict[str, Any]:
+def counts(task_set: TaskSet, statuses: Mapping[str, TaskStatus]) -> dict[str, Any]:
     """How many tasks are how far, and what that scores."""
-    first, final, covered = scores(found, standings)
+    first, final, covered = scores(task_set, statuses)
     return {
-        "tasks": len(found.tasks),
-        "data": found.data,
-        "answered": sum(standing.fallback != "placeholder" for standing in standings.values()),
-        "adapted": sum(standing.adapted for standing in standings.values()),
-        "again": sum(standing.stage == "again" for standing in standings.values()),
-        "fallen_back": {i: standing.fallback for i, standing in standings.items() if standing.fallback},
+        "tasks": len(task_set.tasks),
+        "data": task_set.data,
+        "answered": sum(status.fallback != "placeholder" for status in statuses.values()),
+        "adapted": sum(status.adapted for status in statuses.values()),
+        "again": sum(status.stage == "again" for status in statuses.values()),
+        "fallen_back": {i: status.fallback for i, status in statuses.items() if status.fallback},
         "pass@1": first and first.to_json(),
         "score": final and final.to_json(),  # pass@2
         "coverage": covered and covered.to_json(),
-        "seconds_per_task": _seconds_per_task(standings),
+        "seconds_per_task": _seconds_per_task(statuses),
     }
 
 
-def _seconds_per_task(standings: Mapping[str, Standing]) -> dict[str, float] | None:
+def _seconds_per_task(statuses: Mapping[str, TaskStatus]) -> dict[str, float] | None:
     """What the tasks that have an answer took of one worker."""
-    seconds = [standing.seconds for standing in standings.values() if standing.fallback != "placeholder"]
+    seconds = [status.seconds for status in statuses.values() if status.fallback != "placeholder"]
     return {"median": round(median(seconds), 2), "longest": round(max(seconds), 2)} if seconds else None
 
 
-def scores(found: TaskSet, standings: Mapping[str, Standing]) -> tuple[Score | None, Score | None, Score | None]:
+def scores(task_set: TaskSet, statuses: Mapping[str, TaskStatus]) -> tuple[Score | None, Score | None, Score | None]:
     """Pass@1, pass@2 and coverage of the tasks with known solutions; what has no answer is not solved."""
-    if not found.solutions:
+    if not task_set.solutions:
         return None, None, None
     first, both, covered = {}, {}, {}
-    for task_id, grids in found.solutions.items():
-        standing, nothing = standings.get(task_id), [False] * len(grids)
-        first[task_id] = (standing and standing.first) or nothing
-        both[task_id] = (standing and standing.solved) or nothing
-        covered[task_id] = (standing and standing.covered) or nothing
-    return total(first), total(both), total(covered)
+    for task_id, grids in task_set.solutions.items():
+        status, nothing = statuses.get(task_id), [False] * len(grids)
+        first[task_id] = (status and status.first) or nothing
+        both[task_id] = (status and status.solved) or nothing
+        covered[task_id] = (status and status.covered) or nothing
+    return score_of(first), score_of(both), score_of(covered)
 
 
-def rows(content: Mapping[str, Any]) -> list[Row]:
+def summary_rows(content: Mapping[str, Any]) -> list[Row]:
     """A summary as a person reads it."""
     of = f"of {content['tasks']}"
     shown = [("tasks answered", f"{content['answered']} {of}"), ("adapted to", f"{content['adapted']} {of}")]
     if content["again"]:
         shown.append(("tried once more", f"{content['again']}"))
     if content["fallen_back"]:
-        shown.append(("fallen back", fallen(content["fallen_back"], content["tasks"])))
+        shown.append(("fallen back", describe_fallbacks(content["fallen_back"], content["tasks"])))
     if content["score"]:
         shown += score_rows(content["pass@1"], content["score"], content["coverage"])
         if unscored := content["tasks"] - content["score"]["tasks"]:
@@ -149,8 +151,8 @@ def rows(content: Mapping[str, Any]) -> list[Row]:
     return [*shown, *data_rows(content["data"])]
 
 
-def fallen(fallen_back: Mapping[str, str], tasks: int) -> str:
-    """Which tasks have something else than an answer of the adapted model because something failed."""
+def describe_fallbacks(fallen_back: Mapping[str, str], tasks: int) -> str:
+    """How many tasks fell back to an unadapted or a placeholder answer, and which."""
     by_kind = {kind: sorted(i for i, k in fallen_back.items() if k == kind) for kind in ("unadapted", "placeholder")}
     says = {"unadapted": "answered without adaptation", "placeholder": "without any answer"}
     parts = [f"{', '.join(_few(ids))} {says[kind]}" for kind, ids in by_kind.items() if ids]
@@ -168,10 +170,10 @@ def read_status(run_dir: Path) -> tuple[str, dict[str, Any]]:
         UserError: it is no run's folder, or its tasks are not found any more.
     """
     config = saved_config(run_dir)
-    found = load_tasks(config.tasks)
+    task_set = load_tasks(config.tasks)
     # What cannot be read is solved again when the run goes on.
-    standings = {i: standing for i, _, standing in saved_standings(run_dir, found, config) if standing}
-    return found.name, {**last_summary(run_dir), **counts(found, standings)}
+    statuses = {i: status for i, _, status in read_statuses(run_dir, task_set, config) if status}
+    return task_set.name, {**last_summary(run_dir), **counts(task_set, statuses)}
 
 
 def last_summary(run_dir: Path) -> dict[str, Any]:
@@ -194,7 +196,7 @@ def main(arguments: list[str]) -> int:
     if args.json:
         print(json.dumps(content))
         return 0
-    table = table_of(f"{args.status}: {name}", rows(content))
+    table = table_of(f"{args.status}: {name}", summary_rows(content))
     if content.get("projected_end") and content["share_done"] < 1:
         table.add_row("projected end", time.strftime("%Y-%m-%d %H:%M", time.localtime(content["projected_end"])))
     Console().print(table)

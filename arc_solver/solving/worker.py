@@ -14,14 +14,24 @@ from typing import Any
 
 import torch
 
-from ..config import Config, PredictConfig, UserError, named_rng
-from ..decoding.choose import make_engine
-from ..models.adapters import Adapter
-from ..models.hardware import fast_dtype, free_memory, peak_memory, pick_device
-from ..models.lora import with_adapter, with_start
-from ..models.model import Model, checkpoint_dir, load_model
-from ..puzzles.tasks import Task
-from ..training.devices import keep_freed_memory
+from ..config import Config, PredictConfig
+from ..decoding.engine_choice import make_engine
+from ..errors import UserError
+from ..models import (
+    Adapter,
+    Model,
+    checkpoint_dir,
+    fast_dtype,
+    free_memory,
+    load_model,
+    merge_saved_adapter,
+    peak_memory,
+    pick_device,
+)
+from ..models.lora import load_start_adapter
+from ..puzzles import Task
+from ..rng import named_rng
+from ..training import keep_freed_memory
 from .adapt import adapt
 from .executors import Watchdog, cores
 from .predict import predict_tasks
@@ -45,8 +55,8 @@ class AdaptJob:
 
 
 @dataclass(frozen=True, eq=False)
-class AskJob:
-    """Tasks to ask at once, each under its adapter or all without. Gives `Predictions` for each."""
+class PredictJob:
+    """Tasks to predict in one batch, each with its adapter or all without. Gives `Predictions` for each."""
 
     tasks: tuple[Task, ...]
     adapters: tuple[Adapter | None, ...]
@@ -60,12 +70,12 @@ class AskJob:
         return self.seconds < math.inf
 
 
-Job = AdaptJob | AskJob
+Job = AdaptJob | PredictJob
 
 
 @dataclass(frozen=True)
-class Usage:
-    """What a job took."""
+class ResourceUsage:
+    """Resources that one job used: wall and CPU seconds, peak memory, GPU utilisation."""
 
     seconds: float
     cpu_seconds: float
@@ -75,9 +85,11 @@ class Usage:
 
 
 @dataclass(frozen=True, eq=False)
-class Outcome:
+class JobOutput:
+    """What a worker returns for a job: one value for each task, and the resources used."""
+
     values: list[Any]  # one for each task of the job
-    usage: Usage
+    usage: ResourceUsage
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,21 +104,21 @@ class Worker:
     beat: Callable[[], None] = lambda: None
     rest: Callable[[], None] = lambda: None
 
-    def run(self, job: Job) -> Outcome:
+    def run(self, job: Job) -> JobOutput:
         began, cpu = time.monotonic(), time.process_time()
         self.beat()
         try:
             values = self._adapt(job) if isinstance(job, AdaptJob) else self._ask(job)
         finally:
             self.rest()
-        usage = Usage(
+        usage = ResourceUsage(
             time.monotonic() - began,
             time.process_time() - cpu,
             os.getpid(),
             peak_memory(self.model.device),
             _gpu_utilisation(self.model.device),
         )
-        return Outcome(values, usage)
+        return JobOutput(values, usage)
 
     def _adapt(self, job: AdaptJob) -> list[Any]:
         rngs = [self._rng(task, "adapt", job.round) for task in job.tasks]
@@ -114,7 +126,7 @@ class Worker:
         memory = free_memory(self.model.device, self.neighbours)
         return adapt(job.tasks, self.model, self.config.adapt, rngs, self.start, self.beat, deadline, memory)
 
-    def _ask(self, job: AskJob) -> list[Any]:
+    def _ask(self, job: PredictJob) -> list[Any]:
         rngs = [self._rng(task, "predict", job.round) for task in job.tasks]
         self.engine.deadline = time.monotonic() + job.seconds
         self.engine.on_step = self.beat
@@ -164,14 +176,14 @@ def load_base(config: Config, device: torch.device) -> tuple[Model, Adapter | No
     model = load_model(config.model.path, device, fast_dtype(device), config.model.quantize)
     base_dir = checkpoint_dir(config.model.path)
     if not (config.adapt.enabled and config.adapt.start == "pretrained"):
-        return with_adapter(model, config.model.adapter, base_dir), None
+        return merge_saved_adapter(model, config.model.adapter, base_dir), None
     if not config.model.adapter:
         raise UserError('adapt.start="pretrained" continues an adapter: give its folder as model.adapter')
-    return with_start(model, Path(config.model.adapter), base_dir)
+    return load_start_adapter(model, Path(config.model.adapter), base_dir)
 
 
-def asked_together(tasks: Sequence[Task], device: torch.device) -> list[tuple[Task, ...]]:
-    """Tasks that were adapted at once, as they are asked: on a GPU, where a step waits for launches, at once too."""
+def prediction_groups(tasks: Sequence[Task], device: torch.device) -> list[tuple[Task, ...]]:
+    """Splits tasks that were adapted together into prediction jobs: one task each on a CPU, all in one on a GPU."""
     return [(task,) for task in tasks] if device.type == "cpu" else [tuple(tasks)]
 
 

@@ -1,0 +1,21 @@
+"""The offline run: from sources and a model to trained weights and their card.
+
+In the order of reading; each imports only from those before it:
+
+    optimize     the one training loop: schedules, optimizers, `fit`
+    parallel     processes, shards, precision, compilation
+    memory       what memory a step takes
+    checkpoints  complete or absent; the last good one is never in danger
+    validate     loss and generated answers on held-out tasks
+    log          `log.jsonl`, TensorBoard, the progress bar
+    run          what the parts of a run share, and how one starts
+    card         the README beside the weights
+    report       what a run says before it begins, and leaves at its end
+    train        stages of training, one after another; `bin/train`
+"""
+
+from .memory import activation_bytes_per_token
+from .optimize import step_rate
+from .parallel import keep_freed_memory
+
+__all__ = ["activation_bytes_per_token", "keep_freed_memory", "step_rate"]

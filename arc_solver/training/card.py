@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..data.leaks import DATA_FILE
+from ..data import DATA_FILE
 
 TRAINING_FILE = "training.json"  # the figures of a run, beside the weights that it left
 # Of an earlier run, into a later one:
@@ -28,7 +28,7 @@ def earlier_runs(path: str) -> list[dict[str, Any]]:
 
 
 def model_card(about: Mapping[str, Any], kind: str = "causal language model") -> str:
-    """The card in Markdown, of the figures of `training_report.describe`."""
+    """The card in Markdown, of the figures of `report.describe`."""
     runs: list[Mapping[str, Any]] = [*about["earlier"], about]
     tokens, minutes = (sum(run[name] for run in runs) for name in ("tokens", "minutes"))
     rows = [

@@ -18,11 +18,11 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from ..config import MachineError, UserError, first_line
+from ..errors import MachineError, UserError, first_line
 from ..files import sync_folder, write_json
+from ..models import Model, save_model
 from ..models.lora import save_lora
-from ..models.model import Model, save_model
-from .devices import Devices
+from .parallel import ParallelContext
 
 BEFORE_DECAY = "before-decay"
 
@@ -47,7 +47,7 @@ class Progress:
 
 def save_checkpoint(
     out_dir: Path,
-    devices: Devices,
+    parallel: ParallelContext,
     model: Model,
     lora: Any,
     base_dir: Path | None,
@@ -69,20 +69,20 @@ def save_checkpoint(
         MachineError: it cannot be written.
     """
     folder = out_dir / (name or f"checkpoints/step-{progress.total_steps:07d}")
-    weights = devices.weights(model.lm)
+    weights = parallel.weights(model.lm)
     states = {
-        "optimizers": devices.optimizer_states(model.lm, optimizers),
-        "scaler": devices.scaler_state(),
+        "optimizers": parallel.optimizer_states(model.lm, optimizers),
+        "scaler": parallel.scaler_state(),
         "average": average.state_dict() if average else None,
     }
-    if devices.main and not folder.exists():  # the last step may just have been saved
+    if parallel.is_main and not folder.exists():  # the last step may just have been saved
         temporary = folder.with_suffix(".part")
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             if lora:
                 assert base_dir
-                save_lora(lora, temporary / "adapter", base_dir, model.trained_on, weights if devices.shards else None)
+                save_lora(lora, temporary / "adapter", base_dir, model.trained_on, weights if parallel.shards else None)
             else:
                 save_model(model, temporary / "model", state=weights)
             with (temporary / "optimizers.pt").open("wb") as file:
@@ -96,7 +96,7 @@ def save_checkpoint(
         for other in folder.parent.iterdir() if not name else ():
             if other != folder:
                 shutil.rmtree(other)
-    devices.wait()
+    parallel.barrier()
 
 
 def cannot_write(out_dir: Path, error: Exception) -> str:
@@ -116,7 +116,7 @@ def load_progress(checkpoint: Path) -> Progress:
 
 def load_states(
     checkpoint: Path,
-    devices: Devices,
+    parallel: ParallelContext,
     model: Model,
     optimizers: Sequence[Optimizer],
     average: AveragedModel | None = None,
@@ -136,9 +136,9 @@ def load_states(
         optimizer_states = states["optimizers"]
     except Exception as error:  # a missing, cut or foreign file
         raise UserError(f"the optimizer state in {file} cannot be read: {first_line(error)}") from None
-    devices.load_optimizer_states(model.lm, optimizers, optimizer_states, str(file), moments_only)
-    if devices.scaler and states["scaler"] and not moments_only:
-        devices.scaler.load_state_dict(states["scaler"])
+    parallel.load_optimizer_states(model.lm, optimizers, optimizer_states, str(file), moments_only)
+    if parallel.scaler and states["scaler"] and not moments_only:
+        parallel.scaler.load_state_dict(states["scaler"])
     if average and not moments_only:
         average.load_state_dict(states["average"])
 

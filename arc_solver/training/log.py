@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
 
-from ..clock import about
+from ..clock import format_duration
 from ..files import write_whole
 from .checkpoints import Progress
 from .optimize import Step
@@ -71,7 +71,9 @@ class TrainingLog:
         for name, value in (scalars | {f"validation/{name}": value for name, value in measured.items()}).items():
             self.board.add_scalar(name, value, progress.total_steps)
         if measured:
-            self.console.print(f"step {progress.total_steps} ({stage}): {shown(measured)}, {progress.tokens:,} tokens")
+            self.console.print(
+                f"step {progress.total_steps} ({stage}): {format_metrics(measured)}, {progress.tokens:,} tokens"
+            )
         self._show(step, speed)
 
     def finish(self, measured: Mapping[str, float]) -> None:
@@ -99,13 +101,13 @@ class TrainingLog:
         due = done == self.first_step or math.log10(done).is_integer() or step.elapsed_s - self.told_s >= TELL_S
         if due and not self.console.is_terminal:
             self.told_s = step.elapsed_s
-            speed_and_end = f", {speed:,.0f} tokens/s, ETA {about(left_s)}" if step_s else ""
+            speed_and_end = f", {speed:,.0f} tokens/s, ETA {format_duration(left_s)}" if step_s else ""
             self.console.print(f"step {done}: loss {step.loss:.4f}{speed_and_end}")
 
 
 @contextmanager
-def telling(console: Console, what: str, quiet_s: float = QUIET_S) -> Iterator[None]:
-    """Says what is being done, if it takes longer than a person waits without a word."""
+def announce_if_slow(console: Console, what: str, quiet_s: float = QUIET_S) -> Iterator[None]:
+    """Context manager: prints what is being done if it takes longer than `quiet_s`."""
     timer = threading.Timer(quiet_s, console.print, [f"{what} ..."])
     timer.daemon = True
     timer.start()
@@ -115,7 +117,7 @@ def telling(console: Console, what: str, quiet_s: float = QUIET_S) -> Iterator[N
         timer.cancel()
 
 
-def shown(measured: Mapping[str, float]) -> str:
+def format_metrics(measured: Mapping[str, float]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in measured.items())
 
 

@@ -13,11 +13,8 @@ from torch import Tensor, nn
 
 from ..config import TrainConfig
 from ..data.stream import Batch
-from ..models import decoder
-from ..models.attention import Packing
-from ..models.hardware import resident_memory
-from ..models.model import Model
-from .devices import Devices
+from ..models import Model, Packing, fast_decoder, resident_memory
+from .parallel import ParallelContext
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,7 @@ def gigabytes(size: float) -> str:
 
 
 def estimate_memory(
-    lm: Any, config: TrainConfig, devices: Devices, longest: int, probe: Callable[[int], Tensor]
+    lm: Any, config: TrainConfig, parallel: ParallelContext, longest: int, probe: Callable[[int], Tensor]
 ) -> MemoryEstimate:
     """Estimates the peak of a step.
 
@@ -54,16 +51,16 @@ def estimate_memory(
         longest: tokens that can be probed.
         probe: the loss of a batch of so many tokens, with its graph.
     """
-    shards = devices.processes if devices.shards else 1
+    shards = parallel.processes if parallel.shards else 1
     sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in lm.parameters()]
     weights, trained = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
     few, many = longest // 2, longest
     kept_few, kept_many = _kept_bytes(lm, probe, few), _kept_bytes(lm, probe, many)
-    resident = resident_memory() - weights if devices.device.type == "cpu" else 0  # after the weights were used once
+    resident = resident_memory() - weights if parallel.device.type == "cpu" else 0  # after the weights were used once
     per_token = (kept_many - kept_few) / (many - few)
     fixed = kept_few - per_token * few
     if config.checkpointing:  # one layer's activations at a time, and each layer's input
-        text, size = lm.config.get_text_config(), devices.dtype.itemsize
+        text, size = lm.config.get_text_config(), parallel.dtype.itemsize
         per_token = per_token / text.num_hidden_layers + text.num_hidden_layers * text.hidden_size * size
     moments = 2 if config.optimizer == "adamw" else 1
     return MemoryEstimate(
@@ -93,13 +90,13 @@ def _kept_bytes(lm: nn.Module, probe: Callable[[int], Tensor], tokens: int) -> i
         if (node := open_.pop()) is not None and node not in seen:
             seen.add(node)
             open_ += [before for before, _ in node.next_functions]
-            for tensor in decoder.kept(node):
+            for tensor in fast_decoder.saved_tensors(node):
                 note(tensor)
     return sum(kept.values())
 
 
-def kept_per_token(model: Model, few: int = 64, many: int = 128) -> tuple[float, float]:
-    """Bytes of a token at the peak of a step of adapters, which must be attached: kept, and if recomputed."""
+def activation_bytes_per_token(model: Model, few: int = 64, many: int = 128) -> tuple[float, float]:
+    """Activation bytes for each token of an adaptation step: if kept for the backward pass, and if recomputed."""
 
     def probe(tokens: int) -> Tensor:
         ids_BT = torch.zeros(1, tokens, dtype=torch.int64, device=model.device)

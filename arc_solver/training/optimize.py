@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ..config import MachineError, OptimConfig
+from ..config import OptimConfig
+from ..errors import MachineError
 
 RECENT = 50  # steps, the longest of which says what another may take
 
@@ -99,7 +100,7 @@ def averaged(module: nn.Module, decay: float) -> AveragedModel | None:
 
 
 class Pace:
-    """Time as `fit` spends it: how far the schedule is by it, and whether there is room for another step.
+    """Drives the learning-rate schedule by time, and says whether another step still fits before the limit.
 
     The first step compiles and warms up, for minutes maybe. So the schedule is counted from its end, and sees all
     rates however long that took. With u seconds counted and v left it stands at u / (u + v). A continued run goes on

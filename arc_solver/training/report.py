@@ -17,24 +17,24 @@ from rich.table import Table
 from torch import Tensor
 
 from .. import __version__
-from ..clock import about
-from ..config import AdaptConfig, Config, UserError
+from ..clock import format_duration
+from ..config import AdaptConfig, Config
+from ..data import TrainingData
 from ..data.corpus import Corpus
-from ..data.leaks import TrainingData
 from ..data.stream import COUNTS, pack_in_order
-from ..files import commit, sha256, write_json, write_whole
+from ..errors import UserError
+from ..files import git_commit, sha256, write_json, write_whole
+from ..models import Model, cpu_name, packed_loss, peak_memory, save_model
 from ..models.adapters import target_names
-from ..models.hardware import cpu_name, peak_memory
 from ..models.lora import merged_model
-from ..models.model import Model, packed_loss, save_model
 from ..models.peft_format import CONFIG_FILE as ADAPTER_CONFIG
 from ..puzzles.pictures import loss_curve, rate_curve
 from .card import TRAINING_FILE, earlier_runs, model_card
 from .checkpoints import latest_checkpoint
-from .devices import Devices
-from .log import shown
+from .log import format_metrics
 from .memory import MemoryEstimate, estimate_memory, first_tokens, gigabytes
 from .optimize import step_rate
+from .parallel import ParallelContext
 from .run import Run, stage_stream
 
 PROBE_TOKENS = 2048  # the most that the memory estimate tries
@@ -50,12 +50,12 @@ class Plan:
     token_s: float  # of a forward pass that is not compiled, for each token
 
 
-def show_plan(config: Config, corpus: Corpus, model: Model, devices: Devices, console: Console) -> Plan:
+def show_plan(config: Config, corpus: Corpus, model: Model, parallel: ParallelContext, console: Console) -> Plan:
     """Prints what is about to happen."""
     trained = sum(p.numel() for p in model.lm.parameters() if p.requires_grad)
     console.print(
-        f"{model.parameters_count:,} parameters, {trained:,} of them trained, on {devices.device}, {devices.precision};"
-        f" {devices.processes} process{'es' * (devices.processes > 1)}"
+        f"{model.parameters_count:,} parameters, {trained:,} of them trained, on {parallel.device},"
+        f" {parallel.precision}; {parallel.processes} process{'es' * (parallel.processes > 1)}"
     )
     if not target_names(model):
         console.print("it has no linear layers that tasks could be adapted by: bin/solve will need adapt.enabled=false")
@@ -77,7 +77,7 @@ def show_plan(config: Config, corpus: Corpus, model: Model, devices: Devices, co
     held_out = corpus.partition
     console.print(f"validation on {len(held_out.validation.tasks)} held-out tasks of {held_out.config.of}")
     console.print(_audited(corpus, config, model.trained_on))
-    plan = _plan(config, corpus, model, devices)
+    plan = _plan(config, corpus, model, parallel)
     console.print(str(plan.memory))
     return plan
 
@@ -101,7 +101,7 @@ def _audited(corpus: Corpus, config: Config, trained_on: TrainingData | None) ->
     return "; ".join(said)
 
 
-def _plan(config: Config, corpus: Corpus, model: Model, devices: Devices) -> Plan:
+def _plan(config: Config, corpus: Corpus, model: Model, parallel: ParallelContext) -> Plan:
     """The memory of the stage with the largest batches, and the time of a forward pass."""
     stage = max(config.stages, key=lambda stage: stage.train.batch_tokens)
     stream = stage_stream(config, corpus, config.stages.index(stage))
@@ -110,20 +110,20 @@ def _plan(config: Config, corpus: Corpus, model: Model, devices: Devices) -> Pla
     longest = min(len(batch.ids_T), PROBE_TOKENS, stage.train.batch_tokens)
 
     def probe(tokens: int) -> Tensor:
-        with devices.autocast():
+        with parallel.autocast():
             return packed_loss(model, first_tokens(batch, tokens))
 
-    estimate = estimate_memory(model.lm, stage.train, devices, longest, probe)
-    if devices.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(devices.device)
+    estimate = estimate_memory(model.lm, stage.train, parallel, longest, probe)
+    if parallel.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(parallel.device)
     began = time.monotonic()  # of a pass that finds all warmed up
     with torch.no_grad():
         probe(longest).item()
     return Plan(estimate, (time.monotonic() - began) / longest)
 
 
-def expect_end(run: Run, plan: Plan, import_s: float) -> None:
-    """Guesses what the end of a run with a time limit takes, and says what there will be no time for.
+def estimate_closing_times(run: Run, plan: Plan, import_s: float) -> None:
+    """Estimates the time of validation, checkpoint and results, and warns of what will be left out.
 
     Args:
         import_s: what this machine took to import PyTorch and the rest: matplotlib and the interpreter's end, at which
@@ -134,25 +134,25 @@ def expect_end(run: Run, plan: Plan, import_s: float) -> None:
         return
     whole = sum(p.numel() * p.element_size() for p in parameters)
     trained = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
-    clock.guess("checkpoint", 1 + 3 * trained / DISK_BYTES_S)  # with two moments
-    clock.guess("results", 1 + 2 * whole / DISK_BYTES_S + import_s)  # a base is read before an adapter is merged
-    clock.guess("validation", plan.token_s * sum(len(batch.ids_T) for batch in run.validation.batches))
+    clock.set_estimate("checkpoint", 1 + 3 * trained / DISK_BYTES_S)  # with two moments
+    clock.set_estimate("results", 1 + 2 * whole / DISK_BYTES_S + import_s)  # a base is read before an adapter is merged
+    clock.set_estimate("validation", plan.token_s * sum(len(batch.ids_T) for batch in run.validation.batches))
     if run.config.validation.accuracy_every:
-        clock.guess("answers", ANSWERS_SHARE * clock.max_s)
+        clock.set_estimate("answers", ANSWERS_SHARE * clock.max_s)
     if clock.end_s["validation"] > VALIDATION_SHARE * clock.max_s:
-        needed = about(clock.end_s["validation"])
+        needed = format_duration(clock.end_s["validation"])
         run.console.print(f"no validation: it would take {needed} of so short a run; fewer validation.tokens do less")
-        clock.leave_out("validation")
+        clock.drop_part("validation")
 
 
 def save_results(run: Run, estimate: MemoryEstimate, console: Console) -> None:
     """Writes the model and the adapter, with what a model card needs."""
-    devices, start, save = run.devices, run.start, run.config.lora.save
-    weights = devices.weights(run.result.lm)
-    if not devices.main:
+    parallel, start, save = run.parallel, run.start, run.config.lora.save
+    weights = parallel.weights(run.result.lm)
+    if not parallel.is_main:
         return
-    peak = peak_memory(devices.device)
-    saved_as = torch.bfloat16 if devices.precision == "bf16" else None
+    peak = peak_memory(parallel.device)
+    saved_as = torch.bfloat16 if parallel.precision == "bf16" else None
     folders = []
     if start.base_dir:
         last = latest_checkpoint(run.out_dir)
@@ -187,7 +187,7 @@ def _show_results(run: Run, estimate: MemoryEstimate, peak: int, folders: Sequen
     )
     figures = {"validation_loss": run.progress.validation_loss, "accuracy": run.progress.accuracy}
     measured = {name: value for name, value in figures.items() if not math.isnan(value)}
-    console.print(f"{shown(measured) or 'not validated'}; {' and '.join(map(str, folders))}")
+    console.print(f"{format_metrics(measured) or 'not validated'}; {' and '.join(map(str, folders))}")
     if run.progress.total_steps:
         console.print(f"to solve tasks: {_solve_command(run, folders[-1])}")
 
@@ -208,7 +208,7 @@ def _solve_command(run: Run, result: Path) -> str:
 
 def describe(run: Run) -> dict[str, Any]:
     """The figures of a training run so far, for a model card."""
-    progress, device = run.progress, run.devices.device
+    progress, device = run.progress, run.parallel.device
     base = run.config.model.adapter or run.config.model.path
     return {
         "began_with": base,
@@ -223,9 +223,9 @@ def describe(run: Run) -> dict[str, Any]:
         "left_out": _left_out(run.corpus, run.config),
         "held_out": [task.id for task in run.corpus.partition.validation.tasks],
         "seed": run.config.run.seed,
-        "commit": commit(),
+        "commit": git_commit(),
         "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
-        "processes": run.devices.processes,
+        "processes": run.parallel.processes,
         "torch": torch.__version__,
         "arc_solver": __version__,
         "config": run.config.model_dump(mode="json", exclude_defaults=True),

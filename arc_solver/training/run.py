@@ -17,23 +17,34 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from ..clock import SPARE, RunClock
-from ..config import Config, UserError, named_rng
+from ..config import Config
+from ..data import NOTHING
 from ..data.corpus import Corpus
-from ..data.leaks import NOTHING
 from ..data.stream import Batch, SampleStream
-from ..models.lora import attach_lora, base_it_names, check_targets, continue_lora, trained_with, with_adapter
-from ..models.model import Model, load_model, new_model, packed_loss, save_model
+from ..errors import UserError
+from ..models import (
+    Model,
+    attach_lora,
+    load_model,
+    merge_saved_adapter,
+    new_model,
+    packed_loss,
+    save_model,
+    unverified_base_warning,
+)
+from ..models.lora import check_targets, combined_training_data, continue_lora
 from ..models.peft_format import check_adapter
-from ..models.pretrained import checkpoint_dir, load_any
+from ..models.pretrained import fetch_checkpoint, load_any
+from ..rng import named_rng
 from .checkpoints import Progress, save_checkpoint
-from .devices import Devices
-from .log import telling
-from .validate import Question, accuracy, questions, validation_batches, validation_loss
+from .log import announce_if_slow
+from .parallel import ParallelContext
+from .validate import Question, accuracy, accuracy_prompts, validation_batches, validation_loss
 
 
 @dataclass(frozen=True, eq=False)
-class Start:
-    """The model that is trained, and if that is an adapter, PEFT's model and the folder of the adapter's base."""
+class TrainableModel:
+    """The model that is trained; for an adapter also PEFT's model and the folder of its base."""
 
     model: Model
     lora: Any = None
@@ -91,10 +102,10 @@ class Run:
 
     config: Config
     out_dir: Path
-    devices: Devices
+    parallel: ParallelContext
     corpus: Corpus
-    start: Start
-    module: nn.Module  # to be called instead of the language model: see `Devices.share`
+    start: TrainableModel
+    module: nn.Module  # to be called instead of the language model: see `ParallelContext.wrap`
     progress: Progress
     clock: RunClock
     validation: Validation
@@ -113,11 +124,11 @@ class Run:
 
     def save_checkpoint(self, optimizers: Sequence[torch.optim.Optimizer], name: str = "") -> None:
         """See `checkpoints.save_checkpoint`."""
-        with self.clock.measuring("checkpoint"), telling(self.console, "saving a checkpoint"):
+        with self.clock.measuring("checkpoint"), announce_if_slow(self.console, "saving a checkpoint"):
             self.progress.spent_s = self.clock.now_s()
             save_checkpoint(
                 self.out_dir,
-                self.devices,
+                self.parallel,
                 self.model,
                 self.start.lora,
                 self.start.base_dir,
@@ -128,18 +139,22 @@ class Run:
             )
 
     def validate(self, answers: bool, then: tuple[str, ...] | None = None) -> dict[str, float]:
-        """What validation measures now, as far as there is time for it and for what follows; see `RunClock.has_room`.
+        """What validation measures now, as far as there is time for it and for what follows (`RunClock.has_time_for`).
 
         It is not compiled: a forward pass alone would be another graph, and take longer to compile than it saves.
         All processes measure the same, so none waits for another.
         """
         measured = {}
-        if self.clock.has_room("validation", then):
-            with self.clock.measuring("validation"), telling(self.console, "validating"), self.devices.autocast():
+        if self.clock.has_time_for("validation", then):
+            with (
+                self.clock.measuring("validation"),
+                announce_if_slow(self.console, "validating"),
+                self.parallel.autocast(),
+            ):
                 measured["validation_loss"] = validation_loss(self._loss_of, self.validation.batches)
             self.progress.validation_loss = measured["validation_loss"]
-        if answers and self.clock.has_room("answers", then):
-            with self.clock.measuring("answers"), telling(self.console, "answering"), self.devices.autocast():
+        if answers and self.clock.has_time_for("answers", then):
+            with self.clock.measuring("answers"), announce_if_slow(self.console, "answering"), self.parallel.autocast():
                 right = self._accuracy()
             if math.isnan(right):
                 self.console.print("generated answers were cut short, and are not counted")
@@ -153,9 +168,9 @@ class Run:
 
     def _accuracy(self) -> float:
         """Has the time for which there is room, as replies may be long: NaN if that is too short. Shards never part."""
-        limited = self.clock.limited and not self.devices.shards
+        limited = self.clock.limited and not self.parallel.shards
         deadline = time.monotonic() + SPARE * self.clock.end_s["answers"] if limited else math.inf
-        alone = self.devices.processes == 1
+        alone = self.parallel.processes == 1
 
         def is_over() -> bool:
             return time.monotonic() >= deadline or (alone and self.interrupts.asked)
@@ -167,7 +182,7 @@ def make_validation(config: Config, corpus: Corpus) -> Validation:
     labels, batch_tokens = config.train.labels, max(config.train.batch_tokens, config.corpus.max_tokens)
     return Validation(
         validation_batches(corpus.partition, config.corpus, config.format, labels, batch_tokens),
-        questions(corpus.partition, config.corpus, config.format) if config.validation.accuracy_every else [],
+        accuracy_prompts(corpus.partition, config.corpus, config.format) if config.validation.accuracy_every else [],
     )
 
 
@@ -193,10 +208,10 @@ def start_model(
     corpus: Corpus,
     out_dir: Path,
     checkpoint: Path | None,
-    devices: Devices,
+    parallel: ParallelContext,
     console: Console,
     begin: Callable[[], None],
-) -> Start:
+) -> TrainableModel:
     """The model to train. `begin` makes the run's folder; it is called before anything is written there.
 
     Raises:
@@ -213,13 +228,13 @@ def start_model(
             )
     seed = int(named_rng(config.run.seed, "weights").integers(2**31))
     if config.lora.enabled:
-        start = _start_lora(config, out_dir, checkpoint, devices, console, seed, begin)
+        start = _start_lora(config, out_dir, checkpoint, parallel, console, seed, begin)
     else:
-        start = Start(_start_weights(config, checkpoint, console, seed))
+        start = TrainableModel(_start_weights(config, checkpoint, console, seed))
     # What the weights have seen before counts too; where that is unknown, it stays unknown.
     seen = start.model.trained_on
     trained_on = corpus.trained_on | seen if seen else None
-    return replace(start, model=Model(start.model.lm.to(devices.device).train(), start.model.format, trained_on))
+    return replace(start, model=Model(start.model.lm.to(parallel.device).train(), start.model.format, trained_on))
 
 
 def _start_weights(config: Config, checkpoint: Path | None, console: Console, seed: int) -> Model:
@@ -229,47 +244,47 @@ def _start_weights(config: Config, checkpoint: Path | None, console: Console, se
         if config.model.adapter:
             raise UserError("model.adapter needs the model that it is for: give model.path")
         return new_model(config.model, config.format, seed, NOTHING)
-    folder = checkpoint_dir(config.model.path)
+    folder = fetch_checkpoint(config.model.path)
     model, cut = load_any(folder, config.model.path, config.format)
     if cut:
         console.print(str(cut))
-    return with_adapter(model, config.model.adapter, folder)
+    return merge_saved_adapter(model, config.model.adapter, folder)
 
 
 def _start_lora(
     config: Config,
     out_dir: Path,
     checkpoint: Path | None,
-    devices: Devices,
+    parallel: ParallelContext,
     console: Console,
     seed: int,
     begin: Callable[[], None],
-) -> Start:
+) -> TrainableModel:
     if not config.model.path:
         raise UserError("lora.enabled needs a model to adapt: give model.path")
     made = out_dir / "base"
-    base_dir = made if made.is_dir() else checkpoint_dir(config.model.path)
-    devices.wait()  # all look before one writes
+    base_dir = made if made.is_dir() else fetch_checkpoint(config.model.path)
+    parallel.barrier()  # all look before one writes
     # A frozen base needs no more than the precision that it is used in; but shards of one group have one type.
     model, cut = load_any(
-        base_dir, config.model.path, config.format, torch.float32 if devices.shards else devices.dtype
+        base_dir, config.model.path, config.format, torch.float32 if parallel.shards else parallel.dtype
     )
     check_targets(model, config.lora)
     if cut:
         console.print(str(cut))
         base_dir = made
         begin()
-        if devices.main:
+        if parallel.is_main:
             shutil.rmtree(made.with_suffix(".part"), ignore_errors=True)
             save_model(model, made.with_suffix(".part"))
             made.with_suffix(".part").rename(made)
-        devices.wait()
+        parallel.barrier()
     adapter = checkpoint / "adapter" if checkpoint else Path(config.model.adapter) if config.model.adapter else None
     if adapter is None:
-        return Start(model, attach_lora(model, config.lora, seed), base_dir)
+        return TrainableModel(model, attach_lora(model, config.lora, seed), base_dir)
     lora = continue_lora(model, adapter, base_dir)
     if not checkpoint:
         console.print(f"the adapter in {adapter} is continued as it is: rank, alpha and targets of [lora] do not count")
-        if remark := base_it_names(adapter):
+        if remark := unverified_base_warning(adapter):
             console.print(remark)
-    return Start(replace(model, trained_on=trained_with(model.trained_on, adapter)), lora, base_dir)
+    return TrainableModel(replace(model, trained_on=combined_training_data(model.trained_on, adapter)), lora, base_dir)

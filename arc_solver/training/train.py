@@ -22,22 +22,15 @@ from rich.console import Console
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..clock import RunClock, about, command_age_s
-from ..config import (
-    Config,
-    MachineError,
-    Parser,
-    StageConfig,
-    TrainConfig,
-    UserError,
-    load_config,
-    require_new_dir,
-    run_main,
-)
+from ..clock import RunClock, command_age_s, format_duration
+from ..command import Parser, require_new_dir
+from ..config import Config, StageConfig, TrainConfig, load_config
 from ..data.corpus import Corpus, make_corpus
 from ..data.stream import COUNTS, Batch, BatchStream, SampleStream, batches
+from ..errors import MachineError, UserError
 from ..files import write_json
-from ..models.model import packed_loss, recompute_activations
+from ..models import packed_loss
+from ..models.model import recompute_activations
 from .card import TRAINING_FILE
 from .checkpoints import (
     BEFORE_DECAY,
@@ -48,10 +41,10 @@ from .checkpoints import (
     load_progress,
     load_states,
 )
-from .devices import Compiling, Devices, compiled, compiling
-from .log import REFUSING_S, TrainingLog, telling
+from .log import REFUSING_S, TrainingLog, announce_if_slow
 from .optimize import Pace, Step, averaged, fit, make_optimizers
-from .report import Plan, describe, expect_end, plot_rates, save_results, show_plan
+from .parallel import CompileDecision, ParallelContext, compiled, decide_compile
+from .report import Plan, describe, estimate_closing_times, plot_rates, save_results, show_plan
 from .run import Interrupts, Run, make_validation, stage_stream, start_model
 from .validate import write_partition
 
@@ -80,34 +73,34 @@ def train(
         spent = f"{progress.spent_s / 60:.1f}"
         raise UserError(f"--max-minutes counts from the start of the run, which has spent {spent}: give more")
     fresh = not out_dir.exists()
-    devices = Devices(config)
-    console = Console(stderr=True, quiet=not devices.main, soft_wrap=True, highlight=False)
+    parallel = ParallelContext(config)
+    console = Console(stderr=True, quiet=not parallel.is_main, soft_wrap=True, highlight=False)
     try:
-        clock = RunClock(began - progress.spent_s, max_s, devices.agreed)
-        with telling(console, "reading the training data", REFUSING_S):
+        clock = RunClock(began - progress.spent_s, max_s, parallel.broadcast)
+        with announce_if_slow(console, "reading the training data", REFUSING_S):
             corpus = make_corpus(config)
             validation = make_validation(config, corpus)
             for index, stage in enumerate(config.stages):  # refuses what cannot be drawn before any work is done
                 BatchStream(stage_stream(config, corpus, index), stage.train.batch_tokens)
-        begin = partial(_begin, config, corpus, out_dir, devices)
+        begin = partial(_begin, config, corpus, out_dir, parallel)
         try:
-            with telling(console, "loading the model", REFUSING_S):
-                start = start_model(config, corpus, out_dir, checkpoint, devices, console, begin)
+            with announce_if_slow(console, "loading the model", REFUSING_S):
+                start = start_model(config, corpus, out_dir, checkpoint, parallel, console, begin)
         except UserError:
-            if fresh and devices.main:  # the same --out can be given again
+            if fresh and parallel.is_main:  # the same --out can be given again
                 shutil.rmtree(out_dir, ignore_errors=True)
             raise
-        with telling(console, "trying the model, for the estimates"):
-            plan = show_plan(config, corpus, start.model, devices, console)
+        with announce_if_slow(console, "trying the model, for the estimates"):
+            plan = show_plan(config, corpus, start.model, parallel, console)
         if config.train.checkpointing:
             recompute_activations(start.model.lm)
-        module = devices.share(start.model.lm)
+        module = parallel.wrap(start.model.lm)
         begin()
-        interrupts = Interrupts(alone=devices.processes == 1)
+        interrupts = Interrupts(alone=parallel.processes == 1)
         run = Run(
             config,
             out_dir,
-            devices,
+            parallel,
             corpus,
             start,
             module,
@@ -118,9 +111,9 @@ def train(
             interrupts,
             averaged(start.model.lm, config.train.ema),
         )
-        expect_end(run, plan, entered - began)
+        estimate_closing_times(run, plan, entered - began)
         _train_stages(run, plan, checkpoint)
-        with telling(console, "saving the results"):
+        with announce_if_slow(console, "saving the results"):
             save_results(run, plan.memory, console)
         if not progress.total_steps:
             raise UserError(
@@ -130,12 +123,12 @@ def train(
     except (OSError, SafetensorError) as error:
         raise MachineError(cannot_write(out_dir, error)) from error
     finally:
-        devices.end()
+        parallel.end()
 
 
-def _begin(config: Config, corpus: Corpus, out_dir: Path, devices: Devices) -> None:
+def _begin(config: Config, corpus: Corpus, out_dir: Path, parallel: ParallelContext) -> None:
     """Makes the run's folder. From here on it can be resumed."""
-    if not devices.main or (out_dir / "config.json").exists():
+    if not parallel.is_main or (out_dir / "config.json").exists():
         return
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -199,7 +192,7 @@ def _train_stages(run: Run, plan: Plan, checkpoint: Path | None) -> None:
     progress, stages, clock = run.progress, run.config.stages, run.clock
     work = [s.train.steps * s.train.batches_per_step * s.train.batch_tokens for s in stages]
     steps = sum(stage.train.steps for stage in stages)
-    log = TrainingLog(run.out_dir, progress, steps, clock.max_s, run.console, run.devices.main)
+    log = TrainingLog(run.out_dir, progress, steps, clock.max_s, run.console, run.parallel.is_main)
     with log, run.interrupts:
         for index in range(progress.stage, len(stages)):
             stage = stages[index]
@@ -209,13 +202,13 @@ def _train_stages(run: Run, plan: Plan, checkpoint: Path | None) -> None:
             optimizers = make_optimizers(run.model.lm.named_parameters(), stage.train)
             if progress.step:
                 assert checkpoint
-                load_states(checkpoint, run.devices, run.model, optimizers, run.average)
+                load_states(checkpoint, run.parallel, run.model, optimizers, run.average)
             elif stage.start == "weights+optimizer":
                 source = checkpoint or checkpoint_beside(run.config.model.adapter or run.config.model.path)
-                load_states(source, run.devices, run.model, optimizers, moments_only=True)
+                load_states(source, run.parallel, run.model, optimizers, moments_only=True)
             # Of the time that is left, a stage gets its share of the work that is left.
             share = work[index] / sum(work[index:])
-            choice = compiling(run.model.lm, stage.train, run.devices, clock.max_s - clock.now_s())
+            choice = decide_compile(run.model.lm, stage.train, run.parallel, clock.max_s - clock.now_s())
             pace = _pace(run, stage.train, plan, share, choice.seconds)
             run.console.print(_announcement(choice, pace))
             _train_stage(run, stage, _loss_of(run, choice), optimizers, pace, log)
@@ -234,9 +227,9 @@ def _pace(run: Run, train: TrainConfig, plan: Plan, share: float, compile_s: flo
     progress, clock = run.progress, run.clock
     began_s = progress.stage_began_s
     # Forward and backward cost three forward passes, four where activations are recomputed.
-    passes = (4 if train.checkpointing else 3) * train.batches_per_step / run.devices.processes
+    passes = (4 if train.checkpointing else 3) * train.batches_per_step / run.parallel.processes
     step_s = passes * train.batch_tokens * plan.token_s
-    step_s = run.devices.agreed(step_s) if clock.limited else step_s
+    step_s = run.parallel.broadcast(step_s) if clock.limited else step_s
     return Pace(
         clock.now_s,
         lambda: began_s + (clock.steps_until_s() - began_s) * share if clock.limited else math.inf,
@@ -254,22 +247,26 @@ def _train_stage(
     pace: Pace,
     log: TrainingLog,
 ) -> None:
-    devices, progress, interrupts, train = run.devices, run.progress, run.interrupts, stage.train
+    parallel, progress, interrupts, train = run.parallel, run.progress, run.interrupts, stage.train
     stream = stage_stream(run.config, run.corpus, progress.stage)
     packed = BatchStream(stream, train.batch_tokens, train.batches_per_step)
-    source = batches(packed, progress.step, train.loader_workers, devices.process, devices.processes)
+    source = batches(packed, progress.step, train.loader_workers, parallel.process, parallel.processes)
     asked = False  # in any process, to end
 
     def backward_at(_: int) -> Tensor:
         nonlocal asked
         mine = next(source)
         counts_SC = np.sum([batch.counts_SC for batch in mine], axis=0)
-        useful = (sum(batch.useful_tokens for batch in mine), sum(batch.learnt for batch in mine), interrupts.asked)
-        tokens, learnt, ending, *counts = devices.total(np.concatenate((useful, counts_SC.ravel()))).tolist()
+        useful = (
+            sum(batch.useful_tokens for batch in mine),
+            sum(batch.target_tokens for batch in mine),
+            interrupts.asked,
+        )
+        tokens, targets, ending, *counts = parallel.all_reduce_sum(np.concatenate((useful, counts_SC.ravel()))).tolist()
         asked = ending > 0
         progress.tokens += tokens
         _count(progress, stream, np.reshape(counts, counts_SC.shape))
-        return devices.backward(loss_of, run.module, mine, learnt)
+        return parallel.backward(loss_of, run.module, mine, targets)
 
     def after_step(step: Step) -> None:
         interrupts.watch()
@@ -277,9 +274,9 @@ def _train_stage(
             run.average.update_parameters(run.model.lm)
         progress.step, progress.total_steps = step.step, progress.total_steps + 1
         progress.counted_from_s = pace.counted_from_s
-        ending = asked or (interrupts.asked and devices.processes == 1)
+        ending = asked or (interrupts.asked and parallel.processes == 1)
         log.step(stage.name, step, {} if ending else _validated(run))
-        ending = ending or (interrupts.asked and devices.processes == 1)  # while it was validated
+        ending = ending or (interrupts.asked and parallel.processes == 1)  # while it was validated
         decays, progress.rate = progress.rate == 1.0 > step.rate, step.rate
         if train.keep_before_decay and decays:
             _keep_before_decay(run, optimizers)
@@ -295,7 +292,7 @@ def _train_stage(
         backward_at,
         first_step=progress.step,
         pace=pace,
-        scaler=devices.scaler,
+        scaler=parallel.scaler,
         after_step=after_step,
     )
 
@@ -304,20 +301,20 @@ def _keep_before_decay(run: Run, optimizers: Sequence[torch.optim.Optimizer]) ->
     """Saves what another run can go on from, in place of what an earlier stage or a shorter schedule kept."""
     folder = run.out_dir / BEFORE_DECAY
     file = folder / ("adapter" if run.start.lora else "model") / TRAINING_FILE
-    if run.devices.main:
+    if run.parallel.is_main:
         shutil.rmtree(folder, ignore_errors=True)
-    run.devices.wait()
+    run.parallel.barrier()
     run.save_checkpoint(optimizers, BEFORE_DECAY)
-    if run.devices.main:
+    if run.parallel.is_main:
         write_json(file, describe(run))
 
 
-def _announcement(choice: Compiling, pace: Pace) -> str:
+def _announcement(choice: CompileDecision, pace: Pace) -> str:
     """What comes before the first step is heard of."""
     if choice.pays:
-        seconds = about(choice.seconds)
+        seconds = format_duration(choice.seconds)
         return f"compiling, takes about {seconds} the first time; train.compile=no skips it ({choice.why})"
-    return f"not compiled: {choice.why}; a step takes about {about(pace.step_s)}"
+    return f"not compiled: {choice.why}; a step takes about {format_duration(pace.step_s)}"
 
 
 def _validated(run: Run) -> dict[str, float]:
@@ -330,8 +327,8 @@ def _validated(run: Run) -> dict[str, float]:
 def _checkpoint_is_due(run: Run, train: TrainConfig) -> bool:
     """Every so many steps; and a run with a time limit saves one early, to learn what that takes."""
     due = run.progress.total_steps % train.checkpoint_every == 0
-    learns = run.clock.limited and not run.clock.knows("checkpoint")
-    return (due or learns) and run.clock.has_room("checkpoint")
+    learns = run.clock.limited and not run.clock.is_measured("checkpoint")
+    return (due or learns) and run.clock.has_time_for("checkpoint")
 
 
 def _end(run: Run, log: TrainingLog) -> None:
@@ -350,7 +347,7 @@ def _count(progress: Progress, stream: SampleStream, counts_SC: np.ndarray) -> N
         progress.counts[source.config.label] = {n: known[n] + more for n, more in zip(COUNTS, row, strict=True)}
 
 
-def _loss_of(run: Run, choice: Compiling) -> Callable[[Batch], Tensor]:
+def _loss_of(run: Run, choice: CompileDecision) -> Callable[[Batch], Tensor]:
     """The summed loss of a batch, compiled where that pays."""
     eager = partial(run.model.logits, through=run.module)
     logits_of = compiled(eager) if choice.pays else eager
@@ -393,7 +390,3 @@ def main(arguments: list[str]) -> int:
     finally:
         signal.signal(signal.SIGTERM, before)
     return 0
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -15,10 +15,10 @@ from torch import Tensor
 from ..config import CorpusConfig, FormatConfig
 from ..data.corpus import Partition, validation_source
 from ..data.stream import Batch, SampleStream, pack_in_order
-from ..decoding.torch_engine import TorchEngine
-from ..models.model import Model
-from ..puzzles.encode import Labels, Malformed, Prompt, decode_reply, encode_prompt
-from ..puzzles.tasks import Grid, challenge, same_grid, task_hash
+from ..decoding import TorchEngine
+from ..models import Model
+from ..puzzles import Grid, Labels, Malformed, Prompt, challenge, decode_reply, encode_prompt, same_grid
+from ..puzzles.tasks import task_hash
 
 Question = tuple[Prompt, Grid]  # and its answer
 
@@ -41,8 +41,8 @@ def validation_batches(
     return pack_in_order(samples, batch_tokens)
 
 
-def questions(partition: Partition, corpus: CorpusConfig, format: FormatConfig) -> list[Question]:
-    """A fixed set of `partition.config.accuracy_prompts` prompts: of each task one pair is asked, given the others.
+def accuracy_prompts(partition: Partition, corpus: CorpusConfig, format: FormatConfig) -> list[Question]:
+    """Prompts with their solutions, fixed by the config: the last pair of each drawn task is asked.
 
     Demonstrations are dropped from a prompt that is longer than a sample may be.
     """
@@ -58,11 +58,11 @@ def questions(partition: Partition, corpus: CorpusConfig, format: FormatConfig) 
 
 @torch.no_grad()
 def validation_loss(loss_of: Callable[[Batch], Tensor], fixed: Sequence[Batch]) -> float:
-    """Mean cross entropy over all learnt ids of the batches, in nats: the same however they are packed.
+    """Mean cross entropy over all target ids of the batches, in nats: the same however they are packed.
 
-    `loss_of` is the sum over a batch's learnt ids.
+    `loss_of` is the sum over a batch's target ids.
     """
-    return sum(loss_of(batch).item() for batch in fixed) / sum(batch.learnt for batch in fixed)
+    return sum(loss_of(batch).item() for batch in fixed) / sum(batch.target_tokens for batch in fixed)
 
 
 def accuracy(
@@ -79,7 +79,7 @@ def accuracy(
 
     engine.on_step = look
     try:
-        with engine.open([prompt for prompt, _ in asked], [None] * len(asked)) as session:
+        with engine.open_session([prompt for prompt, _ in asked], [None] * len(asked)) as session:
             replies = session.generate(range(len(asked)))
     finally:
         model.lm.train(trains)
@@ -95,15 +95,15 @@ def accuracy(
 def write_partition(partition: Partition, folder: Path) -> None:
     """Writes which tasks are held out: a manifest, and the tasks in Kaggle's format for `--tasks`."""
     folder.mkdir(parents=True, exist_ok=True)
-    config, found = partition.config, partition.validation
+    config, task_set = partition.config, partition.validation
     manifest = {
         "of": config.of,
         "seed": config.seed,
-        "validation": {task.id: task_hash(task, found) for task in found.tasks},
+        "validation": {task.id: task_hash(task, task_set) for task in task_set.tasks},
         "rest": list(partition.rest),
     }
-    challenges = {task.id: challenge(task) for task in found.tasks}
-    solutions = {i: [grid.tolist() for grid in grids] for i, grids in found.solutions.items()}
+    challenges = {task.id: challenge(task) for task in task_set.tasks}
+    solutions = {i: [grid.tolist() for grid in grids] for i, grids in task_set.solutions.items()}
     for name, content in (
         ("manifest", manifest),
         ("validation_challenges", challenges),

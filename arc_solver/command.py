@@ -1,0 +1,77 @@
+"""How a command starts and ends: its arguments, its one sentence of complaint, its exit code."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from .errors import MachineError, UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are `UserError`s."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def add_task_arguments(parser: Parser, required: bool = False) -> None:
+    """The arguments that choose tasks, the same for every command."""
+    parser.add_argument(
+        "--tasks",
+        metavar="SPEC",
+        required=required,
+        help="demo, arc-agi-1/training, arc-agi-1/evaluation, a file or a folder",
+    )
+    parser.add_argument("--solutions", metavar="FILE", help="solutions file, if not beside the challenges")
+    parser.add_argument("--ids", help="only these tasks, separated by commas")
+    parser.add_argument("--limit", type=int, metavar="N", help="the N tasks with the fewest tokens")
+    parser.add_argument("--sample", type=int, metavar="N", help="N tasks drawn at random, spread over all sizes")
+    parser.add_argument("--sample-seed", type=int, metavar="S", help="of that draw; default 0")
+
+
+def task_overrides(args: argparse.Namespace) -> list[str]:
+    """What those arguments say, as overrides for `load_config`."""
+    for option, count in (("--limit", args.limit), ("--sample", args.sample)):
+        if count is not None and count < 1:
+            raise UserError(f"{option} is at least 1, got {count}; leave it out for all tasks")
+    if args.sample_seed is not None and args.sample is None:
+        raise UserError("--sample-seed is of the draw that --sample N makes: give that too, or leave it out")
+    ids = None if args.ids is None else [i.strip() for i in args.ids.split(",")]
+    given = {
+        "spec": args.tasks,
+        "solutions": args.solutions,
+        "ids": ids,
+        "limit": args.limit,
+        "sample": args.sample,
+        "sample_seed": args.sample_seed,
+    }
+    return [f"tasks.{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given.items() if value is not None]
+
+
+def require_new_dir(folder: Path) -> None:
+    """Refuses an --out that is a file or holds anything."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out {folder} is a file: give a folder")
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} exists and is not empty: give another --out")
+
+
+def run_main(main: Callable[[list[str]], int]) -> None:
+    """Runs a command: exit code 0 done, 2 the user's input is wrong (one sentence, no traceback), 1 anything else."""
+    try:
+        code = main(sys.argv[1:])
+    except (UserError, MachineError) as error:
+        if os.environ.get("RANK", "0") == "0":  # of several training processes one says it
+            print(f"error: {error}", file=sys.stderr)
+        code = 2 if isinstance(error, UserError) else 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 1
+    sys.exit(code)
+
+
+Say = Callable[[str], None]  # takes a line for the person at the keyboard

@@ -1,0 +1,14 @@
+"""What goes wrong: for the person at the keyboard one sentence, for a program an exit code."""
+
+
+class UserError(Exception):
+    """What the user or a file got wrong, as one sentence that says what to do. Commands exit with code 2."""
+
+
+class MachineError(Exception):
+    """What the machine could not do, such as writing to a full disk, as one sentence. Commands exit with code 1."""
+
+
+def first_line(error: Exception) -> str:
+    """What a library's error says, short enough for one sentence."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
