@@ -87,9 +87,8 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("dora", [False, True])
 def test_a_fresh_adapter_changes_nothing(init, dora, base_dir, monkeypatch):
     """And of the base nothing is trained."""
-    monkeypatch.setattr(
-        fast_decoder, "supports", lambda lm: False
-    )  # PEFT's layers go through transformers; both are to
+    # PEFT's layers go through transformers; both are to
+    monkeypatch.setattr(fast_decoder, "supports", lambda lm: False)
     model = load_model(base_dir)
     before, weights = ask(model), {name: p.clone() for name, p in model.lm.state_dict().items()}
     lora = attach_lora(model, config(init=init, dora=dora), seed=0)

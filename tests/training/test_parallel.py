@@ -98,7 +98,7 @@ def gradients(config, batches):
     """Loss and gradients of one step over the batches."""
     devices = ParallelContext(config)
     model = new_model(config.model, config.format, seed=0)
-    learnt = sum(batch.learnt for batch in batches)
+    learnt = sum(batch.target_tokens for batch in batches)
     loss = devices.backward(lambda b: packed_loss(model, b, reduction="sum"), model.lm, batches, learnt)
     scale = devices.scaler.get_scale() if devices.scaler else 1.0
     return loss.item(), torch.cat([p.grad.flatten() / scale for p in model.lm.parameters()])
