@@ -51,7 +51,7 @@ VoteRule = Literal["votes", "product", "mean-probability", "hierarchical", "prob
 
 
 class RunConfig(Section):
-    seed: int = 0
+    seed: int = 0  # all randomness of a run follows from it
     device: str = "auto"  # auto | cpu | cuda | cuda:1 ...
     # processes: one for each worker, on this machine. ray: actors of a cluster, one for each GPU. inprocess: this one.
     executor: Literal["processes", "ray", "inprocess"] = "processes"
@@ -79,9 +79,8 @@ class RunConfig(Section):
 
 
 class TasksConfig(Section):
-    spec: Annotated[str, Field(min_length=1)] = (
-        "demo"  # demo | arc-agi-1/training | arc-agi-1/evaluation | a file or folder
-    )
+    # demo | arc-agi-1/training | arc-agi-1/evaluation | a file or folder
+    spec: Annotated[str, Field(min_length=1)] = "demo"
     solutions: str = ""  # solutions file; "" = found beside the challenges by its usual name
     ids: tuple[str, ...] = ()  # only these tasks
     limit: NonNegativeInt = 0  # the first N tasks by number of tokens; 0 = all
@@ -101,6 +100,7 @@ class TasksConfig(Section):
 class FormatConfig(Section):
     """How a task becomes token ids. Belongs to a checkpoint: it is saved in it and read back from it."""
 
+    # grid: a cell's place in its grid, alike at every grid size. token: one after the other, as pretrained models have.
     positions: Literal["grid", "token"] = "grid"
     shape_header: bool = False  # height and width before the rows of an output
     row_numbers: bool = False  # the row's number before each row
@@ -114,13 +114,13 @@ class ModelConfig(Section):
     # The base's linear layers in 8 or 4 bit while tasks are solved, for models that have no room else: the extra
     # `quantize`. Adapters are not quantised. "" = 16 or 32 bit, as the machine multiplies
     quantize: Quantize = ""
-    layers: PositiveInt = 5
-    width: PositiveInt = 256
-    heads: PositiveInt = 4
-    kv_heads: PositiveInt = 4
-    head_dim: PositiveInt = 64
-    mlp_width: PositiveInt = 768
-    rope_theta: PositiveFloat = 10_000.0
+    layers: PositiveInt = 5  # of a new model
+    width: PositiveInt = 256  # of a new model's hidden states
+    heads: PositiveInt = 4  # of a new model's attention, in each layer
+    kv_heads: PositiveInt = 4  # heads with keys and values of their own; `heads` is a multiple of them
+    head_dim: PositiveInt = 64  # channels of a head
+    mlp_width: PositiveInt = 768  # channels between the two products of a layer's MLP
+    rope_theta: PositiveFloat = 10_000.0  # base of the rotary embedding
 
     @model_validator(mode="after")
     def _check(self) -> "ModelConfig":
@@ -132,13 +132,13 @@ class ModelConfig(Section):
 class LoraConfig(Section):
     """Offline LoRA: an adapter is trained instead of the weights themselves."""
 
-    enabled: bool = False
-    rank: PositiveInt = 64
-    alpha: PositiveFloat = 64.0
+    enabled: bool = False  # whether bin/train trains an adapter
+    rank: PositiveInt = 64  # of the adapter's matrices
+    alpha: PositiveFloat = 64.0  # what the adapter is scaled by, see rslora
     rslora: bool = True  # scale by alpha / sqrt(rank) instead of alpha / rank
-    dora: bool = False
+    dora: bool = False  # DoRA: magnitude and direction apart
     init: Literal["default", "gaussian", "orthogonal"] = "default"  # of A, and of B too if orthogonal
-    targets: Annotated[tuple[str, ...], Field(min_length=1)] = LINEAR_LAYERS
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] = LINEAR_LAYERS  # layers that get an adapter, by name
     # What the run leaves: the adapter (then of a kind that vLLM serves), the weights with it merged in, or both.
     save: Literal["both", "adapter", "merged"] = "both"
 
@@ -159,11 +159,11 @@ class LoraConfig(Section):
 class SourceConfig(Section):
     """Where training tasks come from: one entry of the mixture."""
 
-    # re-arc          live RE-ARC: a generator of pairs for each ARC-AGI-1 training task
-    # tasks           task files (see tasks.spec), test pairs included
-    # demonstrations  the same, but only the demonstrations: test outputs are not even read (n-1 of a set to be solved)
-    # pairs           many pairs a task: a file {id: [pair, ...]}, or a folder of <id>.json files as RE-ARC is published
-    # counting        generated tasks about number
+    # re-arc: live RE-ARC, a generator of pairs for each ARC-AGI-1 training task.
+    # tasks: task files (see tasks.spec), test pairs included.
+    # demonstrations: the same, but the test outputs are not even read (n-1 of a set to be solved).
+    # pairs: many pairs a task, a file {id: [pair, ...]} or a folder of <id>.json files, as RE-ARC is published.
+    # counting: generated tasks about number.
     kind: Literal["re-arc", "tasks", "demonstrations", "pairs", "counting"]
     path: str = ""  # what tasks, demonstrations and pairs are read from
     name: str = ""  # in logs; "" = kind and path
@@ -200,6 +200,7 @@ class SourceConfig(Section):
 
 
 class CorpusConfig(Section):
+    # The mixture, entries of [[corpus.sources]]: live RE-ARC at 0.8 and the ARC-AGI-1 training tasks at 0.2.
     sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)] = (
         SourceConfig(kind="re-arc", weight=0.8, licence="MIT"),
         SourceConfig(kind="tasks", path="arc-agi-1/training", weight=0.2, licence="Apache-2.0"),
@@ -224,8 +225,8 @@ class ValidationConfig(Section):
     """Random tasks of a set are kept out of training and validated on: a train/validation partition from a seed."""
 
     of: str = "arc-agi-1/training"  # the set they are drawn from, see tasks.spec
-    tasks: Annotated[int, Field(ge=1)] = 20
-    seed: int = 0
+    tasks: Annotated[int, Field(ge=1)] = 20  # how many are drawn
+    seed: int = 0  # of that draw, whatever run.seed is
     re_arc: bool = True  # pairs are made by the tasks' RE-ARC generators; else the tasks' own are used
     difficulty: tuple[Share, Share] = (0.0, 0.3)  # of those generators
     tokens: PositiveInt = 65_536  # of the validation samples
@@ -250,11 +251,11 @@ class OptimConfig(Section):
     optimizer: Literal["muon", "adamw"] = "adamw"  # muon: Muon on hidden matrices, AdamW on the rest
     lr: PositiveFloat = 1e-3  # peak learning rate of AdamW
     muon_lr: PositiveFloat = 0.02  # peak learning rate of Muon
-    weight_decay: NonNegativeFloat = 0.0
-    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    weight_decay: NonNegativeFloat = 0.0  # decoupled, of AdamW and of Muon
+    betas: tuple[Beta, Beta] = (0.9, 0.95)  # of AdamW's moments
     clip: PositiveFloat = 1.0  # gradient norm
-    steps: PositiveInt = 100
-    schedule: Schedule = "linear"
+    steps: PositiveInt = 100  # steps of the optimizer
+    schedule: Schedule = "linear"  # of the learning rate, after warmup; wsd: it stays, then decays
     warmup: Share = 0.02  # share of the steps
     decay: Share = 0.4  # share of the steps in which "wsd" falls to 0
     cycles: PositiveInt = 4  # of "cyclic"
@@ -287,41 +288,42 @@ class TrainConfig(OptimConfig):
 class StageConfig(Section):
     """A part of an offline run. What it does not set of [train] and [corpus] is as those sections say."""
 
-    name: str
+    name: str  # in logs, and of its checkpoints
     # What it takes over: the weights, or the optimizer's moments too (of the stage before; of the run that model.path
     # lies in, for the first).
     start: Literal["weights", "weights+optimizer"] = "weights"
-    train: TrainConfig = TrainConfig()
-    corpus: CorpusConfig = CorpusConfig()
+    train: TrainConfig = TrainConfig()  # what differs from [train]
+    corpus: CorpusConfig = CorpusConfig()  # what differs from [corpus]
 
 
 class AdaptConfig(OptimConfig):
     optimizer: Literal["adamw"] = "adamw"  # type: ignore[assignment] # Muon is for whole weight matrices
-    enabled: bool = True
+    enabled: bool = True  # whether each task gets an adapter; else the model is asked as it is
     # What a task's adapter starts from: a fresh one (model.adapter is merged into the weights first), or model.adapter
     # itself, with its rank, alpha and targets.
     start: Literal["fresh", "pretrained"] = "fresh"
-    rank: PositiveInt = 32
-    alpha: PositiveFloat = 32.0
-    targets: Annotated[tuple[str, ...], Field(min_length=1)] = LINEAR_LAYERS
+    rank: PositiveInt = 32  # of a fresh adapter's matrices
+    alpha: PositiveFloat = 32.0  # it is scaled by alpha / rank
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] = LINEAR_LAYERS  # layers that get an adapter, by name
     lr: PositiveFloat = 3e-3
     steps: PositiveInt = 720
     # never: all steps are taken. leave-one-out: a task stops once the model, asked each demonstration given the others,
     # answers all of them exactly.
     stop: Literal["never", "leave-one-out"] = "never"
     batch_size: PositiveInt = 1  # sequences a step; more steps of fewer solve more, see docs/test-time.md
-    # How many tasks, of like length, are adapted at once: at most so many, and so many tokens a step. 0 = on a GPU all,
-    # and 32,768; on a CPU an eighth of the tasks, so that all cores have work, and 2,048, as more hardly helps.
+    # Tasks, of like length, that are adapted at once, at most. 0 = on a GPU all; on a CPU an eighth of the tasks, so
+    # that all cores have work.
     together: NonNegativeInt = 0
+    # Tokens of a step of all these tasks, at most. 0 = on a GPU 32,768; on a CPU 2,048, as more hardly helps.
     group_tokens: NonNegativeInt = 0
     # Whether activations are computed again in the backward pass instead of kept: far less memory, a third more time.
     # auto = where not even one of the longest sequences has room otherwise.
     recompute: Literal["auto", "yes", "no"] = "auto"
     max_tokens: PositiveInt = 2048  # longest sequence; demonstrations are dropped until it fits
     budget_tokens: PositiveInt = 600_000  # tokens a task may train on; fewer steps for long tasks
-    keep_background: Share = 0.8
+    keep_background: Share = 0.8  # share of samples in which colour 0 stays 0
     output_only: OutputOnly = "permute"  # colours that only outputs have: left as they are, or permuted too
-    labels: Literal["all-but-first", "last", "all"] = "all-but-first"
+    labels: Literal["all-but-first", "last", "all"] = "all-but-first"  # the outputs that are learnt
 
 
 class EngineConfig(Section):
@@ -341,7 +343,7 @@ class PredictConfig(Section):
     batch_tokens: NonNegativeInt = 0
     # Longest prompt: demonstrations are dropped until it fits, but the last one stays, however long it is.
     max_tokens: PositiveInt = 16_384
-    keep_background: Share = 0.8
+    keep_background: Share = 0.8  # share of views in which colour 0 stays 0
     output_only: OutputOnly = "permute"  # colours that only outputs have: left as they are, or permuted too
     drafts: bool = True  # verified drafts: the same greedy answers, in fewer forward steps
     leaders: PositiveInt = 4  # views that are decoded first; their answers are the others' drafts
@@ -377,15 +379,15 @@ class KaggleConfig(Section):
 
     owner: str = ""  # account that they belong to; "" = the one that the kaggle client is signed in as
     name: Slug = "arc-solver"  # of the notebook; its datasets are <name>-wheels and <name>-weights
-    competition: str = "arc-prize-2026-arc-agi-2"
-    machine: Machine = ""
+    competition: str = "arc-prize-2026-arc-agi-2"  # as in its address
+    machine: Machine = ""  # what the notebook runs on; "" = a CPU
     image: str = ""  # docker image with its digest, as a pulled notebook names it; "" = Kaggle's latest
     vllm: bool = False  # whether vLLM's wheels travel too
     time_budget: str = "11h30m"  # of the run that is scored, from the notebook's start; Kaggle ends it after 12 h
     smoke_tasks: PositiveInt = 4  # that the run at a push solves, the shortest ones: its log is all that is ever seen
-    smoke_budget: str = "30m"
+    smoke_budget: str = "30m"  # of the run at a push
     licence: Literal["CC0-1.0", "apache-2.0", "CC-BY-4.0", "GPL-3.0", "other"] = "other"  # of the datasets
-    public: bool = False
+    public: bool = False  # whether everybody sees notebook and datasets
     internet: bool = False  # competitions refuse notebooks that have it
 
     @model_validator(mode="after")

@@ -2,6 +2,6 @@
 
 if __name__ == "__main__":
     from .command import run_main
-    from .solving.solve import main
+    from .solving.command import main
 
     run_main(main)

@@ -2,9 +2,13 @@
 
 import ast
 import re
+import subprocess
+import sys
 from collections import defaultdict
 from importlib import import_module
 from pathlib import Path
+
+import pytest
 
 import arc_solver
 
@@ -20,7 +24,8 @@ COMMANDS = {
     "score",
     "submit",
 }  # what `python -m arc_solver.X` means; that of bench is bench/__main__.py
-BY_ITSELF = {"data.stream"}  # needs PyTorch, which takes seconds to import, and the rest of its wing does not
+# These need PyTorch, which takes seconds to import, and something else in their wing is to start without it.
+BY_ITSELF = {"data.stream", "training.memory", "training.optimize", "training.parallel"}
 HOMES = {  # heavy imports and the only modules that may have them
     "transformers": {
         "models.model",
@@ -123,3 +128,19 @@ def test_tests_have_the_same_folders():
 def test_kaggle_folder_is_no_package():
     """It would shadow the kaggle client."""
     assert not (PACKAGE.parent / "kaggle" / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_what_is_wrong_in_a_commands_words_is_said_before_pytorch_is_imported(command):
+    code = f"""
+import sys
+from runpy import run_module
+sys.argv = ["{command}", "--no-such-option"]
+try:
+    run_module("arc_solver.{command}", run_name="__main__")
+except SystemExit as end:
+    assert end.code == 2 and "torch" not in sys.modules, end.code
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1

@@ -54,7 +54,7 @@ from ..puzzles import (
 from ..rng import named_rng
 from ..solving.adapt import held_out_samples, planned_steps
 from ..solving.predict import views_of
-from ..training import step_rate
+from ..training.optimize import step_rate
 from .baseline_training import now_s
 
 LIBRARIES = ("peft", "transformers", "torch")

@@ -25,7 +25,8 @@ from ..models import (
     to_device,
 )
 from ..rng import named_rng
-from ..training import activation_bytes_per_token, keep_freed_memory
+from ..training.memory import activation_bytes_per_token
+from ..training.parallel import keep_freed_memory
 from .training import QWEN_05B
 
 SMOLLM2_135M = ModelConfig(layers=30, width=576, heads=9, kv_heads=3, head_dim=64, mlp_width=1536)

@@ -14,7 +14,7 @@ from ..puzzles import Task, load_tasks
 from ..rng import named_rng
 from ..solving.adapt import adapt
 from ..solving.predict import predict_tasks
-from ..training import keep_freed_memory
+from ..training.parallel import keep_freed_memory
 from .baseline_training import now_s
 
 ROUNDS = 3

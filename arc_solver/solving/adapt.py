@@ -36,7 +36,8 @@ from ..puzzles import (
     sample_tokens,
 )
 from ..rng import named_rng
-from ..training import activation_bytes_per_token, step_rate
+from ..training.memory import activation_bytes_per_token
+from ..training.optimize import step_rate
 
 log = logging.getLogger(__name__)
 

@@ -18,11 +18,11 @@ import os
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Self, TypeVar
+from typing import IO, Any, Self
 
 from safetensors import SafetensorError
 
@@ -32,29 +32,16 @@ from ..answers.candidates import STAGES
 from ..answers.revote import parse_predictions
 from ..answers.submission import blank_submission, candidate_grids, first_attempts, solved_outputs
 from ..answers.vote import rank
-from ..config import Config, load_config
+from ..config import Config
 from ..errors import MachineError, UserError, first_line
 from ..files import git_commit, lock, write_json, write_whole
 from ..models import load_adapter, save_adapter
 from ..puzzles import Attempts, Task, TaskSet, challenge, read_json
 from .adapt import Adaptation
+from .run_config import config_text, refuse_another_run
 
 SAMPLED = 1 << 20  # bytes of a file of weights that are looked at, at its beginning, middle and end
 WRITING_SHARE = 0.05  # of the time may go into rewriting the submission
-
-# Settings that may differ when a run is continued: they change what is selected, who works and for how long, and what
-# is shown, but no candidate.
-FREE = (
-    "vote",
-    "kaggle",
-    "run.workers",
-    "run.executor",
-    "run.address",
-    "run.time_budget",
-    "run.watchdog_minutes",
-    "run.submission",
-    "run.show",
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -297,7 +284,7 @@ def open_journal(run_dir: Path, task_set: TaskSet, config: Config, weights: Sequ
     with ExitStack() as stack:
         held = stack.enter_context(_locked(run_dir))
         if continued:
-            _refuse_another(run_dir, config, facts)
+            refuse_another_run(run_dir, config, facts)
         try:
             if (run_dir / "config.json").read_text() != config_text(config):
                 write_whole(run_dir / "config.json", config_text(config))
@@ -334,50 +321,6 @@ def _make(run_dir: Path, task_set: TaskSet, config: Config, facts: Mapping[str, 
     except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
         raise UserError(f"{run_dir} cannot be made ({error.strerror}): give another --out") from None
-
-
-def _refuse_another(run_dir: Path, config: Config, facts: Mapping[str, str]) -> None:
-    old = _flat(saved_config(run_dir).model_dump(mode="json"))
-    new = _flat(config.model_dump(mode="json"))
-    for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key) and not key.startswith(FREE):
-            raise UserError(
-                f"{run_dir} was begun with {key}={json.dumps(old.get(key))}, and now it is {json.dumps(new.get(key))}:"
-                " results would mix; give that again, or another --out"
-            )
-    saved = _whole(run_dir, "run.json", lambda: read_json(run_dir / "run.json"))
-    for what in ("tasks", "checkpoint"):
-        if not isinstance(saved, dict) or saved.get(what) != facts[what]:
-            raise UserError(f"{run_dir} is a run with another content of the {what}: give another --out")
-
-
-T = TypeVar("T")
-
-
-def _whole(run_dir: Path, name: str, read: Callable[[], T]) -> T:
-    """What a file of a run says that is needed to continue it."""
-    try:
-        return read()
-    except UserError as error:
-        raise UserError(
-            f"{error}: {name} is damaged, and the run cannot be continued without it; submission.json and the results"
-            f" beside it are whole, so keep {run_dir} and give another --out"
-        ) from None
-
-
-def saved_config(run_dir: Path) -> Config:
-    """The config of a run.
-
-    Raises:
-        UserError: it is no run's folder, or of another version.
-    """
-    if not (run_dir / "run.json").is_file() or not (run_dir / "config.json").is_file():
-        raise UserError(f"{run_dir} is no run of bin/solve: give what its --out was")
-    return _whole(run_dir, "config.json", lambda: load_config(run_dir / "config.json"))
-
-
-def config_text(config: Config) -> str:
-    return json.dumps(config.model_dump(mode="json"), indent=1) + "\n"
 
 
 def read_statuses(run_dir: Path, task_set: TaskSet, config: Config) -> Iterator[tuple[str, Path, TaskStatus | None]]:
@@ -419,13 +362,6 @@ def _judged(
 def _agreement(predictions: Predictions, task: Task, test: int, config: Config) -> float:
     ranked = rank(predictions, task, test, config.vote)
     return ranked[0].votes / max(1, len(predictions.geometries)) if ranked else 0.0
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def _parts_of(file: Path) -> bytes:

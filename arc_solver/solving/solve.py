@@ -1,12 +1,11 @@
 """The main job: adapt, predict and vote for every task, and write the submission.
 
-A schedule (`schedule.py`) says what is to be done, workers (`worker.py`) do it wherever they run (`executors.py`), and
-all that comes of it is kept in the run's folder (`journal.py`). What a task gives depends on the seed and on the tasks
-that it is adapted with: the number of workers and interruptions change nothing but the time. A time budget does; and
-where memory is too small for a group at once, its parts depend on what is free, and so the last bits of an adapter.
+A scheduler (`scheduler.py`) says what is to be done, workers (`worker.py`) do it wherever they run (`executors.py`),
+and all that comes of it is kept in the run's folder (`journal.py`). What a task gives depends on the seed and on the
+tasks that it is adapted with: the number of workers and interruptions change nothing but the time. A time budget does;
+and where memory is too small for a group at once, its parts depend on what is free, and so the last bits of an adapter.
 """
 
-import json
 import math
 import signal
 import sys
@@ -24,18 +23,15 @@ from rich.progress import Task as BarTask
 from rich.rule import Rule
 from rich.text import Text
 
-from ..answers import revote
 from ..answers.submission import table_of
 from ..answers.vote import rank
 from ..clock import process_age_s
-from ..command import Parser, add_task_arguments, task_overrides
-from ..config import Config, load_config
+from ..config import Config
 from ..data import TrainingData, leak_audit
 from ..decoding.engine_choice import check_engine, engine_kind
-from ..errors import UserError
 from ..models import checkpoint_dir, describe_precision, fresh_adapter, pick_device, unverified_base_warning
 from ..models.hardware import whole_memory
-from ..puzzles import Task, TaskSet, load_tasks
+from ..puzzles import Task, TaskSet
 from ..puzzles.pictures import save_picture, task_picture
 from ..puzzles.task_files import smallest
 from ..rng import named_rng
@@ -43,7 +39,7 @@ from . import status
 from .adapt import group_by_length, max_group_size
 from .budget import Budget
 from .executors import Executor, cores, make_executor
-from .journal import Journal, open_journal, saved_config
+from .journal import Journal, open_journal
 from .scheduler import FinishedTask, Scheduler
 from .status import Meter
 from .worker import load_base, make_worker, prediction_groups
@@ -216,86 +212,11 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' * (number != 1)}"
 
 
-def default_run_dir(task_set: TaskSet) -> Path:
-    """runs/<tasks>-<time>, one that does not exist yet."""
-    name = f"{Path(task_set.name).stem if Path(task_set.name).exists() else task_set.name.replace('/', '-')}"
-    stem = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    candidate, n = stem, 1
-    while candidate.exists():
-        n += 1
-        candidate = stem.with_name(f"{stem.name}-{n}")
-    return candidate
-
-
-_OF_RUN = ("seed", "time_budget", "submission", "smoke", "executor", "address")  # options that are settings of [run]
-
-
-def _parse(arguments: list[str]) -> tuple[Config, Path | None]:
-    """The config that the command line asks for, and the run's folder, if it is named."""
-    parser = Parser(
-        prog="bin/solve",
-        description="Solve ARC tasks and write submission.json. Also: --status RUN_DIR and --revote RUN_DIR.",
-    )
-    parser.add_argument("config", nargs="?", help="TOML file; without it, the defaults and the demo set")
-    add_task_arguments(parser)
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="RUN_DIR",
-        help="a new folder, or that of a run to continue; default runs/<tasks>-<time>",
-    )
-    parser.add_argument("--seed", type=int)
-    parser.add_argument("--time-budget", metavar="TIME", help="such as 11h30m, 40m or 90s, from start to end")
-    parser.add_argument("--submission", metavar="FILE", help="keep the submission up to date there too")
-    parser.add_argument("--smoke", type=int, metavar="N", help="solve the N shortest tasks only")
-    parser.add_argument("--executor", choices=("processes", "ray", "inprocess"), help="where the workers are")
-    parser.add_argument("--address", help="of a Ray cluster, e.g. auto; default: a Ray of this machine")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    args = parser.parse_intermixed_args(arguments)
-    overrides = list(args.overrides)
-    if args.config and "=" in args.config and not Path(args.config).exists():
-        overrides, args.config = [args.config, *overrides], None
-    given = {name: getattr(args, name) for name in _OF_RUN}
-    overrides += [
-        *task_overrides(args),
-        *(f"run.{key}={json.dumps(value)}" for key, value in given.items() if value is not None),
-    ]
-    if args.out and not args.config and (args.out / "run.json").exists():  # to be continued as it was begun
-        saved_config(args.out)
-        where = [] if args.executor in (None, "ray") else ["run.address="]
-        return _anywhere(load_config(args.out / "config.json", ["run.time_budget=", *where, *overrides])), args.out
-    return _anywhere(load_config(args.config, overrides)), args.out
-
-
-def _anywhere(config: Config) -> Config:
-    """The config with whole paths, so that a run is continued, and its status read, from any folder."""
-
-    def whole(path: str) -> str:
-        return str(Path(path).absolute()) if path and Path(path).exists() else path
-
-    second = Path(config.run.submission)
-    if not second.parent.is_dir():
-        raise UserError(f"--submission {second}: there is no folder {second.parent}")
-    run = config.run.model_copy(update={"submission": config.run.submission and str(second.absolute())})
-    tasks = config.tasks.model_copy(
-        update={"spec": whole(config.tasks.spec), "solutions": whole(config.tasks.solutions)}
-    )
-    model = config.model.model_copy(update={"path": whole(config.model.path), "adapter": whole(config.model.adapter)})
-    return config.model_copy(update={"run": run, "tasks": tasks, "model": model})
-
-
-def main(arguments: list[str]) -> int:
-    if any(word.partition("=")[0] == "--revote" for word in arguments):
-        return revote.main(arguments)
-    if any(word.partition("=")[0] == "--status" for word in arguments):
-        return status.main(arguments)
-    signal.signal(signal.SIGTERM, _interrupt)
-    config, out = _parse(arguments)
+def run(config: Config, task_set: TaskSet, run_dir: Path) -> int:
+    """Solves the tasks in a run directory, new or continued, and shows what came of it. The command's exit code."""
     deadline = _deadline(config)
     console = Console()
     plain = partial(console.print, markup=False, highlight=False, soft_wrap=True)
-    task_set = load_tasks(config.tasks)
-    run_dir = out or default_run_dir(task_set)
     device = pick_device(config.run.device)
     model, start_adapter = load_base(config, torch.device("cpu"))
     most = 0
@@ -314,7 +235,7 @@ def main(arguments: list[str]) -> int:
     make = partial(make_worker, config, neighbours=count)
     with ExitStack() as stack:
         executor = stack.enter_context(make_executor(config.run.executor, make, count, config.run.address or None))
-        signal.signal(signal.SIGTERM, _interrupt)  # once more: Ray has put its own there
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # once more: Ray has put its own there
         journal = stack.enter_context(open_journal(run_dir, task_set, config, weights))
         plain(
             f"{_count(len(task_set.tasks), 'task')} from {task_set.name};"
@@ -363,7 +284,3 @@ def _conclude(tasks: int, journal: Journal, summary: dict[str, Any], say: Any) -
     if summary["fallen_back"]:
         say(f"{status.describe_fallbacks(summary['fallen_back'], tasks)}; see {run_dir}/log.jsonl")
     return INCOMPLETE if nothing or summary["fallen_back"] else 0
-
-
-def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt

@@ -21,7 +21,8 @@ from ..command import Parser
 from ..errors import UserError
 from ..puzzles import TaskSet, load_tasks, read_json
 from .executors import JobResult
-from .journal import Journal, TaskStatus, read_statuses, saved_config
+from .journal import Journal, TaskStatus, read_statuses
+from .run_config import saved_config
 from .worker import AdaptJob
 
 EVERY_S = 5.0  # between two summaries, while a run goes on

@@ -31,7 +31,7 @@ from ..models import (
 from ..models.lora import load_start_adapter
 from ..puzzles import Task
 from ..rng import named_rng
-from ..training import keep_freed_memory
+from ..training.parallel import keep_freed_memory
 from .adapt import adapt
 from .executors import Watchdog, cores
 from .predict import predict_tasks

@@ -11,11 +11,8 @@ In the order of reading; each imports only from those before it:
     run          what the parts of a run share, and how one starts
     card         the README beside the weights
     report       what a run says before it begins, and leaves at its end
-    train        stages of training, one after another; `bin/train`
+    train        stages of training, one after another
+    command      `bin/train`: what its words ask for
+
+Nothing is handed on here: it would need PyTorch, and `bin/train` understands its words before importing that.
 """
-
-from .memory import activation_bytes_per_token
-from .optimize import step_rate
-from .parallel import keep_freed_memory
-
-__all__ = ["activation_bytes_per_token", "keep_freed_memory", "step_rate"]

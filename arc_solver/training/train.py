@@ -8,8 +8,6 @@ The loop itself is `optimize.fit`. Here is what surrounds it: which model, which
 
 import math
 import shutil
-import signal
-import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,8 +20,8 @@ from rich.console import Console
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..clock import RunClock, command_age_s, format_duration
-from ..command import Parser, require_new_dir
+from ..clock import RunClock, format_duration
+from ..command import require_new_dir
 from ..config import Config, StageConfig, TrainConfig, load_config
 from ..data.corpus import Corpus, make_corpus
 from ..data.stream import COUNTS, Batch, BatchStream, SampleStream, batches
@@ -44,7 +42,7 @@ from .checkpoints import (
 from .log import REFUSING_S, TrainingLog, announce_if_slow
 from .optimize import Pace, Step, averaged, fit, make_optimizers
 from .parallel import CompileDecision, ParallelContext, compiled, decide_compile
-from .report import Plan, describe, estimate_closing_times, plot_rates, save_results, show_plan
+from .report import Plan, describe, estimate_closing_times, save_results, show_plan
 from .run import Interrupts, Run, make_validation, stage_stream, start_model
 from .validate import write_partition
 
@@ -352,41 +350,3 @@ def _loss_of(run: Run, choice: CompileDecision) -> Callable[[Batch], Tensor]:
     eager = partial(run.model.logits, through=run.module)
     logits_of = compiled(eager) if choice.pays else eager
     return lambda batch: packed_loss(run.model, batch, logits_of, reduction="sum")
-
-
-def main(arguments: list[str]) -> int:
-    began = time.monotonic() - command_age_s()
-    parser = Parser(prog="bin/train", description="Train a model offline on ARC tasks, RE-ARC and other sources.")
-    parser.add_argument("config", help="TOML file, e.g. configs/bundled.toml")
-    parser.add_argument("--out", type=Path, help="folder for the log, the checkpoint and the model")
-    parser.add_argument(
-        "--max-minutes",
-        type=float,
-        default=math.inf,
-        help="from start to end, all counted; the schedule is shaped to it",
-    )
-    parser.add_argument("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
-    parser.add_argument("--plot-lr", type=Path, metavar="FILE", help="draw the learning rates, and train nothing")
-    parser.add_argument("--seed", type=int, help="run.seed")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value")
-    args = parser.parse_intermixed_args(arguments)
-    if not args.max_minutes > 0:
-        raise UserError(f"--max-minutes must be above 0, got {args.max_minutes:g}")
-    seed = [] if args.seed is None else [f"run.seed={args.seed}"]
-    config = load_config(args.config, [*args.overrides, *seed])
-    if args.plot_lr:
-        plot_rates(config, args.plot_lr)
-        return 0
-    if not args.out:
-        raise UserError("--out is missing: give a folder for the log, the checkpoints and the model")
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, also before the first step
-    try:
-        train(config, args.out, args.max_minutes * 60, args.resume, began)
-    except KeyboardInterrupt:
-        last = latest_checkpoint(args.out)
-        where = f"--resume continues from {last}" if last else "no step was saved"
-        print(f"interrupted; {where}", file=sys.stderr)
-        return 1
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    return 0

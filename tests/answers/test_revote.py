@@ -20,7 +20,7 @@ from arc_solver.config import Config, TasksConfig, VoteConfig
 from arc_solver.errors import UserError
 from arc_solver.puzzles.task_files import load_tasks
 from arc_solver.puzzles.tasks import Pair, Task
-from arc_solver.solving.solve import main as solve_main
+from arc_solver.solving.command import main as solve_main
 
 X, RIGHT, WRONG, WORSE = grid("12", "34"), grid("56", "78"), grid("9"), grid("00")
 

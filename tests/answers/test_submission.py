@@ -9,7 +9,7 @@ from arc_solver.config import TasksConfig
 from arc_solver.errors import UserError
 from arc_solver.puzzles.task_files import load_tasks
 from arc_solver.puzzles.tasks import Pair, Task
-from arc_solver.solving.solve import _parse
+from arc_solver.solving.command import parse
 
 X, Y, Z = grid("12", "34"), grid("5"), grid("67")
 TASKS = [Task("aa", (Pair(X, Y),), (X, Y)), Task("bb", (Pair(X, Y),), (Z,))]
@@ -168,7 +168,7 @@ def test_bin_score(tmp_path, capsys):
 
 def test_bin_score_draws_the_sample_that_bin_solve_draws(tmp_path, capsys):
     words = ["--tasks", "arc-agi-1/evaluation", "--sample", "6", "--sample-seed", "5"]
-    config, _ = _parse(words)
+    config, _ = parse(words)
     found = load_tasks(config.tasks)
     file = tmp_path / "submission.json"
     write_submission({i: [(g, g) for g in grids] for i, grids in found.solutions.items()}, file)

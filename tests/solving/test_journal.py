@@ -16,7 +16,8 @@ from arc_solver.errors import MachineError, UserError
 from arc_solver.puzzles.task_files import load_tasks
 from arc_solver.puzzles.tasks import TaskSet
 from arc_solver.solving.adapt import Adaptation
-from arc_solver.solving.journal import Journal, TaskResult, open_journal, saved_config
+from arc_solver.solving.journal import Journal, TaskResult, open_journal
+from arc_solver.solving.run_config import saved_config
 from arc_solver.solving.status import counts, last_summary, read_status
 
 VOTES = Config(vote=VoteConfig(rule="votes"))

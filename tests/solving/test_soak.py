@@ -15,7 +15,7 @@ from arc_solver.config import FormatConfig
 from arc_solver.data.leaks import NOTHING
 from arc_solver.models.hardware import resident_memory
 from arc_solver.models.model import new_model, save_model
-from arc_solver.solving.solve import main
+from arc_solver.solving.command import main
 
 MINUTES = float(os.environ.get("ARC_SOLVER_SOAK_MINUTES", "0"))
 FEWEST = 12  # runs

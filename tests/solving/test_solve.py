@@ -24,8 +24,8 @@ from arc_solver.puzzles.encode import encode_sample
 from arc_solver.puzzles.task_files import load_tasks, smallest
 from arc_solver.puzzles.tasks import Pair, TaskSet
 from arc_solver.rng import named_rng
+from arc_solver.solving.command import default_run_dir
 from arc_solver.solving.predict import predict
-from arc_solver.solving.solve import default_run_dir
 from arc_solver.solving.worker import AdaptJob, PredictJob, Worker
 from arc_solver.training.optimize import fit, make_optimizers
 from arc_solver.training.train import train

@@ -9,9 +9,9 @@ from toys import TOY
 from arc_solver.config import Config, FormatConfig, OptimConfig, SourceConfig, StageConfig, TrainConfig, load_config
 from arc_solver.errors import MachineError, UserError
 from arc_solver.models.model import new_model
+from arc_solver.training.command import main
 from arc_solver.training.optimize import RECENT, Pace, Step, fit, make_optimizers, rate_at, step_rate
 from arc_solver.training.report import plot_rates
-from arc_solver.training.train import main
 
 
 @pytest.mark.parametrize(

@@ -28,9 +28,10 @@ from arc_solver.errors import UserError
 from arc_solver.models.model import Model, load_model, new_model, packed_loss, recompute_activations, save_model
 from arc_solver.puzzles.task_files import load_tasks
 from arc_solver.training.checkpoints import latest_checkpoint
+from arc_solver.training.command import main
 from arc_solver.training.parallel import ParallelContext, decide_compile
 from arc_solver.training.run import Interrupts
-from arc_solver.training.train import main, train
+from arc_solver.training.train import train
 from arc_solver.training.validate import accuracy, accuracy_prompts, validation_batches, validation_loss
 
 TWO_STAGES = [

@@ -1,0 +1,54 @@
+"""`bin/train`: its words, and what they ask for. They are understood before PyTorch is imported."""
+
+import math
+import signal
+import sys
+import time
+from pathlib import Path
+
+from ..clock import command_age_s
+from ..command import Parser
+from ..config import load_config
+from ..errors import UserError
+
+
+def main(arguments: list[str]) -> int:
+    began = time.monotonic() - command_age_s()
+    parser = Parser(prog="bin/train", description="Train a model offline on ARC tasks, RE-ARC and other sources.")
+    parser.add_argument("config", help="TOML file, e.g. configs/bundled.toml")
+    parser.add_argument("--out", type=Path, help="folder for the log, the checkpoint and the model")
+    parser.add_argument(
+        "--max-minutes",
+        type=float,
+        default=math.inf,
+        help="from start to end, all counted; the schedule is shaped to it",
+    )
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
+    parser.add_argument("--plot-lr", type=Path, metavar="FILE", help="draw the learning rates, and train nothing")
+    parser.add_argument("--seed", type=int, help="run.seed")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value")
+    args = parser.parse_intermixed_args(arguments)
+    if not args.max_minutes > 0:
+        raise UserError(f"--max-minutes must be above 0, got {args.max_minutes:g}")
+    seed = [] if args.seed is None else [f"run.seed={args.seed}"]
+    config = load_config(args.config, [*args.overrides, *seed])
+    if not args.out and not args.plot_lr:
+        raise UserError("--out is missing: give a folder for the log, the checkpoints and the model")
+    from .checkpoints import latest_checkpoint
+    from .report import plot_rates
+    from .train import train
+
+    if args.plot_lr:
+        plot_rates(config, args.plot_lr)
+        return 0
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, also before the first step
+    try:
+        train(config, args.out, args.max_minutes * 60, args.resume, began)
+    except KeyboardInterrupt:
+        last = latest_checkpoint(args.out)
+        where = f"--resume continues from {last}" if last else "no step was saved"
+        print(f"interrupted; {where}", file=sys.stderr)
+        return 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return 0
