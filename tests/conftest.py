@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from toys import FORMATS, TOY
+from solve_runs import solve, some_tasks, words_for
+from toys import FORMATS, TOY, hasty, write_challenges
 
 from arc_solver.config import FormatConfig, TasksConfig
-from arc_solver.models.model import Model, new_model
+from arc_solver.data.leaks import NOTHING
+from arc_solver.models.model import Model, new_model, save_model
 from arc_solver.puzzles.task_files import load_tasks
 from arc_solver.puzzles.tasks import TaskSet
 
@@ -23,7 +25,19 @@ def pytest_configure() -> None:
 
 
 # The longest first: a file is one process's, and at the end no other could help with it.
-LONGEST = ("runs", "train", "dry_run", "rehearsal", "solve", "devices", "memory", "soak", "executors")
+LONGEST = ("kills", "train", "dry_run", "rehearsal", "runs", "submit", "parallel", "solve", "memory", "executors")
+    "kills",
+    "train",
+    "dry_run",
+    "rehearsal",
+    "runs",
+    "submit",
+    "parallel",
+    "solve",
+    "memory",
+    "soak",
+    "executors",
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -72,3 +86,26 @@ def toy(any_format: FormatConfig) -> Model:
 def toy_model() -> Model:
     """A toy model in the default format. Tests must leave it as it was."""
     return Model(new_model(TOY, FormatConfig(), seed=1).lm.eval(), FormatConfig(), None)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A toy model that ends its replies soon, as a folder. Tests must leave it as it was, and the run below."""
+    folder = tmp_path_factory.mktemp("toy")
+    save_model(hasty(new_model(TOY, FormatConfig(), seed=1, trained_on=NOTHING)), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def challenges(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve small tasks."""
+    return write_challenges(tmp_path_factory.mktemp("tasks"), some_tasks(12))
+
+
+@pytest.fixture(scope="session")
+def whole(checkpoint: Path, challenges: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run on them, by `bin/solve`."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    said = solve(words_for(checkpoint, challenges, out))
+    assert "tasks answered" in said
+    return out

@@ -1,6 +1,7 @@
 """Small tasks, models and adapters for tests."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from arc_solver.puzzles.encode import END, NEWLINE
 from arc_solver.puzzles.tasks import Grid, Pair, Task, challenge, freeze
 from arc_solver.rng import named_rng
 
+KILLS = int(os.environ.get("ARC_SOLVER_KILLS", "3"))  # of a run, in a test
 ADAPTER = AdaptConfig(rank=3, alpha=6)
 TOY = ModelConfig(layers=2, width=32, heads=2, kv_heads=2, head_dim=16, mlp_width=64)
 FORMATS = [

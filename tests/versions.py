@@ -134,7 +134,8 @@ def tried(name: str, python: Path, words: list[str]) -> bool:
     print(f"with {name}:", flush=True)
     report = FOLDER / name / "results.xml"
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # models are so small that threads only wait for each other
-    command = [python, "-P", "-m", "pytest", f"--junitxml={report}", *(words or TESTS)]
+    spread = ["--numprocesses=auto", "--dist=loadfile"]
+    command = [python, "-P", "-m", "pytest", f"--junitxml={report}", *spread, *(words or TESTS)]
     done = subprocess.run(command, cwd=ROOT, env=one_thread)
     if not words:
         code = f"import json; from importlib.metadata import version as v; print(json.dumps([*map(v, {LIBRARIES})]))"

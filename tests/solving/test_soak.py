@@ -31,7 +31,7 @@ def test_memory_and_open_files_stay_flat(tmp_path, capsys):
     seen: list[tuple[float, int, int]] = []  # seconds, bytes, open files
     began, n = time.monotonic(), 0
     while (spent := time.monotonic() - began) < 60 * MINUTES or n < FEWEST:
-        assert main([*words, "--limit", "5", "--out", str(tmp_path / f"run{n}")]) == 0
+        assert main([*words, "--limit", "2", "--out", str(tmp_path / f"run{n}")]) == 0
         capsys.readouterr()
         gc.collect()
         n += 1

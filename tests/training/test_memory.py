@@ -22,7 +22,7 @@ WIDE = {"layers": 6, "width": 256, "heads": 4, "kv_heads": 4, "head_dim": 64, "m
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_estimate_is_near_the_peak(checkpointing, tmp_path):
     """In a process of its own: within a third, where a step's activations are most of it."""
-    train = {"steps": 2, "batch_tokens": 8192, "optimizer": "adamw", "checkpointing": checkpointing}
+    train = {"steps": 1, "batch_tokens": 4096, "optimizer": "adamw", "checkpointing": checkpointing}
     file = write_config(small(model=WIDE, train=train), tmp_path)
     done = run(train_command(file, tmp_path / "run"))
     assert done.returncode == 0, done.stderr
