@@ -26,18 +26,6 @@ def pytest_configure() -> None:
 
 # The longest first: a file is one process's, and at the end no other could help with it.
 LONGEST = ("kills", "train", "dry_run", "rehearsal", "runs", "submit", "parallel", "solve", "memory", "executors")
-    "kills",
-    "train",
-    "dry_run",
-    "rehearsal",
-    "runs",
-    "submit",
-    "parallel",
-    "solve",
-    "memory",
-    "soak",
-    "executors",
-]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -51,7 +51,7 @@ def bad_adapt(tasks, *rest):
     return adapt(tasks, *rest)
 worker.adapt = bad_adapt
 if __name__ == "__main__":
-    from arc_solver.config import run_main
+    from arc_solver.command import run_main
     from arc_solver.solving.command import main
     run_main(main)
 """
