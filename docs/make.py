@@ -128,24 +128,27 @@ def _comments(source: str) -> dict[int, str]:
 
 def picture() -> str:
     """Which folder imports from which, as a Mermaid graph; arrows that follow from others are left out."""
-    wings = re.findall(r"^\| `arc_solver/(\w+)/` \| (.+?) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
-    below = {wing: set() for wing, _ in wings}
-    for wing in below:
-        for file in (PACKAGE / wing).glob("*.py"):
+    folders = re.findall(r"^\| `arc_solver/(\w+)/` \| (.+?) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    below = {folder: set() for folder, _ in folders}
+    for folder in below:
+        for file in (PACKAGE / folder).glob("*.py"):
             for node in ast.walk(ast.parse(file.read_text())):
                 if isinstance(node, ast.ImportFrom) and node.level == 2:
-                    below[wing] |= {(node.module or "").partition(".")[0]} & below.keys()
-    indirect = {wing: set().union(*(_all_below(direct, below) for direct in of)) for wing, of in below.items()}
+                    below[folder] |= {(node.module or "").partition(".")[0]} & below.keys()
+    indirect = {folder: set().union(*(_all_below(direct, below) for direct in of)) for folder, of in below.items()}
     lines = ["```mermaid", "flowchart BT"]
-    lines += [f'    {wing}["<b>{wing}</b><br>{job}"]' for wing, job in wings]
+    lines += [f'    {folder}["<b>{folder}</b><br>{job}"]' for folder, job in folders]
     lines += [
-        f"    {wing} --> {lower}" for wing, _ in wings for lower in below if lower in below[wing] - indirect[wing]
+        f"    {folder} --> {lower}"
+        for folder, _ in folders
+        for lower in below
+        if lower in below[folder] - indirect[folder]
     ]
     return "\n".join([*lines, "```"])
 
 
-def _all_below(wing: str, below: dict[str, set[str]]) -> set[str]:
-    return below[wing].union(*(_all_below(lower, below) for lower in below[wing]))
+def _all_below(folder: str, below: dict[str, set[str]]) -> set[str]:
+    return below[folder].union(*(_all_below(lower, below) for lower in below[folder]))
 
 
 def with_picture(page: str) -> str:

@@ -1,4 +1,4 @@
-"""The package is the table in README: a wing imports only from the rows above it, a file only from files before it."""
+"""The package is the table in README: a folder imports only from the rows above it, a file only from files before it."""
 
 import ast
 import re
@@ -15,16 +15,16 @@ import arc_solver
 PACKAGE = Path(arc_solver.__file__).parent
 README = (PACKAGE.parent / "README.md").read_text()
 TABLE = re.findall(r"^\| `arc_solver/(\w*)/?` \| (.+?) \| (.+?) \|$", README, re.MULTILINE)
-ROOMS = {wing: re.findall(r"`(\w+)`", files) for wing, _, files in TABLE}
-WINGS = tuple(wing for wing in ROOMS if wing)
-ROWS = tuple(f"{wing}.{room}".lstrip(".") for wing, rooms in ROOMS.items() for room in rooms)
+ROOMS = {folder: re.findall(r"`(\w+)`", files) for folder, _, files in TABLE}
+FOLDERS = tuple(folder for folder in ROOMS if folder)
+ROWS = tuple(f"{folder}.{room}".lstrip(".") for folder, rooms in ROOMS.items() for room in rooms)
 COMMANDS = {
     "solve",
     "train",
     "score",
     "submit",
 }  # what `python -m arc_solver.X` means; that of bench is bench/__main__.py
-# These need PyTorch, which takes seconds to import, and something else in their wing is to start without it.
+# These need PyTorch, which takes seconds to import, and something else in their folder is to start without it.
 BY_ITSELF = {"data.stream", "training.memory", "training.optimize", "training.parallel"}
 HOMES = {  # heavy imports and the only modules that may have them
     "transformers": {
@@ -55,7 +55,7 @@ def tree_of(module: str) -> ast.Module:
 
 
 def own_imports(module: str) -> set[tuple[str, str]]:
-    """What a module imports of the package, anywhere in it: (module or wing, name)."""
+    """What a module imports of the package, anywhere in it: (module or folder, name)."""
     here, found = ["arc_solver", *module.split(".")], set()
     for node in ast.walk(tree_of(module)):
         if isinstance(node, ast.ImportFrom) and node.level:
@@ -77,7 +77,7 @@ def libraries(module: str) -> set[str]:
 
 
 def test_the_table_has_ten_rows():
-    assert len(TABLE) == 10 and WINGS[0] == "puzzles" and ROWS[0] == "errors"
+    assert len(TABLE) == 10 and FOLDERS[0] == "puzzles" and ROWS[0] == "errors"
 
 
 def test_every_module_has_its_place_in_the_table():
@@ -87,16 +87,16 @@ def test_every_module_has_its_place_in_the_table():
 
 def test_modules_import_only_from_above():
     for i, module in enumerate(ROWS):
-        above = {*ROWS[:i], *WINGS[: WINGS.index(module.partition(".")[0]) if "." in module else 0]}
+        above = {*ROWS[:i], *FOLDERS[: FOLDERS.index(module.partition(".")[0]) if "." in module else 0]}
         assert {imported for imported, _ in own_imports(module)} <= above, module
 
 
 def test_a_wing_says_its_job_and_its_order():
     """In the docstring of its `__init__`, with the words of the table."""
-    for wing, job, _ in TABLE[1:]:
-        said = import_module(f"arc_solver.{wing}").__doc__
-        assert said.startswith(job), wing
-        assert re.findall(r"^    (\w+)  ", said, re.MULTILINE) == ROOMS[wing], wing
+    for folder, job, _ in TABLE[1:]:
+        said = import_module(f"arc_solver.{folder}").__doc__
+        assert said.startswith(job), folder
+        assert re.findall(r"^    (\w+)  ", said, re.MULTILINE) == ROOMS[folder], folder
 
 
 def test_a_wing_hands_on_what_several_others_use():
@@ -104,13 +104,13 @@ def test_a_wing_hands_on_what_several_others_use():
     users = defaultdict(set)
     for module in ROWS:
         for imported, name in own_imports(module):
-            wing, _, room = imported.partition(".")
-            if wing in WINGS and wing != module.partition(".")[0] and name and imported not in BY_ITSELF:
-                users[wing, name].add(module.partition(".")[0])
-                handed_on = name in getattr(import_module(f"arc_solver.{wing}"), "__all__", ())
+            folder, _, room = imported.partition(".")
+            if folder in FOLDERS and folder != module.partition(".")[0] and name and imported not in BY_ITSELF:
+                users[folder, name].add(module.partition(".")[0])
+                handed_on = name in getattr(import_module(f"arc_solver.{folder}"), "__all__", ())
                 assert handed_on == (not room), f"{module} imports {name}"
-    shared = {(wing, name) for (wing, name), of in users.items() if len(of) > 1}
-    assert shared == {(w, name) for w in WINGS for name in getattr(import_module(f"arc_solver.{w}"), "__all__", ())}
+    shared = {(folder, name) for (folder, name), of in users.items() if len(of) > 1}
+    assert shared == {(w, name) for w in FOLDERS for name in getattr(import_module(f"arc_solver.{w}"), "__all__", ())}
 
 
 def test_heavy_imports_have_one_home():
@@ -122,7 +122,7 @@ def test_heavy_imports_have_one_home():
 
 def test_tests_have_the_same_folders():
     folders = {file.parent.name for file in Path(__file__).parent.glob("*/test_*.py")}
-    assert folders == set(WINGS)
+    assert folders == set(FOLDERS)
 
 
 def test_kaggle_folder_is_no_package():

@@ -8,7 +8,7 @@ In the order of reading; each imports only from those before it:
     corpus    the mixture of sources, and what is held out of it
     stream    samples without end: drawn, augmented, encoded, packed
 
-What other wings use is handed on here, but for `stream`, which needs PyTorch: `bin/submit` starts without it.
+What other folders use is handed on here, but for `stream`, which needs PyTorch: `bin/submit` starts without it.
 """
 
 from .leaks import DATA_FILE, NOTHING, TrainingData, leak_audit, read_training_data

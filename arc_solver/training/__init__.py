@@ -2,7 +2,7 @@
 
 In the order of reading; each imports only from those before it:
 
-    optimize     the one training loop: schedules, optimizers, `fit`
+    optimize     the offline loop, optimizers, and the schedules of both
     parallel     processes, shards, precision, compilation
     memory       what memory a step takes
     checkpoints  complete or absent; the last good one is never in danger

@@ -1,4 +1,4 @@
-"""The one training loop: schedules, optimizers, `take_step`, `fit`.
+"""The offline training loop: schedules, optimizers, `take_step`, `fit`.
 
 `fit` knows optimizers, schedules and time (`Pace`); it does not know tasks. It serves the offline run in `train.py`.
 Test-time training in `adapt.py` follows the same schedules.
