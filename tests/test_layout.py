@@ -1,4 +1,4 @@
-"""The package is the table in README: a folder imports only from the rows above it, a file only from files before it."""
+"""The package is the table in README: a folder imports only from rows above it, a file from files before it."""
 
 import ast
 import re
@@ -15,9 +15,9 @@ import arc_solver
 PACKAGE = Path(arc_solver.__file__).parent
 README = (PACKAGE.parent / "README.md").read_text()
 TABLE = re.findall(r"^\| `arc_solver/(\w*)/?` \| (.+?) \| (.+?) \|$", README, re.MULTILINE)
-ROOMS = {folder: re.findall(r"`(\w+)`", files) for folder, _, files in TABLE}
-FOLDERS = tuple(folder for folder in ROOMS if folder)
-ROWS = tuple(f"{folder}.{room}".lstrip(".") for folder, rooms in ROOMS.items() for room in rooms)
+FILES = {folder: re.findall(r"`(\w+)`", files) for folder, _, files in TABLE}
+FOLDERS = tuple(folder for folder in FILES if folder)
+ROWS = tuple(f"{folder}.{file}".lstrip(".") for folder, files in FILES.items() for file in files)
 COMMANDS = {
     "solve",
     "train",
@@ -91,24 +91,24 @@ def test_modules_import_only_from_above():
         assert {imported for imported, _ in own_imports(module)} <= above, module
 
 
-def test_a_wing_says_its_job_and_its_order():
+def test_a_folder_says_its_job_and_its_order():
     """In the docstring of its `__init__`, with the words of the table."""
     for folder, job, _ in TABLE[1:]:
         said = import_module(f"arc_solver.{folder}").__doc__
         assert said.startswith(job), folder
-        assert re.findall(r"^    (\w+)  ", said, re.MULTILINE) == ROOMS[folder], folder
+        assert re.findall(r"^    (\w+)  ", said, re.MULTILINE) == FILES[folder], folder
 
 
-def test_a_wing_hands_on_what_several_others_use():
+def test_a_folder_hands_on_what_several_others_use():
     """And nothing else; whoever uses it takes it from there."""
     users = defaultdict(set)
     for module in ROWS:
         for imported, name in own_imports(module):
-            folder, _, room = imported.partition(".")
+            folder, _, file = imported.partition(".")
             if folder in FOLDERS and folder != module.partition(".")[0] and name and imported not in BY_ITSELF:
                 users[folder, name].add(module.partition(".")[0])
                 handed_on = name in getattr(import_module(f"arc_solver.{folder}"), "__all__", ())
-                assert handed_on == (not room), f"{module} imports {name}"
+                assert handed_on == (not file), f"{module} imports {name}"
     shared = {(folder, name) for (folder, name), of in users.items() if len(of) > 1}
     assert shared == {(w, name) for w in FOLDERS for name in getattr(import_module(f"arc_solver.{w}"), "__all__", ())}
 
