@@ -20,12 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -35,8 +29,6 @@ from ..data.stream import Batch
 from ..errors import UserError
 from ..models import fast_dtype, pick_device
 from ..models.attention import packs_in_one_graph
-
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 class ParallelContext:
@@ -148,15 +140,18 @@ class ParallelContext:
 
     def weights(self, lm: Any) -> dict[str, Any]:
         """All weights, on the main process; the others get none of what is sharded. To be called by all."""
-        state: dict[str, Any] = get_model_state_dict(lm, options=WHOLE) if self.shards else lm.state_dict()
-        return state
+        if not self.shards:
+            return lm.state_dict()
+        states, whole = _whole_states()
+        return states.get_model_state_dict(lm, options=whole)
 
     def scaler_state(self) -> dict[str, Any]:
         return self.scaler.state_dict() if self.scaler else {}
 
     def optimizer_states(self, lm: Any, optimizers: Sequence[Optimizer]) -> list[dict[str, Any]]:
         """Optimizer states by parameter name, on the main process. To be called by all."""
-        return [get_optimizer_state_dict(lm, optimizer, options=WHOLE) for optimizer in optimizers]
+        states, whole = _whole_states()
+        return [states.get_optimizer_state_dict(lm, optimizer, options=whole) for optimizer in optimizers]
 
     def load_optimizer_states(
         self, lm: Any, optimizers: Sequence[Optimizer], states: Sequence[dict[str, Any]], where: str, moments_only: bool
@@ -168,6 +163,7 @@ class ParallelContext:
         """
         if len(states) != len(optimizers):
             raise UserError(f"the optimizer state in {where} is of another train.optimizer: give the same")
+        module, whole = _whole_states()
         for optimizer, state in zip(optimizers, states, strict=True):
             own = {id(p) for group in optimizer.param_groups for p in group["params"]}
             shapes = {name: p.shape for name, p in lm.named_parameters() if id(p) in own}
@@ -181,10 +177,20 @@ class ParallelContext:
                     f' {_shape(found.get(odd[0]))} there and {_shape(shapes.get(odd[0]))} here): use start="weights"'
                 )
             settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-            set_optimizer_state_dict(lm, optimizer, state, options=WHOLE)
+            module.set_optimizer_state_dict(lm, optimizer, state, options=whole)
             if moments_only:
                 for group, before in zip(optimizer.param_groups, settings, strict=True):
                     group.update(before)
+
+
+def _whole_states() -> tuple[Any, Any]:
+    """PyTorch's module for states that may be sharded, and its options for whole ones.
+
+    Imported late: that takes a third of the time that PyTorch itself takes, and solving tasks has no need of it.
+    """
+    from torch.distributed.checkpoint import state_dict
+
+    return state_dict, state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def _shape(shape: torch.Size | None) -> str:

@@ -14,6 +14,7 @@ from arc_solver.puzzles.task_files import load_tasks, smallest
 from arc_solver.puzzles.tasks import same_grid
 
 ROOT = Path(__file__).parents[2]
+HERE = ("--executor", "inprocess")  # where it is not about workers, of which each takes seconds to start
 
 
 def test_another_config_is_refused_and_the_same_one_has_nothing_left_to_do(checkpoint, challenges, whole):
@@ -32,7 +33,7 @@ def test_a_run_is_continued_from_any_folder(checkpoint, challenges, tmp_path):
     """Also when tasks and model were named relative to where it was begun."""
     model = os.path.relpath(checkpoint, challenges.parent)
     words = ["--tasks", challenges.name, "--out", str(tmp_path / "run"), f"model.path={model}"]
-    finish(start([*words, *QUICK, "--limit", "1"], cwd=challenges.parent))
+    finish(start([*words, *QUICK, *HERE, "--limit", "1"], cwd=challenges.parent))
     assert "continued: 1 of 1" in finish(start(["--out", "run"], cwd=tmp_path))
     assert "1 of 1" in finish(start(["--status", "run"], cwd=tmp_path))
 
@@ -97,7 +98,7 @@ def test_a_worker_that_dies_or_hangs_is_replaced(what, checkpoint, challenges, w
 
 def test_a_damaged_result_is_solved_again(checkpoint, challenges, whole, tmp_path):
     out = tmp_path / "run"
-    solve(words_for(checkpoint, challenges, out))
+    solve(words_for(checkpoint, challenges, out, *HERE))
     file = out / "tasks" / "task07.json"
     file.write_text(file.read_text()[:100])
     (out / "tasks" / "task08.json").write_text("")
@@ -124,7 +125,7 @@ def test_a_full_disk_stops_the_run_and_it_goes_on_afterwards(checkpoint, challen
         assert is_valid(disk / "run", challenges)
         kept = len(list((disk / "run" / "tasks").glob("*.json")))
         subprocess.run(["mount", "-o", "remount,size=50m", str(disk)], check=True)
-        solve(words)
+        solve([*words, *HERE])
         assert (disk / "run" / "submission.json").read_bytes() == (whole / "submission.json").read_bytes()
         assert len(answered(disk / "run")) <= 12 + (12 - kept)
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
@@ -141,7 +142,7 @@ def test_a_clock_that_jumps_changes_nothing(checkpoint, challenges, whole, tmp_p
     Path(file[0]).write_text(
         "import itertools\ntimes = itertools.cycle((2e9, 1e9, 3e9, 0.0))\n" + Path(file[0]).read_text()
     )
-    solve(words_for(checkpoint, challenges, out, "--executor", "inprocess", "--time-budget", "10m"), 0, file)
+    solve(words_for(checkpoint, challenges, out, *HERE, "--time-budget", "10m"), 0, file)
     stopped = {event["adaptation"]["ended"] for event in events(out) if event.get("stage") == "tasks"}
     assert stopped == {"steps"}
     assert is_valid(out, challenges)
@@ -149,7 +150,7 @@ def test_a_clock_that_jumps_changes_nothing(checkpoint, challenges, whole, tmp_p
 
 def test_a_smoke_run_answers_a_few_tasks_in_a_whole_file_which_is_in_two_places(checkpoint, challenges, tmp_path):
     second, out = tmp_path / "working" / "submission.json", tmp_path / "run"
-    words = words_for(checkpoint, challenges, out, "--smoke", "3", "--submission", str(second))
+    words = words_for(checkpoint, challenges, out, *HERE, "--smoke", "3", "--submission", str(second))
     (line,) = solve(words, expect=2).splitlines()
     assert "there is no folder" in line
     second.parent.mkdir()
