@@ -229,7 +229,7 @@ def test_what_has_no_room_goes_through_the_model_part_by_part(tasks, toy_model, 
     for room, recompute in ((2 * one, False), (one, False), (1, False), (one, True), (1, True)):
         seen.clear()
         monkeypatch.setattr(
-            adapt_module.MicroBatching, "planned", lambda *_, r=room, c=recompute: adapt_module.MicroBatching(r, c)
+            adapt_module.MicroBatching, "plan", lambda *_, r=room, c=recompute: adapt_module.MicroBatching(r, c)
         )
         found = adapted(tasks, toy_model, config)
         assert len(seen) > 3
