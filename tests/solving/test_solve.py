@@ -67,7 +67,20 @@ def test_the_whole_sentence_is_reproducible(checkpoint, challenges, tmp_path):
     model = f"model.path={checkpoint}"
     first = run("--tasks", challenges, "--out", tmp_path / "a", model, *QUICK, "run.workers=2")
     run("--tasks", challenges, "--out", tmp_path / "b", model, *QUICK, "run.workers=1")
-    other = run("--tasks", challenges, "--out", tmp_path / "c", model, *QUICK, "--seed", "1", "--limit", "2")
+    other = run(
+        "--tasks",
+        challenges,
+        "--out",
+        tmp_path / "c",
+        model,
+        *QUICK,
+        "--seed",
+        "1",
+        "--limit",
+        "2",
+        "--executor",
+        "inprocess",
+    )
     files = [(tmp_path / name / "submission.json").read_bytes() for name in "ab"]
     assert files[0] == files[1]
     for record in (
