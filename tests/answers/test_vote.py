@@ -271,3 +271,11 @@ def test_priors_only_reorder(rule, rng):
         group = [r.grid.tolist() for r in both if r.broken_priors == count]
         assert group == [cells for cells in plain if cells in group]
     assert sorted(after) == sorted(plain)
+
+
+def test_priors_hold_for_the_attempts_too():
+    """Three candidates, the most voted of a shape that no demonstration has: it is none of the two attempts."""
+    task = Task("t", (Pair(MIXED, MIXED),), (MIXED,))
+    found = predictions((grid("7"), [0, 1, 2], [-1] * 4), (MIXED, [0], [-1] * 4), (grid("21", "34"), [], [-9] * 4))
+    (attempts,) = choose_attempts(found, task, config(shape_prior=True))
+    assert [attempt.shape for attempt in attempts] == [MIXED.shape] * 2

@@ -223,3 +223,10 @@ def test_pair_key_tells_other_pairs_apart():
 def test_pair_key_of_a_single_colour_is_none():
     assert pair_key(Pair(grid("11"), grid("1"))) is None
     assert pair_key(Pair(grid("11"), grid("2"))) is not None
+
+
+def test_training_data_is_that_of_all_sources():
+    first, second = source("tasks", {"aa": [A1]}), source("tasks", {"zz": [OTHER]}, "y")
+    both = training_data_of(keys_of(first, second))
+    assert both == training_data_of(keys_of(first)) | training_data_of(keys_of(second))
+    assert leak_audit(both, SCORED).by_content == ("aa",)

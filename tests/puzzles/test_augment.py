@@ -199,3 +199,15 @@ def test_problem_augmentations_stay_within_the_size_limit():
     for problem in drawn_problems(mixed):
         for pair in map(problem.apply_pair, mixed):
             assert max(pair.input.shape + pair.output.shape) <= MAX_SIDE
+
+
+def test_a_task_under_an_augmentation_is_still_that_task(rng):
+    task = flip_task(rng)
+    assert Augmentation(3).apply_task(task).id == task.id
+    assert len(Augmentation(3).apply_task(task).train) == len(task.train)
+
+
+def test_colours_that_only_outputs_have_are_known_from_the_pairs(rng):
+    pairs = [Pair(grid("12"), grid("15"))]
+    kept = [random_augmentation(rng, ColourPolicy(1.0, "keep"), pairs).colours[5] for _ in range(20)]
+    assert set(kept) == {5}

@@ -226,3 +226,27 @@ def test_cells_above_and_in_the_input_are_at_fixed_distances(rng):
         assert (copy[:, :width] - table == GRID_STRIDE).all()
         assert (np.diff(table, axis=0) == ROW_STRIDE).all()
         assert len(set(sample.positions_T.tolist())) == len(sample)
+
+
+def test_a_prompt_and_its_reply_are_a_sample(any_format, rng):
+    """What is asked for is what was trained on: the same ids at the same positions, up to the OUTPUT marker."""
+    pairs = [Pair(random_grid(rng, 6), random_grid(rng, 6)) for _ in range(4)]
+    sample = encode_sample(pairs, any_format)
+    prompt = encode_prompt(pairs[:-1], pairs[-1].input, any_format)
+    reply = encode_reply(pairs[-1].output, any_format)
+    assert [*prompt.ids_T, *reply] == sample.ids_T.tolist()
+    assert prompt.positions_T.tolist() == sample.positions_T[: len(prompt)].tolist()
+    assert (prompt.ids_T.dtype, prompt.positions_T.dtype, reply.dtype) == (np.uint8, np.int32, np.uint8)
+    assert (sample.ids_T.dtype, sample.labels_T.dtype, sample.positions_T.dtype) == (np.uint8, np.int16, np.int32)
+
+
+def test_no_two_ids_share_a_position(any_format, rng):
+    sample = encode_sample([Pair(random_grid(rng), random_grid(rng)) for _ in range(3)], any_format)
+    assert len(set(sample.positions_T.tolist())) == len(sample)
+
+
+def test_a_header_may_say_any_side():
+    prompt = encode_prompt(PAIRS, grid("12"), FULL)
+    legal_V = Cursor(prompt, FULL).legal()
+    assert np.flatnonzero(legal_V).tolist() == [NUMBER + side for side in range(1, 31)]
+    assert legal_V.dtype == bool
