@@ -212,3 +212,19 @@ def test_a_gpu_compiles_once_where_it_has_flash_attention():
     ampere = torch.cuda.get_device_capability() >= (8, 0)
     assert [packs_in_one_graph(device, dtype) for dtype in HALF] == [ampere] * 2
     assert not packs_in_one_graph(device, torch.float32)
+
+
+@pytest.mark.parametrize("how", ["causal", "masked", "packed"])
+@pytest.mark.parametrize("groups", [4, 2, 1])
+def test_a_scale_is_kept_on_every_way(how, groups):
+    """Some architectures have another than one over the root of the head's size."""
+    q, k, v = (x.detach() for x in some_heads(groups=groups))
+    length = q.shape[2]
+    way = {
+        "causal": {},
+        "masked": {"mask_BTK": torch.ones(1, length, length, dtype=torch.bool).tril()},
+        "packed": {"packing": Packing.of(torch.tensor([length]), CPU)},
+    }[how]
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.7, enable_gqa=True)
+    torch.testing.assert_close(attention(q, k, v, 0.7, **way), expected, atol=1e-5, rtol=0)
+    assert not torch.allclose(attention(q, k, v, **way), expected, atol=1e-2)
