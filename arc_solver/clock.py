@@ -35,6 +35,20 @@ def format_duration(seconds: float) -> str:
     return f"{max(1, round(seconds))} s" if seconds < 90 else f"{round(seconds / 60)} minutes"
 
 
+def duration_s(text: str) -> float:
+    """Seconds of a duration such as 11h30m, 40m, 1.5h or 90s.
+
+    Raises:
+        ValueError: it is none.
+    """
+    number = r"(\d+(?:\.\d+)?)"
+    found = re.fullmatch(f"(?:{number}h)?(?:{number}m)?(?:{number}s)?", text)
+    if not found or not text:
+        raise ValueError(f"'{text}' is no duration: write it as 11h30m, 40m or 90s")
+    hours, minutes, seconds = (float(part or 0) for part in found.groups())
+    return 3600 * hours + 60 * minutes + seconds
+
+
 class RunClock:
     """A run's time limit, with time reserved for its closing parts: last validation, checkpoint, results.
 
@@ -49,7 +63,7 @@ class RunClock:
     def __init__(
         self, began: float, max_s: float = math.inf, broadcast: Callable[[float], float] = lambda value: value
     ):
-        self.began, self.max_s, self.agreed = began, max_s, broadcast
+        self.began, self.max_s, self.broadcast = began, max_s, broadcast
         self.end_s: dict[str, float] = {}  # what each part of the end takes
         self._measured: set[str] = set()
 
@@ -59,12 +73,12 @@ class RunClock:
 
     def now_s(self) -> float:
         spent_s = time.monotonic() - self.began
-        return self.agreed(spent_s) if self.limited else spent_s
+        return self.broadcast(spent_s) if self.limited else spent_s
 
     def set_estimate(self, part: str, seconds: float) -> None:
         """What a part of the end is thought to take, as long as it was not measured."""
         if part not in self._measured:
-            self.end_s[part] = self.agreed(seconds) if self.limited else seconds
+            self.end_s[part] = self.broadcast(seconds) if self.limited else seconds
 
     def drop_part(self, part: str) -> None:
         """There is never room for that part, and none is kept for it."""
@@ -95,17 +109,3 @@ class RunClock:
 
     def _until_s(self, parts_s: Iterable[float]) -> float:
         return self.max_s - END_S - END_SHARE * self.max_s - SPARE * sum(parts_s) if self.limited else math.inf
-
-
-def duration_s(text: str) -> float:
-    """Seconds of a duration such as 11h30m, 40m, 1.5h or 90s.
-
-    Raises:
-        ValueError: it is none.
-    """
-    number = r"(\d+(?:\.\d+)?)"
-    found = re.fullmatch(f"(?:{number}h)?(?:{number}m)?(?:{number}s)?", text)
-    if not found or not text:
-        raise ValueError(f"'{text}' is no duration: write it as 11h30m, 40m or 90s")
-    hours, minutes, seconds = (float(part or 0) for part in found.groups())
-    return 3600 * hours + 60 * minutes + seconds

@@ -10,6 +10,8 @@ from typing import NoReturn
 
 from .errors import MachineError, UserError
 
+Say = Callable[[str], None]  # takes a line for the person at the keyboard
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are `UserError`s."""
@@ -72,6 +74,3 @@ def run_main(main: Callable[[list[str]], int]) -> None:
         print("interrupted", file=sys.stderr)
         code = 1
     sys.exit(code)
-
-
-Say = Callable[[str], None]  # takes a line for the person at the keyboard

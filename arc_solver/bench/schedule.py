@@ -45,9 +45,9 @@ def overhead_s(tasks: int = TASKS) -> float:
         began = time.perf_counter()
         with open_journal(Path(name) / "run", found, config, [BUNDLED_DIR]) as journal:
             chunks = partial(prediction_groups, device=torch.device("cpu"))
-            schedule = Scheduler([(task,) for task in named], chunks, config, journal, Budget(1))
+            scheduler = Scheduler([(task,) for task in named], chunks, config, journal, Budget(1))
             with InProcess(lambda number: _AtOnce()) as executor:
-                for done in executor.map_unordered(schedule.jobs()):
-                    schedule.handle_result(done)
+                for done in executor.map_unordered(scheduler.jobs()):
+                    scheduler.handle_result(done)
                     journal.refresh_submission()
         return (time.perf_counter() - began) / tasks

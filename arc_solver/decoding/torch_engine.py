@@ -78,22 +78,22 @@ class TorchSession:
         self.engine, self.cost = engine, DecodingStats()
         grammar = Grammar(engine.format)
         self.trees = [TokenTree(prompt, grammar, engine.context_length) for prompt in prompts]
-        self.blocks: list[TreeBatch] = []
-        self.homes: dict[int, tuple[TreeBatch, int]] = {}  # prompt -> its block, and its row there
+        self.batches: list[TreeBatch] = []
+        self.homes: dict[int, tuple[TreeBatch, int]] = {}  # prompt -> its batch, and its row there
         self.recent: list[TreeBatch] = []  # those with a cache, the one used last at the end
         self.answered: set[int] = set()
         for members in _share_caches(prompts, adapters, engine):
             trees = [self.trees[i] for i in members]
-            block = TreeBatch(
+            batch = TreeBatch(
                 engine.model, trees, [adapters[i] for i in members], bank, engine.batch_tokens, self._count
             )
-            self.blocks.append(block)
-            self.homes |= {i: (block, row) for row, i in enumerate(members)}
+            self.batches.append(batch)
+            self.homes |= {i: (batch, row) for row, i in enumerate(members)}
 
     def generate(self, rows: Sequence[int], drafts: Mapping[int, Drafts] | None = None) -> list[Reply]:
         with suppress(_OutOfTime):
-            for block, members in self._by_block(rows):
-                self._decode(block, {row: Drafter(self.trees[i], (drafts or {}).get(i)) for row, i in members.items()})
+            for batch, members in self._by_batch(rows):
+                self._decode(batch, {row: Drafter(self.trees[i], (drafts or {}).get(i)) for row, i in members.items()})
         for i in set(rows) - self.answered:
             self.trees[i].advance()
             self.cost.decoded += len(self.trees[i].path) - 1
@@ -104,34 +104,34 @@ class TorchSession:
         assert threshold > 0, threshold
         searches = {i: Search(tree, threshold, max_nodes) for i, tree in enumerate(self.trees)}
         with suppress(_OutOfTime):
-            for block, members in self._by_block(range(len(self.trees))):
+            for batch, members in self._by_batch(range(len(self.trees))):
                 while asked := {row: nodes for row, i in members.items() if (nodes := searches[i].next_nodes())}:
-                    block.evaluate(asked)
+                    batch.evaluate(asked)
         return [search.result() for search in searches.values()]
 
     def score(self, replies: Sequence[Sequence[Sequence[int]]]) -> list[list[ReplyScore]]:
         wanted = [i for i, of_row in enumerate(replies) if of_row]
         with suppress(_OutOfTime):
-            for block, members in self._by_block(wanted):
+            for batch, members in self._by_batch(wanted):
                 unknown = {}
                 for row, i in members.items():
-                    tree = block.trees[row]
+                    tree = batch.trees[row]
                     walks = [tree.walk(ids[:-1]) for ids in replies[i]]
                     unknown[row] = [walk for walk in walks if not all(tree.known[node] for node in walk)]
-                self._learn_walks(block, unknown)
+                self._evaluate_walks(batch, unknown)
         return [[score_reply(tree, ids) for ids in of_row] for tree, of_row in zip(self.trees, replies, strict=True)]
 
-    def _decode(self, block: TreeBatch, drafters: Mapping[int, Drafter]) -> None:
+    def _decode(self, batch: TreeBatch, drafters: Mapping[int, Drafter]) -> None:
         """Greedy decoding of these rows, in which what is guessed is verified."""
-        while live := [row for row in drafters if not block.trees[row].advance()]:
-            tips = {row: len(tree.path) for row, tree in block.rows(live)}
+        while live := [row for row in drafters if not batch.trees[row].advance()]:
+            tips = {row: len(tree.path) for row, tree in batch.rows(live)}
             # With the prompt, rows are long and of different lengths anyway.
             guessed = {
                 row: drafters[row].draft(LONGEST if tree.prompt_is_cached else math.inf)
-                for row, tree in block.rows(live)
+                for row, tree in batch.rows(live)
             }
-            block.evaluate({row: [tree.path[-1], *without_end(tree, guessed[row])] for row, tree in block.rows(live)})
-            for row, tree in block.rows(live):
+            batch.evaluate({row: [tree.path[-1], *without_end(tree, guessed[row])] for row, tree in batch.rows(live)})
+            for row, tree in batch.rows(live):
                 tree.advance()
                 right = common_prefix_length(guessed[row], tree.path[tips[row] :])
                 last = [tree.path[tips[row] - 1], *without_end(tree, guessed[row][:right])][-1]
@@ -140,41 +140,41 @@ class TorchSession:
                     self.cost.drafted += len(guessed[row])
                     self.cost.accepted += right
 
-    def _learn_walks(self, block: TreeBatch, unknown: dict[int, list[list[int]]]) -> None:
+    def _evaluate_walks(self, batch: TreeBatch, unknown: dict[int, list[list[int]]]) -> None:
         """As many whole walks of each row at a time as fit in a batch; their columns are free again afterwards."""
         while unknown := {row: walks for row, walks in unknown.items() if walks}:
-            columns = max(block.trees[row].used + len(walks[-1]) for row, walks in unknown.items())
-            room = min(block.batch_tokens, MASK_CELLS // columns) // len(unknown)
+            columns = max(batch.trees[row].used + len(walks[-1]) for row, walks in unknown.items())
+            room = min(batch.batch_tokens, MASK_CELLS // columns) // len(unknown)
             asked: Asked = {}
             for row, walks in unknown.items():
                 asked[row] = walks.pop()
                 while walks and len(asked[row]) + len(walks[-1]) <= room:
                     asked[row] = asked[row] + walks.pop()
-            ends = {row: max(block.trees[row].used, len(block.trees[row].prompt)) for row in asked}
-            block.evaluate(asked)
+            ends = {row: max(batch.trees[row].used, len(batch.trees[row].prompt)) for row in asked}
+            batch.evaluate(asked)
             for row, end in ends.items():
-                block.trees[row].free_columns_from(end)
+                batch.trees[row].free_columns_from(end)
 
-    def _by_block(self, rows: Sequence[int]) -> Iterator[tuple[TreeBatch, dict[int, int]]]:
-        """The blocks of these prompts, each with room for its cache, and row -> prompt."""
-        for block in self.blocks:
-            members = {self.homes[i][1]: i for i in sorted(set(rows)) if self.homes[i][0] is block}
+    def _by_batch(self, rows: Sequence[int]) -> Iterator[tuple[TreeBatch, dict[int, int]]]:
+        """The batches of these prompts, each with room for its cache, and row -> prompt."""
+        for batch in self.batches:
+            members = {self.homes[i][1]: i for i in sorted(set(rows)) if self.homes[i][0] is batch}
             if not members:
                 continue
-            self.recent = [other for other in self.recent if other is not block]
-            while self.recent and self._held() + block.expected_bytes > self.engine.cache_bytes:
+            self.recent = [other for other in self.recent if other is not batch]
+            while self.recent and self._held() + batch.expected_bytes > self.engine.cache_bytes:
                 self.recent.pop(0).drop()
-            self.recent.append(block)
+            self.recent.append(batch)
             self._look_at_the_clock()
-            yield block, members
+            yield batch, members
 
     def close(self) -> None:
-        """Frees the caches at once: a session and its blocks know each other, so they are garbage only much later."""
-        for block in self.blocks:
-            block.drop()
+        """Frees the caches at once: a session and its batches know each other, so they are garbage only much later."""
+        for batch in self.batches:
+            batch.drop()
 
     def _held(self) -> int:
-        return sum(block.cache.bytes for block in self.recent)
+        return sum(batch.cache.bytes for batch in self.recent)
 
     def _count(self, rows: int, tokens: int) -> None:
         self.cost.forward_steps += 1

@@ -271,7 +271,7 @@ class VLLMSession:
         """
         asked = [row for row in dict.fromkeys(rows) if not self._trees[row].advance()]
         guesses = {row: self._guess(row, of_row) for row in asked if drafts and (of_row := drafts.get(row))}
-        self._learn((row, ids) for row, (_, ids) in guesses.items())
+        self._evaluate((row, ids) for row, (_, ids) in guesses.items())
 
         def follow(tip: _Tip) -> list[_Tip]:
             tree = self._trees[tip.row]
@@ -319,7 +319,7 @@ class VLLMSession:
 
     def score(self, replies: Sequence[Sequence[Sequence[int]]]) -> list[list[ReplyScore]]:
         """For every prompt, its own list of replies (with END) scored; what is known already costs nothing."""
-        self._learn((row, tuple(ids)) for row, mine in enumerate(replies) for ids in mine)
+        self._evaluate((row, tuple(ids)) for row, mine in enumerate(replies) for ids in mine)
         return [[score_reply(tree, ids) for ids in mine] for tree, mine in zip(self._trees, replies, strict=True)]
 
     def close(self) -> None:
@@ -376,7 +376,7 @@ class VLLMSession:
         longest = min(self._engine.context_length - len(tree.prompt), longest_reply(self._engine.format))
         return longest - tree.depths[tip.node]
 
-    def _learn(self, wanted: Iterable[tuple[int, tuple[int, ...]]]) -> None:
+    def _evaluate(self, wanted: Iterable[tuple[int, tuple[int, ...]]]) -> None:
         """Makes the places along these replies known, except those of replies that the context has no room for."""
         walks: dict[tuple[int, tuple[int, ...]], list[int]] = {}
         for row, ids in wanted:

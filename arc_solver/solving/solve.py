@@ -51,25 +51,25 @@ END_OF_START, END_MOST = 0.25, 0.05
 INCOMPLETE = 3  # exit code of a run that ended as it should, but not with an answer of the adapted model to every task
 
 
-def solve(schedule: Scheduler, executor: Executor, deadline: float, console: Console) -> dict[str, Any]:
+def solve(scheduler: Scheduler, executor: Executor, deadline: float, console: Console) -> dict[str, Any]:
     """Solves what is not solved yet, until `deadline` of `time.monotonic()`. The summary of the run."""
-    journal, config = schedule.journal, schedule.config
+    journal, config = scheduler.journal, scheduler.config
     task_set = journal.task_set
     meter = Meter(executor.count, deadline, status.last_summary(journal.run_dir))
     with _progress_bar(console, deadline) as bar:
         line = bar.add_task("solving", total=1.0, tasks_done=len(journal.statuses), tasks=len(task_set.tasks))
-        for done in executor.map_unordered(schedule.jobs(), until=deadline):
+        for done in executor.map_unordered(scheduler.jobs(), until=deadline):
             meter.note(done)
-            for finished in schedule.handle_result(done):
+            for finished in scheduler.handle_result(done):
                 record = _log_record(finished, journal.tasks[finished.result.task_id], config)
                 journal.log(**record)
                 if finished.stage != "unadapted":
                     console.print(_task_line(finished, record), soft_wrap=True)
             journal.refresh_submission()
-            meter.keep(journal, schedule.share_done)
-            bar.update(line, completed=schedule.share_done, tasks_done=len(journal.statuses))
+            meter.keep(journal, scheduler.share_done)
+            bar.update(line, completed=scheduler.share_done, tasks_done=len(journal.statuses))
     journal.rewrite_submission()
-    summary = meter.summary(task_set, journal.statuses, schedule.share_done)
+    summary = meter.summary(task_set, journal.statuses, scheduler.share_done)
     journal.write_summary(summary)
     return summary
 

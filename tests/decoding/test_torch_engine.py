@@ -198,8 +198,8 @@ def test_the_cache_limit_changes_no_answer(one_case):
             scores = session.score(replies)
             found.append([s.log_probability for of_row in scores for s in of_row])
             if cache_bytes == 1:
-                assert len(session.blocks) == 6
-                assert sum(block.cache.bytes > 0 for block in session.blocks) == 1
+                assert len(session.batches) == 6
+                assert sum(batch.cache.bytes > 0 for batch in session.batches) == 1
     assert found[0] == pytest.approx(found[2], abs=1e-3)
     assert found[1] == pytest.approx(found[2], abs=1e-3)
 

@@ -87,15 +87,15 @@ def journal_of(folder, found, config=CONFIG) -> Journal:
 def run(journal: Journal, worker, config=CONFIG, seconds=np.inf) -> list[FinishedTask]:
     deadline = time.monotonic() + seconds
     groups = group_by_length(journal.task_set.tasks, config.adapt, CPU)
-    schedule = Scheduler(groups, lambda tasks: prediction_groups(tasks, CPU), config, journal, Budget(1, deadline))
+    scheduler = Scheduler(groups, lambda tasks: prediction_groups(tasks, CPU), config, journal, Budget(1, deadline))
     finished = []
     with InProcess(lambda number: worker) as executor:
-        for done in executor.map_unordered(schedule.jobs(), deadline):
-            finished += schedule.handle_result(done)
-            assert 0 <= schedule.share_done <= 1
+        for done in executor.map_unordered(scheduler.jobs(), deadline):
+            finished += scheduler.handle_result(done)
+            assert 0 <= scheduler.share_done <= 1
     if seconds == np.inf:
-        assert schedule.share_done == 1
-        assert schedule.waiting == (0, 0)
+        assert scheduler.share_done == 1
+        assert scheduler.waiting == (0, 0)
     return finished
 
 
@@ -259,11 +259,11 @@ def test_very_many_tasks_take_no_memory(tmp_path):
     tracemalloc.start()
     with journal_of(tmp_path, TaskSet("many", tasks, {}), config) as journal:
         one_by_one = [(task,) for task in tasks]
-        schedule = Scheduler(one_by_one, lambda tasks: prediction_groups(tasks, CPU), config, journal, Budget(1))
+        scheduler = Scheduler(one_by_one, lambda tasks: prediction_groups(tasks, CPU), config, journal, Budget(1))
         worker = Pretender()
         with InProcess(lambda number: worker) as executor:
-            for done in executor.map_unordered(schedule.jobs()):
-                schedule.handle_result(done)
+            for done in executor.map_unordered(scheduler.jobs()):
+                scheduler.handle_result(done)
                 worker.jobs.clear()
                 if len(journal.statuses) in (1000, 3000):
                     gc.collect()  # what waits for it depends on how much there is from other tests
