@@ -2,10 +2,11 @@
 
 import json
 import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from forked import Forked
 
 from arc_solver.config import Config, load_config
 from arc_solver.models.model import load_model
@@ -64,15 +65,31 @@ def _toml(value: Any) -> str:
     return json.dumps(value)
 
 
-def train_command(file: Path, out_dir: Path, *words: str, processes: int = 1, launcher: str = "torchrun") -> list[str]:
-    """The command line of a run, under torchrun or accelerate if there are several processes."""
+def start_training(file: Path, out_dir: Path, *words: str) -> Forked:
+    """bin/train in a process of its own."""
+    return Forked("arc_solver.train", [file, "--out", out_dir, *words])
+
+
+def start_ranks(count: int, file: Path, out_dir: Path, *words: str) -> list[Forked]:
+    """bin/train in several processes, to each of which is said what torchrun would say."""
+    common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [
+        Forked(
+            "arc_solver.train",
+            [file, "--out", out_dir, *words],
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(count)
+    ]
+
+
+def launched(launcher: str, file: Path, out_dir: Path, *words: str) -> list[str]:
+    """The command line of two processes under torchrun or accelerate."""
     module = ["-m", "arc_solver.train", str(file), "--out", str(out_dir), *words]
     bin_dir = Path(sys.executable).parent
-    if processes == 1:
-        return [sys.executable, "-P", *module]
     if launcher == "torchrun":
-        return [str(bin_dir / "torchrun"), "--standalone", "--nproc-per-node", str(processes), *module]
-    options = ["--cpu", "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
+        return [str(bin_dir / "torchrun"), "--standalone", "--nproc-per-node", "2", *module]
+    options = ["--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
     options += ["--dynamo_backend", "no", "--main_process_port", str(free_port())]
     return [str(bin_dir / "accelerate"), "launch", *options, *module]
 
@@ -83,8 +100,12 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, **options)
+def finish(*processes: Forked, expect: int = 0) -> str:
+    """Waits for them; what they said on stderr."""
+    said = [process.communicate(timeout=240) for process in processes]
+    errors = "".join(each[1] for each in said)
+    assert [process.returncode for process in processes] == [expect] * len(processes), said
+    return errors
 
 
 def weights(folder: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from forked import Forked
 from toys import flip_task
 
 from arc_solver.answers.submission import read_submission
@@ -25,15 +26,8 @@ def words_for(checkpoint, challenges, out, *more) -> list[str]:
     return [*map(str, ("--tasks", challenges, "--out", out, f"model.path={checkpoint}")), *QUICK, *more]
 
 
-def start(words, script=("-m", "arc_solver.solve"), cwd=None) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, *script, *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        cwd=cwd,
-    )
+def start(words, program="arc_solver.solve", cwd=None) -> Forked:
+    return Forked(program, words, cwd)
 
 
 def finish(process, expect=0) -> str:
@@ -42,8 +36,14 @@ def finish(process, expect=0) -> str:
     return out + errors
 
 
-def solve(words, expect=0, script=("-m", "arc_solver.solve")) -> str:
-    return finish(start(words, script), expect)
+def solve(words, expect=0, program="arc_solver.solve") -> str:
+    return finish(start(words, program), expect)
+
+
+def solve_anew(words) -> str:
+    """With a new interpreter, and so with another seed of `hash`."""
+    command = [sys.executable, "-m", "arc_solver.solve", *words]
+    return finish(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
 
 
 def events(out: Path) -> list[dict]:

@@ -18,13 +18,14 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
-from multiprocessing import connection, resource_tracker
+from multiprocessing import connection, forkserver, resource_tracker
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from typing import Any, Literal, Protocol, Self
 from urllib.parse import urlsplit
 
@@ -32,7 +33,7 @@ from ..errors import MachineError, UserError, first_line
 
 ExecutorKind = Literal["inprocess", "processes", "ray"]
 
-SPAWN = multiprocessing.get_context("spawn")  # a fork would share the state of CUDA and of threads
+SPAWN = multiprocessing.get_context("spawn")  # a fork of this process would share the state of CUDA and of threads
 LONGEST_WAIT_S = 3600.0  # at a time; `poll` takes no infinity
 EXIT_S = 10.0  # for a process that has closed its pipe to end by itself
 COUNT_AGAIN_S = 10.0  # between looks at what a cluster consists of
@@ -84,7 +85,13 @@ class Executor(Protocol):
     def __exit__(self, *raised: Any) -> None: ...
 
 
-def make_executor(kind: ExecutorKind, make_worker: MakeWorker, count: int = 0, address: str | None = None) -> Executor:
+def make_executor(
+    kind: ExecutorKind,
+    make_worker: MakeWorker,
+    count: int = 0,
+    address: str | None = None,
+    context: BaseContext = SPAWN,
+) -> Executor:
     """An executor that has not begun to work: use it in a `with`.
 
     Args:
@@ -92,6 +99,7 @@ def make_executor(kind: ExecutorKind, make_worker: MakeWorker, count: int = 0, a
         make_worker: makes a worker in the place where it runs.
         count: workers; 0 = one per core this process may use, or per device of the Ray cluster.
         address: of a Ray cluster, such as host:6379 or "auto"; None starts Ray on this machine.
+        context: how processes are started; see `start_preloading`.
 
     Raises:
         UserError: Ray is not installed, or there is no cluster at `address`.
@@ -99,8 +107,24 @@ def make_executor(kind: ExecutorKind, make_worker: MakeWorker, count: int = 0, a
     if kind == "inprocess":
         return InProcess(make_worker)
     if kind == "processes":
-        return Processes(make_worker, count or cores())
+        return Processes(make_worker, count or cores(), context)
     return RayActors(make_worker, count, address)
+
+
+def start_preloading(modules: Sequence[str]) -> BaseContext:
+    """Has a process of its own import what workers need, from now on; the context that forks them from that one.
+
+    They start in no time then, while each new interpreter would import for seconds, and share the memory of what is
+    imported. It must be nothing that begins to use CUDA: a fork cannot. On macOS system libraries do not stand a fork,
+    and on Windows there is none, so there the context is that of new interpreters.
+    """
+    if sys.platform != "linux":
+        return SPAWN
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(modules))
+    with _interrupted_later():
+        forkserver.ensure_running()
+    return context
 
 
 def cores() -> int:
@@ -238,12 +262,13 @@ def _done(reply: _Reply, job: Any, number: int) -> JobResult:
 class Processes:
     """A process for each worker, started at its first job, and again at its next one if it died."""
 
-    def __init__(self, make_worker: MakeWorker, count: int):
+    def __init__(self, make_worker: MakeWorker, count: int, context: BaseContext = SPAWN):
         assert count > 0, count
         self.count = count
+        self._context = context
         self.jobs: dict[int, Any] = {}  # in flight: worker's number -> job, oldest first
         self._make_worker = pickle.dumps(make_worker)
-        self._processes: dict[int, tuple[SpawnProcess, Connection]] = {}
+        self._processes: dict[int, tuple[BaseProcess, Connection]] = {}
 
     def map_unordered(self, jobs: Iterator[Any | None], until: float = math.inf) -> Iterator[JobResult]:
         return _run_all(self, jobs, until)
@@ -292,8 +317,10 @@ class Processes:
             self.kill(number)
 
     def _start(self, number: int) -> None:
-        pipe, theirs = SPAWN.Pipe()
-        process = SPAWN.Process(target=_serve, args=(theirs, self._make_worker, number), name=f"worker {number}")
+        pipe, theirs = self._context.Pipe()
+        process: BaseProcess = self._context.Process(  # type: ignore[attr-defined] # each context has one of its own
+            target=_serve, args=(theirs, self._make_worker, number), name=f"worker {number}"
+        )
         with _interrupted_later():
             process.start()
             self._processes[number] = process, pipe

@@ -38,7 +38,7 @@ from ..rng import named_rng
 from . import status
 from .adapt import group_by_length, max_group_size
 from .budget import Budget
-from .executors import Executor, cores, make_executor
+from .executors import SPAWN, Executor, cores, make_executor, start_preloading
 from .journal import Journal, open_journal
 from .scheduler import FinishedTask, Scheduler
 from .status import Meter
@@ -48,6 +48,11 @@ from .worker import load_base, make_worker, prediction_groups
 MARGIN_S, MARGIN_SHARE = 4.0, 0.01
 # The interpreter's end takes a quarter of its start, which a busy machine makes long; but that may have installed too.
 END_OF_START, END_MOST = 0.25, 0.05
+WORKERS_IMPORT = (
+    "arc_solver.solving.worker",
+    "transformers.models.auto.modeling_auto",
+    "transformers.modeling_utils",
+)
 INCOMPLETE = 3  # exit code of a run that ended as it should, but not with an answer of the adapted model to every task
 
 
@@ -218,6 +223,8 @@ def run(config: Config, task_set: TaskSet, run_dir: Path) -> int:
     console = Console()
     plain = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     device = pick_device(config.run.device)
+    in_processes = config.run.executor == "processes"
+    context = start_preloading(WORKERS_IMPORT) if in_processes and device.type == "cpu" else SPAWN
     model, start_adapter = load_base(config, torch.device("cpu"))
     most = 0
     if config.adapt.enabled:  # this refuses targets that the model lacks before any work is done
@@ -234,7 +241,8 @@ def run(config: Config, task_set: TaskSet, run_dir: Path) -> int:
     count = worker_count(config, len(groups))
     make = partial(make_worker, config, neighbours=count)
     with ExitStack() as stack:
-        executor = stack.enter_context(make_executor(config.run.executor, make, count, config.run.address or None))
+        address = config.run.address or None
+        executor = stack.enter_context(make_executor(config.run.executor, make, count, address, context))
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # once more: Ray has put its own there
         journal = stack.enter_context(open_journal(run_dir, task_set, config, weights))
         plain(

@@ -1,5 +1,6 @@
 """What is vLLM's own: what it cannot serve, adapters as files, and the deadline."""
 
+import subprocess
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from checkpoints import make_checkpoint
 from plain_decoding import ADAPT, CONTEXT, FORMAT, Plain, Served, kept, opinionated_model, prompts_of, serve
 from plain_decoding import some_adapters as adapters_for
-from small_runs import run, small, train_command, write_config
+from small_runs import small, write_config
 
 from arc_solver.config import AdaptConfig, Config, EngineConfig
 from arc_solver.decoding import vllm_engine
@@ -246,8 +247,8 @@ def test_an_offline_run_is_served(tmp_path, tied):
         lora={"enabled": True, "rank": 4, "alpha": 16.0},
         train={"optimizer": "adamw", "lr": 1e-2},
     )
-    command = train_command(write_config(config, tmp_path), tmp_path / "run")
-    done = run([str(TRAINS), *command[1:]])
+    words = [str(write_config(config, tmp_path)), "--out", str(tmp_path / "run")]
+    done = subprocess.run([str(TRAINS), "-P", "-m", "arc_solver.train", *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     base_dir, adapter_dir, merged_dir = (tmp_path / "run" / name for name in ("base", "adapter", "model"))
     base, merged, adapter = load_model(base_dir), load_model(merged_dir), load_adapter(adapter_dir)

@@ -58,10 +58,10 @@ if __name__ == "__main__":
 """
 
 
-def script(folder: Path, what: str) -> tuple[str]:
+def script(folder: Path, what: str) -> Path:
     file = folder / "faulty.py"
     file.write_text(FAULTY % what.replace("\n", "\n    "))
-    return (str(file),)
+    return file
 
 
 def once(folder: Path, task: str, what: str) -> str:
@@ -139,9 +139,7 @@ def test_a_clock_that_jumps_changes_nothing(checkpoint, challenges, whole, tmp_p
     """By days, back and forth, at every step; in the command's own process and with a time budget."""
     out, jumps = tmp_path / "run", "time.time = lambda: next(times)"
     file = script(tmp_path, jumps)
-    Path(file[0]).write_text(
-        "import itertools\ntimes = itertools.cycle((2e9, 1e9, 3e9, 0.0))\n" + Path(file[0]).read_text()
-    )
+    file.write_text("import itertools\ntimes = itertools.cycle((2e9, 1e9, 3e9, 0.0))\n" + file.read_text())
     solve(words_for(checkpoint, challenges, out, *HERE, "--time-budget", "10m"), 0, file)
     stopped = {event["adaptation"]["ended"] for event in events(out) if event.get("stage") == "tasks"}
     assert stopped == {"steps"}

@@ -4,14 +4,13 @@ import json
 import os
 import pickle
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 import torch
 from small_runs import small
+from solve_runs import solve_anew, start
 from toys import TOY, flip_task, hasty, random_adapter, write_challenges
 
 from arc_solver.answers.submission import read_submission, score
@@ -52,35 +51,21 @@ def challenges(tmp_path_factory):
     return write_challenges(tmp_path_factory.mktemp("tasks"), tasks)
 
 
-def command(*words) -> list[str]:
-    return [sys.executable, "-m", "arc_solver.solve", *map(str, words)]
-
-
-def run(*words, expect: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(command(*words), capture_output=True, text=True)
-    assert done.returncode == expect, done.stdout + done.stderr
-    return done
+def run(*words, expect: int = 0) -> tuple[str, str]:
+    """What the command says on stdout and on stderr."""
+    process = start(words)
+    out, errors = process.communicate()
+    assert process.returncode == expect, out + errors
+    return out, errors
 
 
 def test_the_whole_sentence_is_reproducible(checkpoint, challenges, tmp_path):
     """bin/solve twice, with one worker and with two: byte-identical submissions, valid and complete."""
     model = f"model.path={checkpoint}"
-    first = run("--tasks", challenges, "--out", tmp_path / "a", model, *QUICK, "run.workers=2")
-    run("--tasks", challenges, "--out", tmp_path / "b", model, *QUICK, "run.workers=1")
-    other = run(
-        "--tasks",
-        challenges,
-        "--out",
-        tmp_path / "c",
-        model,
-        *QUICK,
-        "--seed",
-        "1",
-        "--limit",
-        "2",
-        "--executor",
-        "inprocess",
-    )
+    words = ["--tasks", str(challenges), model, *QUICK, "--out"]
+    first = solve_anew([*words, str(tmp_path / "a"), "run.workers=2"])
+    run(*words, tmp_path / "b", "run.workers=1")
+    other, _ = run(*words, tmp_path / "c", "--seed", "1", "--limit", "2", "--executor", "inprocess")
     files = [(tmp_path / name / "submission.json").read_bytes() for name in "ab"]
     assert files[0] == files[1]
     for record in (
@@ -102,8 +87,8 @@ def test_the_whole_sentence_is_reproducible(checkpoint, challenges, tmp_path):
         assert sum(map(sum, record["votes"])) <= 3 * len(record["votes"])
         assert record["cost"]["accepted"] <= record["cost"]["decoded"]
     assert summary["data"] == found.data
-    assert str(tmp_path / "a") in first.stdout.replace("\n", "")  # lines are broken wherever the paths' lengths say
-    shown, shown_other = (" ".join(each.stdout.split()) for each in (first, other))
+    assert str(tmp_path / "a") in first.replace("\n", "")  # lines are broken wherever the paths' lengths say
+    shown, shown_other = (" ".join(each.split()) for each in (first, other))
     for text in ("(pass@1)", "Wilson", found.digest, "leak audit passed", "seed 0", "4 tasks"):
         assert text in shown
     assert "seed 1" in shown_other
@@ -129,27 +114,25 @@ def test_the_whole_sentence_is_reproducible(checkpoint, challenges, tmp_path):
     ],
 )
 def test_what_a_user_gets_wrong_is_one_sentence(words, said, tmp_path):
-    done = run(*words, "--out", tmp_path / "run", expect=2)
-    assert done.stdout == ""
-    (line,) = done.stderr.splitlines()
+    out, errors = run(*words, "--out", tmp_path / "run", expect=2)
+    assert out == ""
+    (line,) = errors.splitlines()
     assert line.startswith("error: ")
     assert said in line
     assert not (tmp_path / "run").exists()
 
 
 def test_an_engine_that_cannot_serve_the_model_is_refused_before_any_work(checkpoint, challenges, tmp_path):
-    done = run(
-        *("--tasks", challenges, "--out", tmp_path / "run", f"model.path={checkpoint}", "engine.kind=vllm"), expect=2
-    )
-    assert "use engine.kind=torch" in done.stderr
-    assert "Traceback" not in done.stderr
+    words = ("--tasks", challenges, "--out", tmp_path / "run", f"model.path={checkpoint}", "engine.kind=vllm")
+    _, errors = run(*words, expect=2)
+    assert "use engine.kind=torch" in errors
+    assert "Traceback" not in errors
     assert not (tmp_path / "run").exists()
 
 
 def test_a_killed_main_process_leaves_no_workers(checkpoint, challenges, tmp_path):
-    words = command("--tasks", challenges, "--out", tmp_path / "run", f"model.path={checkpoint}", "adapt.steps=1000000")
-    words += ["adapt.budget_tokens=1000000000000", "run.workers=2"]
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    words = ["--tasks", challenges, "--out", tmp_path / "run", f"model.path={checkpoint}", "adapt.steps=1000000"]
+    process = start([*words, "adapt.budget_tokens=1000000000000", "run.workers=2"])
     while not (tmp_path / "run" / "submission.json").exists():
         assert process.poll() is None
         time.sleep(0.05)

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 from checkpoints import make_checkpoint
-from small_runs import log, run, small, train_command, weights, write_config
+from small_runs import finish, launched, log, small, start_ranks, weights, write_config
 
 from arc_solver.data.sources import read_source
 from arc_solver.data.stream import BatchStream, SampleStream
@@ -27,19 +27,28 @@ def alone(tmp_path_factory):
     return folder / "run"
 
 
-@pytest.mark.parametrize(("launcher", "parallel"), [("torchrun", "ddp"), ("torchrun", "fsdp"), ("accelerate", "ddp")])
-def test_two_processes_train_like_one(alone, launcher, parallel, tmp_path):
+def assert_like(run_dir, alone):
     """Losses within 1e-5 of each other, weights within 1e-5, and the same samples counted."""
-    config = small(train={**SETTINGS["train"], "parallel": parallel})
-    file = write_config(config, tmp_path)
-    done = run(train_command(file, tmp_path / "run", processes=2, launcher=launcher))
-    assert done.returncode == 0, done.stderr
-    for mine, expected in zip(log(tmp_path / "run"), log(alone), strict=True):
+    for mine, expected in zip(log(run_dir), log(alone), strict=True):
         assert mine["tokens"] == expected["tokens"]
         for key in ("loss", "grad_norm", "validation_loss"):
             assert mine.get(key, 0) == pytest.approx(expected.get(key, 0), abs=1e-5), mine
-    after, expected = weights(tmp_path / "run" / "model"), weights(alone / "model")
+    after, expected = weights(run_dir / "model"), weights(alone / "model")
     assert all(torch.allclose(after[name], expected[name], atol=1e-5) for name in expected)
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_launchers_start_processes_that_train_like_one(alone, launcher, tmp_path):
+    file = write_config(small(**SETTINGS), tmp_path)
+    done = subprocess.run(launched(launcher, file, tmp_path / "run"), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert_like(tmp_path / "run", alone)
+
+
+def test_shards_train_like_one_process(alone, tmp_path):
+    config = small(train={**SETTINGS["train"], "parallel": "fsdp"})
+    finish(*start_ranks(2, write_config(config, tmp_path), tmp_path / "run"))
+    assert_like(tmp_path / "run", alone)
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
@@ -54,15 +63,14 @@ def test_an_adapter_is_trained_by_two_processes_like_by_one(parallel, tmp_path):
     )
     train(config, tmp_path / "alone")
     file = write_config(config, tmp_path)
-    command = train_command(file, tmp_path / "run", processes=2)
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+    ranks = start_ranks(2, file, tmp_path / "run")
     while latest_checkpoint(tmp_path / "run") is None:
-        assert process.poll() is None
+        assert all(rank.poll() is None for rank in ranks)
         time.sleep(0.01)
-    subprocess.run(["pkill", "-KILL", "-f", str(tmp_path / "run")], check=True)  # torchrun's workers have own groups
-    process.wait()
-    done = run([*command, "--resume"])
-    assert done.returncode == 0, done.stderr
+    for rank in ranks:
+        rank.kill()
+        rank.wait()
+    finish(*start_ranks(2, file, tmp_path / "run", "--resume"))
     for mine, expected in zip(log(tmp_path / "run"), log(tmp_path / "alone"), strict=True):
         assert mine.get("loss", 0) == pytest.approx(expected.get("loss", 0), abs=1e-4), mine
     after, expected = weights(tmp_path / "run" / "model"), weights(tmp_path / "alone" / "model")
@@ -76,16 +84,15 @@ def base_weight(out_dir):
 
 def test_processes_must_fit_the_batches_of_a_step(tmp_path):
     file = write_config(small(), tmp_path)
-    done = run(train_command(file, tmp_path / "run", processes=2))
-    assert done.returncode != 0
-    assert done.stderr.count("error: train.batches_per_step=1 cannot be shared out over 2 processes") == 1
+    said = finish(*start_ranks(2, file, tmp_path / "run"), expect=2)
+    assert said.count("error: train.batches_per_step=1 cannot be shared out over 2 processes") == 1
     assert not (tmp_path / "run").exists()
 
 
 def test_shards_and_muon_do_not_go_together(tmp_path):
     file = write_config(small(train={"parallel": "fsdp", "batches_per_step": 2}), tmp_path)
-    done = run(train_command(file, tmp_path / "run", processes=2))
-    assert done.stderr.count('error: train.parallel="fsdp" needs train.optimizer="adamw"') == 1
+    said = finish(*start_ranks(2, file, tmp_path / "run"), expect=2)
+    assert said.count('error: train.parallel="fsdp" needs train.optimizer="adamw"') == 1
 
 
 def first_batches(config, count):

@@ -7,7 +7,6 @@ import pkgutil
 import resource
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import make_checkpoint
-from small_runs import log, run, small, train_command, weights, write_config
+from small_runs import finish, log, small, start_training, weights, write_config
 from toys import KILLS, TOY
 
 from arc_solver.config import Config, TasksConfig, load_config
@@ -87,11 +86,11 @@ def test_a_run_killed_at_random_steps_ends_like_an_uninterrupted_one(case, qwen,
     }[case]
     train(config, tmp_path / "whole")
     out_dir = tmp_path / "cut"
-    command = train_command(write_config(config, tmp_path), out_dir)
+    file = write_config(config, tmp_path)
     rng = np.random.default_rng()
     for kill in range(1 + KILLS // 2):
         resume = ["--resume"] if (out_dir / "config.json").exists() else []
-        process = subprocess.Popen([*command, *resume], stderr=subprocess.DEVNULL, start_new_session=True)
+        process = start_training(file, out_dir, *resume)
         lines = int(rng.integers(0, 6)) if kill else 0
         while process.poll() is None and len(log_lines(out_dir)) <= lines:
             time.sleep(0.001)
@@ -99,8 +98,7 @@ def test_a_run_killed_at_random_steps_ends_like_an_uninterrupted_one(case, qwen,
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    done = run([*command, "--resume"])
-    assert done.returncode == 0, done.stderr
+    finish(start_training(file, out_dir, "--resume"))
     assert same(weights(tmp_path / "whole" / "model"), weights(out_dir / "model"))
     whole, cut = (
         [(r["step"], r.get("loss"), r.get("validation_loss")) for r in log(folder)]
@@ -409,8 +407,7 @@ def test_an_interrupted_run_saves_a_checkpoint_after_its_step(whole_group, tmp_p
         train={"steps": 60, "checkpoint_every": 1000, "loader_workers": int(whole_group)}, validation={"every": 1000}
     )
     train(config, tmp_path / "whole")
-    command = train_command(write_config(config, tmp_path), tmp_path / "cut")
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = start_training(write_config(config, tmp_path), tmp_path / "cut")
     while len(log_lines(tmp_path / "cut")) < 2:
         assert process.poll() is None
         time.sleep(0.001)
@@ -659,10 +656,11 @@ def test_one_sentence_and_exit_code_2(settings, sentence, tmp_path):
     sources = [{"kind": "tasks", "path": "arc-agi-1/training", "max_tasks": 40}]
     file = write_config(small(corpus={"max_tokens": 200, "sources": sources}), tmp_path)
     words = [word.replace("CUT", str(cut)) for word in settings]
-    done = run(train_command(file, tmp_path / "run", *words))
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("error: ") and sentence in done.stderr
-    assert len(done.stderr.splitlines()) == 1 and done.stdout == ""
+    process = start_training(file, tmp_path / "run", *words)
+    assert process.wait() == 2
+    out, errors = process.communicate()
+    assert errors.startswith("error: ") and sentence in errors
+    assert len(errors.splitlines()) == 1 and out == ""
     assert not (tmp_path / "run").exists()
 
 
@@ -671,8 +669,8 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written(tmp_path):
     config = small()
     train(config, tmp_path / "whole")
     out_dir = tmp_path / "full"
-    command = train_command(write_config(config, tmp_path), out_dir)
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+    file = write_config(config, tmp_path)
+    process = start_training(file, out_dir)
     while latest_checkpoint(out_dir) is None:
         time.sleep(0.001)
     os.killpg(process.pid, signal.SIGKILL)
@@ -680,12 +678,13 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written(tmp_path):
     good = latest_checkpoint(out_dir)
     before = {file: file.read_bytes() for file in good.rglob("*") if file.is_file()}
     size = (good / "optimizers.pt").stat().st_size // 2  # no file may grow beyond half of what is needed
-    done = run([*command, "--resume"], preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
-    assert done.returncode == 1, done.stderr
-    assert "could not be written" in done.stderr and f"last good checkpoint is {good}" in done.stderr
-    assert "Traceback" not in done.stderr
+    process = start_training(file, out_dir, "--resume")
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, size))
+    said = finish(process, expect=1)
+    assert "could not be written" in said and f"last good checkpoint is {good}" in said
+    assert "Traceback" not in said
     assert {file: file.read_bytes() for file in good.rglob("*") if file.is_file()} == before
-    assert run([*command, "--resume"]).returncode == 0
+    finish(start_training(file, out_dir, "--resume"))
     assert same(weights(tmp_path / "whole" / "model"), weights(out_dir / "model"))
 
 
