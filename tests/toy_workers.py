@@ -8,11 +8,12 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from arc_solver.errors import MachineError, UserError
-from arc_solver.solving.executors import Watchdog, make_executor
+from arc_solver.solving.executors import Executor, Watchdog, make_executor, start_preloading
 
 
 class Toy:
@@ -71,6 +72,13 @@ class Toy:
         snooze()
 
 
+def executor_of(kind: str, make_worker: Callable[[int], Toy], address: str | None = None) -> Executor:
+    """Two workers; "forked": in processes that are forked from one that has imported this module."""
+    if kind == "forked":
+        return make_executor("processes", make_worker, 2, context=start_preloading(["toy_workers"]))
+    return make_executor(kind, make_worker, 2, address)  # type: ignore[arg-type]
+
+
 def snooze() -> None:
     while True:
         time.sleep(1)
@@ -99,5 +107,5 @@ def vanish(number: int) -> Toy:
 
 if __name__ == "__main__":
     kind, folder = sys.argv[1:]
-    with make_executor(kind, Toy, 2) as executor:  # type: ignore[arg-type]
+    with executor_of(kind, Toy) as executor:
         list(executor.map_unordered(iter([("stay", Path(folder))] * 2)))

