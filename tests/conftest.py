@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from solve_runs import solve_anew, some_tasks, words_for
+from solve_runs import finish, some_tasks, start_anew, words_for
 from toys import FORMATS, TOY, hasty, write_challenges
 
 from arc_solver.config import FormatConfig, TasksConfig
@@ -94,6 +94,6 @@ def challenges(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(checkpoint: Path, challenges: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run on them, by `bin/solve`."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    said = solve_anew(words_for(checkpoint, challenges, out))
+    said = finish(start_anew(words_for(checkpoint, challenges, out)))
     assert "tasks answered" in said
     return out

@@ -100,6 +100,13 @@ class Forked:
         return int.from_bytes(packed, sys.byteorder, signed=True)
 
 
+def output_of(process: "Forked | subprocess.Popen[str]", expect: int = 0) -> tuple[str, str]:
+    """What a process says on stdout and on stderr until it ends, which must be with this exit code."""
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == expect, out + errors
+    return out, errors
+
+
 _servers: list[tuple[subprocess.Popen[bytes], socket.socket]] = []  # at most one
 
 
@@ -172,10 +179,15 @@ def _begin(request: dict[str, Any]) -> None:
     os.environ.clear()
     os.environ.update(request["environ"])
     sys.argv[1:] = request["words"]
+    _handle_signals_anew()
+    multiprocessing.util.spawnv_passfds = _fork_fork_servers
+
+
+def _handle_signals_anew() -> None:
+    """As a new interpreter does."""
     for number in (signal.SIGCHLD, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    multiprocessing.util.spawnv_passfds = _fork_fork_servers
 
 
 _spawnv_passfds = multiprocessing.util.spawnv_passfds
@@ -187,20 +199,17 @@ def _fork_fork_servers(path: bytes, args: Sequence[str], passfds: Sequence[int])
         return _spawnv_passfds(path, args, passfds)
     if pid := os.fork():
         return pid
-    code = 1
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):  # as in a new interpreter
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        _handle_signals_anew()
         for fd in map(int, os.listdir("/proc/self/fd")):
             if fd > 2 and fd not in passfds:
                 with suppress(OSError):  # that of the listing
                     os.close(fd)
         exec(args[-1], {})
-        code = 0
     except SystemExit:
-        code = 0
+        os._exit(0)
     finally:
-        os._exit(code)
+        os._exit(1)
 
 
 if __name__ == "__main__":

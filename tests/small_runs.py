@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from forked import Forked
+from forked import Forked, output_of
 
 from arc_solver.config import Config, load_config
 from arc_solver.models.model import load_model
@@ -102,10 +102,7 @@ def free_port() -> int:
 
 def finish(*processes: Forked, expect: int = 0) -> str:
     """Waits for them; what they said on stderr."""
-    said = [process.communicate(timeout=240) for process in processes]
-    errors = "".join(each[1] for each in said)
-    assert [process.returncode for process in processes] == [expect] * len(processes), said
-    return errors
+    return "".join(output_of(process, expect)[1] for process in processes)
 
 
 def weights(folder: Path) -> dict[str, Any]:

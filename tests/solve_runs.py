@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from forked import Forked
+from forked import Forked, output_of
 from toys import flip_task
 
 from arc_solver.answers.submission import read_submission
@@ -30,20 +30,18 @@ def start(words, program="arc_solver.solve", cwd=None) -> Forked:
     return Forked(program, words, cwd)
 
 
+def start_anew(words) -> subprocess.Popen[str]:
+    """With a new interpreter, and so with another seed of `hash`."""
+    command = [sys.executable, "-m", "arc_solver.solve", *map(str, words)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
 def finish(process, expect=0) -> str:
-    out, errors = process.communicate(timeout=300)
-    assert process.returncode == expect, out + errors
-    return out + errors
+    return "".join(output_of(process, expect))
 
 
 def solve(words, expect=0, program="arc_solver.solve") -> str:
     return finish(start(words, program), expect)
-
-
-def solve_anew(words) -> str:
-    """With a new interpreter, and so with another seed of `hash`."""
-    command = [sys.executable, "-m", "arc_solver.solve", *words]
-    return finish(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
 
 
 def events(out: Path) -> list[dict]:

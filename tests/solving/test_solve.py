@@ -9,8 +9,9 @@ import time
 import numpy as np
 import pytest
 import torch
+from forked import output_of
 from small_runs import small
-from solve_runs import solve_anew, start
+from solve_runs import start, start_anew
 from toys import TOY, flip_task, hasty, random_adapter, write_challenges
 
 from arc_solver.answers.submission import read_submission, score
@@ -53,17 +54,14 @@ def challenges(tmp_path_factory):
 
 def run(*words, expect: int = 0) -> tuple[str, str]:
     """What the command says on stdout and on stderr."""
-    process = start(words)
-    out, errors = process.communicate()
-    assert process.returncode == expect, out + errors
-    return out, errors
+    return output_of(start(words), expect)
 
 
 def test_the_whole_sentence_is_reproducible(checkpoint, challenges, tmp_path):
     """bin/solve twice, with one worker and with two: byte-identical submissions, valid and complete."""
     model = f"model.path={checkpoint}"
     words = ["--tasks", str(challenges), model, *QUICK, "--out"]
-    first = solve_anew([*words, str(tmp_path / "a"), "run.workers=2"])
+    first, _ = output_of(start_anew([*words, tmp_path / "a", "run.workers=2"]))
     run(*words, tmp_path / "b", "run.workers=1")
     other, _ = run(*words, tmp_path / "c", "--seed", "1", "--limit", "2", "--executor", "inprocess")
     files = [(tmp_path / name / "submission.json").read_bytes() for name in "ab"]

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import make_checkpoint
+from forked import output_of
 from small_runs import finish, log, small, start_training, weights, write_config
 from toys import KILLS, TOY
 
@@ -656,9 +657,7 @@ def test_one_sentence_and_exit_code_2(settings, sentence, tmp_path):
     sources = [{"kind": "tasks", "path": "arc-agi-1/training", "max_tasks": 40}]
     file = write_config(small(corpus={"max_tokens": 200, "sources": sources}), tmp_path)
     words = [word.replace("CUT", str(cut)) for word in settings]
-    process = start_training(file, tmp_path / "run", *words)
-    assert process.wait() == 2
-    out, errors = process.communicate()
+    out, errors = output_of(start_training(file, tmp_path / "run", *words), expect=2)
     assert errors.startswith("error: ") and sentence in errors
     assert len(errors.splitlines()) == 1 and out == ""
     assert not (tmp_path / "run").exists()
