@@ -1,12 +1,13 @@
 import gc
 import multiprocessing
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from solve_runs import finish, some_tasks, start_anew, words_for
 from toys import FORMATS, TOY, hasty, write_challenges
 
@@ -77,23 +78,49 @@ def toy_model() -> Model:
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(shared_dir: Path) -> Path:
     """A toy model that ends its replies soon, as a folder. Tests must leave it as it was, and the run below."""
-    folder = tmp_path_factory.mktemp("toy")
-    save_model(hasty(new_model(TOY, FormatConfig(), seed=1, trained_on=NOTHING)), folder)
-    return folder
+
+    def make(folder: Path) -> None:
+        save_model(hasty(new_model(TOY, FormatConfig(), seed=1, trained_on=NOTHING)), folder)
+
+    return made_once(shared_dir / "toy", make)
 
 
 @pytest.fixture(scope="session")
-def challenges(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def challenges(shared_dir: Path) -> Path:
     """Twelve small tasks."""
-    return write_challenges(tmp_path_factory.mktemp("tasks"), some_tasks(12))
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        write_challenges(folder, some_tasks(12))
+
+    return made_once(shared_dir / "tasks", make) / "toy_challenges.json"
 
 
 @pytest.fixture(scope="session")
-def whole(checkpoint: Path, challenges: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(checkpoint: Path, challenges: Path, shared_dir: Path) -> Path:
     """An uninterrupted run on them, by `bin/solve`."""
-    out = tmp_path_factory.mktemp("whole") / "run"
-    said = finish(start_anew(words_for(checkpoint, challenges, out)))
-    assert "tasks answered" in said
-    return out
+
+    def make(out: Path) -> None:
+        said = finish(start_anew(words_for(checkpoint, challenges, out)))
+        assert "tasks answered" in said
+
+    return made_once(shared_dir / "whole", make)
+
+
+@pytest.fixture(scope="session")
+def shared_dir(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """A new folder that all processes of this run of tests share."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if hasattr(request.config, "workerinput") else own
+
+
+def made_once(folder: Path, make: Callable[[Path], object]) -> Path:
+    """What the first process that asks for it makes, and others wait for."""
+    made = folder.with_name(f"{folder.name}.made")
+    with FileLock(folder.with_name(f"{folder.name}.lock")):
+        if not made.exists():
+            make(folder)
+            made.touch()
+    return folder

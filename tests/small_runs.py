@@ -1,6 +1,7 @@
 """A training run small enough for tests, in this process and in others."""
 
 import json
+import os
 import socket
 import sys
 from pathlib import Path
@@ -72,7 +73,7 @@ def start_training(file: Path, out_dir: Path, *words: str) -> Forked:
 
 def start_ranks(count: int, file: Path, out_dir: Path, *words: str) -> list[Forked]:
     """bin/train in several processes, to each of which is said what torchrun would say."""
-    common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    common = {**os.environ, "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [
         Forked(
             "arc_solver.train",

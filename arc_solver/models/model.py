@@ -214,6 +214,22 @@ def load_model(
         UserError: no checkpoint is there, or it was not written by `save_model`.
     """
     folder = checkpoint_dir(path)
+    require_ours(folder)
+    lm = read_weights(folder, dtype, device, quantize)
+    try:
+        format = FormatConfig.model_validate(lm.config.arc_format)
+        trained_on = read_training_data(folder)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder} is damaged, copy or make it again: {error}") from None
+    return Model(lm.eval(), format, trained_on)
+
+
+def require_ours(folder: Path) -> None:
+    """Refuses a folder without a checkpoint that was written by `save_model`, before anything large is read.
+
+    Raises:
+        UserError: no checkpoint is there, or a pretrained one.
+    """
     if not (folder / "config.json").is_file() or not has_weights(folder):
         if instead := explain_no_checkpoint(folder):
             raise UserError(f"{folder} holds no checkpoint: {instead}")
@@ -224,13 +240,6 @@ def load_model(
             f"{folder} is a pretrained checkpoint with a vocabulary of its own: train it first, with"
             " bin/train configs/qwen2.5-0.5b.toml model.path=..."
         )
-    lm = read_weights(folder, dtype, device, quantize)
-    try:
-        format = FormatConfig.model_validate(lm.config.arc_format)
-        trained_on = read_training_data(folder)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder} is damaged, copy or make it again: {error}") from None
-    return Model(lm.eval(), format, trained_on)
 
 
 def checkpoint_dir(path: str | Path) -> Path:

@@ -64,7 +64,7 @@ def loss_curve(log_file: Path, picture: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     steps = [json.loads(line) for line in log_file.read_text().splitlines()]
     training = [(s["tokens"] / 1e6, s["loss"]) for s in steps if "loss" in s]
@@ -78,6 +78,9 @@ def loss_curve(log_file: Path, picture: Path) -> None:
     if validation:  # a short run may have had no time for it
         axes.plot(*zip(*validation, strict=True), "o-", label="held-out tasks", markersize=3)
     axes.set(xlabel="million tokens", ylabel="loss, nats a token", yscale="log")
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()

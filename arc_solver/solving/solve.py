@@ -31,6 +31,7 @@ from ..data import TrainingData, leak_audit
 from ..decoding.engine_choice import check_engine, engine_kind
 from ..models import checkpoint_dir, describe_precision, fresh_adapter, pick_device, unverified_base_warning
 from ..models.hardware import whole_memory
+from ..models.model import require_ours
 from ..puzzles import Task, TaskSet
 from ..puzzles.pictures import save_picture, task_picture
 from ..puzzles.task_files import smallest
@@ -223,6 +224,7 @@ def run(config: Config, task_set: TaskSet, run_dir: Path) -> int:
     console = Console()
     plain = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     device = pick_device(config.run.device)
+    require_ours(checkpoint_dir(config.model.path))  # else a process would be started in vain, and end seconds later
     in_processes = config.run.executor == "processes"
     context = start_preloading(WORKERS_IMPORT) if in_processes and device.type == "cpu" else SPAWN
     model, start_adapter = load_base(config, torch.device("cpu"))

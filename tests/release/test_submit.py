@@ -1,7 +1,6 @@
 """bin/submit against a stand-in for Kaggle: the real command, the real client, in every version that is supported."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -9,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from forked import Forked, output_of
 from kaggle_server import CLIENTS, COMPETITION, KEY, SIGNATURE, Request, Server, client_path, environment
 
 from arc_solver.config import load_config
@@ -53,22 +53,19 @@ class Command:
 
     def __init__(self, server: Server, release: Release, folder: Path, client: str = "installed"):
         self.server, self.release = server, release
-        self.env = environment(server, folder / "client", client_path(client))
+        self.client = client_path(client)
+        self.env = environment(server, folder / "client", self.client)
 
-    def start(self, *words: str) -> subprocess.Popen[str]:
+    def start(self, *words: str) -> Forked | subprocess.Popen[str]:
         steps = [str(self.release.folder), "--poll", "0.02s", "--timeout", "20s", *words]
-        return subprocess.Popen(
-            [sys.executable, "-P", "-m", "arc_solver.submit", *steps],
-            env=self.env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        if not self.client:
+            return Forked("arc_solver.submit", steps, env=self.env)
+        command = [sys.executable, "-P", "-m", "arc_solver.submit", *steps]
+        return subprocess.Popen(command, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def __call__(self, *words: str, expect: int = 0) -> str:
-        process = self.start(*words)
-        said = process.communicate(timeout=120)[0]
-        assert process.returncode == expect, said
+        out, errors = output_of(self.start(*words), expect)
+        said = errors + out
         assert "Traceback" not in said
         assert KEY not in said
         assert SIGNATURE not in said
@@ -159,7 +156,7 @@ def test_another_content_makes_versions_of_what_changed(command, server, release
 )
 def test_killed_at_any_step_and_continued_nothing_is_twice_or_missing(call, command, server):
     """Killed when Kaggle has done what was asked, and before it could say so."""
-    running: list[subprocess.Popen[str]] = []
+    running: list[Forked | subprocess.Popen[str]] = []
 
     def kill(request: Request) -> None:
         if request.call == call and running:
@@ -354,8 +351,7 @@ def test_ctrl_c_says_how_to_go_on(command, server):
 
     process = command.start("push")
     server.hook = interrupt
-    said = process.communicate(timeout=120)[0]
-    assert process.returncode == 1
+    said = "".join(output_of(process, expect=1))
     assert "the same command again" in said
     assert "Traceback" not in said
 
@@ -375,9 +371,8 @@ def test_json_is_one_object_and_status_says_what_is_known(command, server):
     said = command("push", "--json").splitlines()[-1]
     assert json.loads(said)["notebook"] == {"ref": OWNED, "version": 1}
     command("submit", "--yes")
-    words = [sys.executable, "-P", "-m", "arc_solver.submit", "status", str(command.release.folder), "--json"]
-    env = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
-    known = json.loads(subprocess.run(words, env=env, capture_output=True, text=True, check=True).stdout)
+    status = Forked("arc_solver.submit", ["status", command.release.folder, "--json"])  # no server, no credentials
+    known = json.loads(output_of(status)[0])
     assert known["submission"]["score"] == "12.5"
     assert known["run"] == "COMPLETE"
 
@@ -449,9 +444,7 @@ def test_what_a_user_gets_wrong_is_one_sentence(words, says, tmp_path, server):
     cpu = str(CHECKOUT / "configs" / "kaggle-cpu.toml")
     words = [word.format(cpu=cpu) for word in words]
     env = environment(server, tmp_path / "client", client_path("installed"))
-    run = [sys.executable, "-P", "-m", "arc_solver.submit", *words]
-    done = subprocess.run(run, env=env, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2, done.stderr
-    (line,) = done.stderr.splitlines()
+    process = Forked("arc_solver.submit", words, cwd=tmp_path, env=env)
+    (line,) = output_of(process, expect=2)[1].splitlines()
     assert says in line
     assert not server.journal

@@ -11,15 +11,19 @@ from toys import KILLS, write_challenges
 
 
 def test_killed_at_random_moments_a_run_ends_like_an_uninterrupted_one(checkpoint, challenges, whole, tmp_path):
-    """kill -9 of the whole process group. Nothing that was finished is done again."""
+    """kill -9 of the whole process group, after a random number of answers. Nothing that was finished is done again."""
     rng, kills, out, n = random.Random(0), 0, tmp_path / "run0", 0
-    took = json.loads((whole / "summary.json").read_text())["seconds"]["whole"]
     while kills < KILLS:
         executor = rng.choice(["processes", "inprocess", "inprocess"])
+        known = len(answered(out)) if out.exists() else 0
         process = start(words_for(checkpoint, challenges, out, "--executor", executor))
-        while not (out / "submission.json").exists() and process.poll() is None:
+        while not all((out / name).exists() for name in ("submission.json", "log.jsonl")):
+            assert process.poll() is None
             time.sleep(0.01)
-        time.sleep(rng.uniform(0, took))
+        more = rng.randrange(len(answered(whole)))
+        while len(answered(out)) < known + more and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.4))
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             kills += 1

@@ -120,6 +120,13 @@ def test_what_a_user_gets_wrong_is_one_sentence(words, said, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_refused_command_leaves_no_process(tmp_path):
+    process = start(["--out", tmp_path / "run", "model.path=nowhere"])
+    output_of(process, expect=2)
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+
+
 def test_an_engine_that_cannot_serve_the_model_is_refused_before_any_work(checkpoint, challenges, tmp_path):
     words = ("--tasks", challenges, "--out", tmp_path / "run", f"model.path={checkpoint}", "engine.kind=vllm")
     _, errors = run(*words, expect=2)
