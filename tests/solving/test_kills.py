@@ -46,7 +46,8 @@ def test_a_time_budget_is_kept_and_the_answers_are_whole(checkpoint, challenges,
     solve(words_for(checkpoint, challenges, tmp_path / "ordinary"))
     budget_s = max(30, round(2 * (time.monotonic() - began)))
     out = tmp_path / "run"
-    more = ["adapt.steps=1000000", "adapt.budget_tokens=100000000000", "--time-budget", f"{budget_s}s"]
+    more = ["adapt.steps=1000000", "adapt.budget_tokens=100000000000", "run.workers=1"]  # leaves a core to other tests
+    more += ["--time-budget", f"{budget_s}s"]
     began = time.monotonic()
     said = solve(words_for(checkpoint, challenges, out, *more))
     assert time.monotonic() - began < budget_s
@@ -59,23 +60,23 @@ def test_a_time_budget_is_kept_and_the_answers_are_whole(checkpoint, challenges,
 
 
 def test_ray_workers_give_the_same_and_may_be_killed(checkpoint, whole, tmp_path, tmp_path_factory):
-    """24 tasks on two actors; twice one of them is killed. At most the tasks in flight are done again."""
-    challenges = write_challenges(tmp_path_factory.mktemp("many"), some_tasks(24))
+    """16 tasks on two actors; twice one of them is killed. At most the tasks in flight are done again."""
+    challenges = write_challenges(tmp_path_factory.mktemp("many"), some_tasks(16))
     plain, out = tmp_path / "plain", tmp_path / "run"
-    solve(words_for(checkpoint, challenges, plain, "adapt.steps=60"))
-    process = start(words_for(checkpoint, challenges, out, "adapt.steps=60", "--executor", "ray", "run.workers=2"))
+    solve(words_for(checkpoint, challenges, plain, "adapt.steps=40"))
+    process = start(words_for(checkpoint, challenges, out, "adapt.steps=40", "--executor", "ray", "run.workers=2"))
     killed: list[int] = []
     while process.poll() is None and len(killed) < 2:
         time.sleep(0.1)
         log = out / "log.jsonl"
         seen = [event["worker"] for event in events(out) if event["event"] == "task"] if log.exists() else []
         alive = [pid for pid in dict.fromkeys(seen) if pid not in killed]
-        if len(seen) >= 5 * (len(killed) + 1) and alive:
+        if len(seen) >= 4 * (len(killed) + 1) and alive:
             os.kill(alive[-1], signal.SIGKILL)
             killed.append(alive[-1])
     finish(process)
     assert len(killed) == 2
-    assert answered(out) == sorted(f"task{i:02d}" for i in range(24))
+    assert answered(out) == sorted(f"task{i:02d}" for i in range(16))
     assert sum(event["event"] == "failure" for event in events(out)) <= 2
     assert (out / "submission.json").read_bytes() == (plain / "submission.json").read_bytes()
 
