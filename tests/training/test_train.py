@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import pkgutil
 import resource
 import shutil
@@ -96,8 +95,7 @@ def test_a_run_killed_at_random_steps_ends_like_an_uninterrupted_one(case, qwen,
         while process.poll() is None and len(log_lines(out_dir)) <= lines:
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.05))
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+        process.send_signal_to_all(signal.SIGKILL)
         process.wait()
     finish(start_training(file, out_dir, "--resume"))
     assert same(weights(tmp_path / "whole" / "model"), weights(out_dir / "model"))
@@ -413,7 +411,7 @@ def test_an_interrupted_run_saves_a_checkpoint_after_its_step(whole_group, tmp_p
         assert process.poll() is None
         time.sleep(0.001)
     if whole_group:
-        os.killpg(process.pid, signal.SIGTERM)
+        process.send_signal_to_all(signal.SIGTERM)
     else:
         process.send_signal(signal.SIGINT)
     said = process.communicate()[1]
@@ -672,7 +670,7 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written(tmp_path):
     process = start_training(file, out_dir)
     while latest_checkpoint(out_dir) is None:
         time.sleep(0.001)
-    os.killpg(process.pid, signal.SIGKILL)
+    process.send_signal_to_all(signal.SIGKILL)
     process.wait()
     good = latest_checkpoint(out_dir)
     before = {file: file.read_bytes() for file in good.rglob("*") if file.is_file()}
