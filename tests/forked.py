@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
@@ -117,6 +117,15 @@ def output_of(process: "Forked | subprocess.Popen[str]", expect: int = 0) -> tup
     out, errors = process.communicate(timeout=300)
     assert process.returncode == expect, out + errors
     return out, errors
+
+
+def is_alive(pid: int, kill: Callable[[int, int], None] = os.kill) -> bool:
+    """Of a process; with os.killpg, of a group of them."""
+    try:
+        kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 _servers: list[tuple[subprocess.Popen[bytes], socket.socket]] = []  # at most one

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import toy_workers
+from forked import is_alive
 from toy_workers import Toy
 
 import arc_solver.solving.executors
@@ -79,15 +80,6 @@ def until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
-
-
-def is_alive(pid: int, kill: Callable[[int, int], None] = os.kill) -> bool:
-    """Of a process; with os.killpg, of a group of them."""
-    try:
-        kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 @everywhere
