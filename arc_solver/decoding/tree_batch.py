@@ -196,7 +196,7 @@ class TreeBatch:
             self.bank.set_rows_per_adapter(rows_K, ids_BT.shape[1])
         rows_N = to_device(torch.tensor([b * ids_BT.shape[1] + t for b, columns in places for t in columns]), device)
         ids, positions = (to_device(torch.from_numpy(x), device) for x in (ids_BT, positions_BT))
-        found = torch.log_softmax(self.model.logits(ids, positions, rows_N=rows_N, **attention), -1).cpu().numpy()
+        found = torch.log_softmax(self.model.logits(ids, positions, rows=rows_N, **attention), -1).cpu().numpy()
         return np.split(found, np.cumsum([len(columns) for _, columns in places])[:-1])
 
 

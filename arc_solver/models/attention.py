@@ -215,6 +215,44 @@ def _padded(q_BHTD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, packing: Packing, sc
     return torch.cat(outs).index_select(0, padded.places_T).transpose(0, 1)[None]
 
 
+class ManualAttention:
+    """`attention` with its backward pass at hand, for layers that are run without autograd.
+
+    On a CPU the weights of short sequences in bf16 are kept: three matrix products a pass, twice as fast as the flash
+    kernel forward and four times backward. Elsewhere autograd has a graph of this one operation.
+    """
+
+    def __init__(self, scaling: float | None = None, packing: Packing | None = None, mask_BTK: Tensor | None = None):
+        self.scaling, self.packing, self.mask_BTK = scaling, packing, mask_BTK
+        self.saved: tuple[Any, ...] = ()
+        self.by_products = False
+
+    def forward(self, q_BHTD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, keep: bool) -> Tensor:
+        """What `attention` gives. `keep`: for the backward pass."""
+        if not keep:
+            return attention(q_BHTD, k_BGKD, v_BGKD, self.scaling, self.packing, self.mask_BTK)
+        packing = self.packing
+        half_on_cpu = q_BHTD.is_cpu and q_BHTD.dtype == torch.bfloat16
+        self.by_products = half_on_cpu and packing is not None and packing.longest <= SHORT
+        if self.by_products:
+            assert packing is not None
+            scale = self.scaling or q_BHTD.shape[-1] ** -0.5
+            out, self.saved = _by_products(q_BHTD[0], k_BGKD[0], v_BGKD[0], packing.ends_S, scale)
+            return out[None]
+        q, k, v = (x.detach().requires_grad_() for x in (q_BHTD, k_BGKD, v_BGKD))
+        with torch.enable_grad():
+            out = attention(q, k, v, self.scaling, packing, self.mask_BTK)
+        self.saved = (q, k, v), out
+        return out.detach()
+
+    def backward(self, grad_BHTD: Tensor) -> tuple[Tensor, ...]:
+        """The gradients of queries, keys and values."""
+        if self.by_products:
+            return tuple(d[None] for d in _by_products_backward(grad_BHTD[0], *self.saved))
+        inputs, out = self.saved
+        return torch.autograd.grad(out, inputs, grad_BHTD)
+
+
 SHORT = 512  # tokens; up to here bf16 matrix products beat the CPU's flash kernel in the backward pass
 
 # On a CPU each packed sequence goes through the flash kernel by itself. As a custom operator the loop is opaque to
@@ -245,7 +283,8 @@ def _packed_backward(
     for end in ends_S.tolist():
         s = slice(start, end)
         if q.dtype == torch.bfloat16 and end - start <= SHORT:
-            parts = _products_backward(grad[0, :, s], q[0, :, s], k[0, :, s], v[0, :, s], scale)
+            d, q_s, k_s, v_s = (x[0, :, s] for x in (grad, q, k, v))
+            parts = _products_backward(d, q_s, k_s, v_s, _weights(q_s, k_s, scale), scale)
         else:
             parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 *(x[:, :, s] for x in (grad, q, k, v, out, lse)), 0.0, True, scale=scale
@@ -256,44 +295,94 @@ def _packed_backward(
     return grads
 
 
-def _products_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, block: int = 128
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of causal attention by bf16 matrix products: on short sequences twice as fast as the flash kernel.
+Weights = list[Tensor]  # of a sequence: of each block of queries, [H, queries, keys that they see]
 
-    A block of queries at a time, each with the keys that it sees; one block of all if there are few. [H, T, D] each.
+
+def _by_products(q: Tensor, k: Tensor, v: Tensor, ends_S: Tensor, scale: float) -> tuple[Tensor, tuple[Any, ...]]:
+    """Causal attention inside each of the sequences by matrix products, and what backward needs.
+
+    [H, T, D] each; keys and values may have fewer heads.
     """
-    q, length = q * scale, q.shape[1]
+    groups = k.shape[0]
+    if groups != len(q):
+        k, v = (x.repeat_interleave(len(q) // groups, 0) for x in (k, v))
+    out_THD = q.new_empty(q.shape[1], len(q), q.shape[2])
+    start, weights = 0, []
+    for end in ends_S.tolist():
+        s = slice(start, end)
+        weights.append(_weights(q[:, s], k[:, s], scale))
+        for (rows, seen), block in zip(_blocks(end - start), weights[-1], strict=True):
+            out_THD[s][rows] = torch.bmm(block, v[:, s][:, seen]).transpose(0, 1)
+        start = end
+    return out_THD.transpose(0, 1), (q, k, v, weights, ends_S, scale, groups)
+
+
+def _by_products_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: list[Weights], ends_S: Tensor, scale: float, groups: int
+) -> tuple[Tensor, ...]:
+    grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    start = 0
+    for end, of_sequence in zip(ends_S.tolist(), weights, strict=True):
+        s = slice(start, end)
+        parts = _products_backward(grad[:, s], q[:, s], k[:, s], v[:, s], of_sequence, scale)
+        for whole, part in zip(grads, parts, strict=True):
+            whole[:, s] = part
+        start = end
+    dq, dk, dv = grads
+    if groups != len(q):
+        dk, dv = (d.unflatten(0, (groups, -1)).sum(1) for d in (dk, dv))
+    return dq, dk, dv
+
+
+def _blocks(length: int, block: int = 128) -> list[tuple[slice, slice]]:
+    """Blocks of queries, each with the keys that it sees; one block of all if there are few."""
     if length <= 2 * block:
-        dq, dk, dv = _block_backward(grad, q, k, v)
-        return dq.mul_(scale), dk, dv
+        return [(slice(length), slice(length))]
+    return [(slice(start, start + block), slice(min(start + block, length))) for start in range(0, length, block)]
+
+
+def _weights(q: Tensor, k: Tensor, scale: float) -> Weights:
+    """The softmax of causal attention in one sequence. [H, T, D] each."""
+    weights = []
+    for rows, seen in _blocks(q.shape[1]):
+        queries, keys = q[:, rows], k[:, seen]
+        mask = _causal_mask(queries.shape[1], keys.shape[1])
+        weights.append(torch.baddbmm(mask, queries, keys.transpose(1, 2), alpha=scale).softmax(-1))
+    return weights
+
+
+def _products_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: Weights, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of causal attention in one sequence by bf16 matrix products. [H, T, D] each."""
+    blocks = _blocks(q.shape[1])
+    if len(blocks) == 1:
+        return _block_backward(grad, q, k, v, weights[0], scale)
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    for start in range(0, length, block):
-        rows, seen = slice(start, start + block), slice(min(start + block, length))
-        dq[:, rows], dk_seen, dv_seen = _block_backward(grad[:, rows], q[:, rows], k[:, seen], v[:, seen])
+    for (rows, seen), block in zip(blocks, weights, strict=True):
+        parts = _block_backward(grad[:, rows], q[:, rows], k[:, seen], v[:, seen], block, scale)
+        dq[:, rows], dk_seen, dv_seen = parts
         dk[:, seen] += dk_seen
         dv[:, seen] += dv_seen
-    return dq.mul_(scale), dk, dv
+    return dq, dk, dv
 
 
-def _block_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same for queries that are the last of the keys, and scaled already."""
-    rows = q.shape[1]
-    scores = torch.bmm(q, k.transpose(1, 2))
-    scores[:, :, -rows:] += _above_diagonal(rows)
-    weights = scores.softmax(-1)
+def _block_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
     dweights = torch.bmm(grad, v.transpose(1, 2))
     dscores = torch.ops.aten._softmax_backward_data(dweights, weights, -1, weights.dtype)
     return (
-        torch.bmm(dscores, k),
-        torch.bmm(dscores.transpose(1, 2), q),
+        torch.bmm(dscores, k).mul_(scale),
+        torch.bmm(dscores.transpose(1, 2), q).mul_(scale),
         torch.bmm(weights.transpose(1, 2), grad),
     )
 
 
 @lru_cache(64)
-def _above_diagonal(size: int) -> Tensor:
-    return torch.full((size, size), -torch.inf, dtype=torch.bfloat16).triu_(1)
+def _causal_mask(queries: int, keys: int) -> Tensor:
+    """0 where a query, one of the last of the keys, may see a key, and -inf elsewhere."""
+    return torch.full((queries, keys), -torch.inf, dtype=torch.bfloat16).triu_(1 + keys - queries)
 
 
 def _packed_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -8,16 +8,16 @@ whenever it can; other architectures, and weights that are trained themselves, g
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import attention, to_device
+from .attention import ManualAttention, to_device
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+ADAPTERS = 14  # matrices of the adapters of a layer: A and B of seven linear layers
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,50 +85,143 @@ def forward(
     lm: Any,
     ids_BT: Tensor,
     positions_BT: Tensor,
-    rows_N: Tensor | None = None,
+    rows: Tensor | None = None,
     cache: Any = None,
     recompute: bool = False,
     **masks: Any,
 ) -> Tensor:
-    """Logits [B, T, V], or [N, V] at the places `rows_N` of the flattened ids alone.
+    """Logits [B, T, V], or [*, V] at the places `rows` of the flattened ids alone.
 
     Gradients flow to adapters only. The other arguments are those of `Model.logits`.
     """
-    tables = _rotations(lm, positions_BT)
-    x = F.embedding(ids_BT.flatten(), lm.model.embed_tokens.weight)
-    for i, layer in enumerate(lm.model.layers):
+    adapters = [x for layer in lm.model.layers for x in _adapters(_linears(layer))]
+    run = _Pass(lm, ids_BT, positions_BT, rows, cache, recompute, masks)
+    logits = _PassFunction.apply(run, *adapters) if torch.is_grad_enabled() else run.forward(adapters, keep=False)
+    return logits.view(*(ids_BT.shape if rows is None else rows.shape), -1)
+
+
+class _Pass:
+    """The whole model forward, and backward without autograd: one node of its graph instead of hundreds."""
+
+    def __init__(
+        self,
+        lm: Any,
+        ids_BT: Tensor,
+        positions_BT: Tensor,
+        rows: Tensor | None,
+        cache: Any,
+        recompute: bool,
+        masks: dict[str, Any],
+    ):
+        self.lm, self.ids_BT, self.rows, self.recompute = lm, ids_BT, rows, recompute
+        tables = _rotations(lm, positions_BT)
+        self.layers = [_Layer(x, i, tables, len(ids_BT), cache, masks) for i, x in enumerate(lm.model.layers)]
+        self.adapters: Sequence[Tensor | None] = ()
+        self.inputs: list[Tensor] = []  # of each layer, where they are recomputed
+        self.norm: Sequence[Tensor] = ()
+
+    @property
+    def saved(self) -> list[Any]:
+        """What the forward pass has kept."""
+        return [self.inputs, self.norm, *(layer.saved for layer in self.layers)]
+
+    def forward(self, adapters: Sequence[Tensor | None], keep: bool) -> Tensor:
+        """Logits, [N, V]. `keep`: for the backward pass."""
+        self.adapters = adapters
+        count = max((len(x) for x in adapters if x is not None), default=1)
+        if self.rows is not None and (count == 1 or self.rows.ndim == 2):  # else adapters' blocks were not equal
+            self.layers[-1].rows_R = self.rows.flatten()
+        x = F.embedding(self.ids_BT.flatten(), self.lm.model.embed_tokens.weight)
+        for i, layer in enumerate(self.layers):
+            if keep and self.recompute:
+                self.inputs.append(x)
+            x = layer.forward(x, self._of_layer(i), keep and not self.recompute)
+        if self.rows is not None and self.layers[-1].rows_R is None:
+            x = x[self.rows]
+        normed, *self.norm = _norm(x, self.lm.model.norm)
+        return F.linear(normed, self.lm.lm_head.weight, self.lm.lm_head.bias)
+
+    def backward(self, dlogits: Tensor) -> list[Tensor | None]:
+        """The gradients of the adapters."""
+        d: Tensor | None = _norm_backward(dlogits @ self.lm.lm_head.weight, self.lm.model.norm, *self.norm)
+        grads: list[Tensor | None] = []
+        for i, layer in reversed([*enumerate(self.layers)]):
+            if self.recompute:
+                layer.forward(self.inputs.pop(), self._of_layer(i), keep=True)
+            assert d is not None
+            d, of_layer = layer.backward(d, needs_dx=i > 0)
+            grads = of_layer + grads
+        return grads
+
+    def _of_layer(self, i: int) -> Sequence[Tensor | None]:
+        return self.adapters[i * ADAPTERS : (i + 1) * ADAPTERS]
+
+
+class _PassFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, run: _Pass, *adapters: Tensor | None) -> Tensor:
+        ctx.run = run
+        return run.forward(adapters, keep=True)
+
+    @staticmethod
+    def backward(ctx: Any, dlogits: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *ctx.run.backward(dlogits)
+
+
+class _Layer:
+    """One layer of the decoder: x -> its output, [N, D].
+
+    Attributes:
+        rows_R: the only places that are asked for, if not all: the output is [R, D].
+    """
+
+    rows_R: Tensor | None = None
+
+    def __init__(
+        self,
+        layer: Any,
+        index: int,
+        tables: tuple[Tensor, Tensor],
+        batch: int,
+        cache: Any,
+        masks: dict[str, Any],
+    ):
+        self.index, self.batch, self.cache = index, batch, cache
+        self.head_dim = layer.self_attn.head_dim
         linears = _linears(layer)
-        through = partial(_layer, layer, linears, i, tables, len(ids_BT), cache, masks)
-        recomputed = recompute and torch.is_grad_enabled()
-        adapters = _adapters(linears)
-        x = _RecomputedFunction.apply(through, x, *adapters) if recomputed else through(x, *adapters)
-    if rows_N is not None:
-        x = x[rows_N]
-    logits = F.linear(_Norm.apply(x, lm.model.norm), lm.lm_head.weight, lm.lm_head.bias)
-    return logits if rows_N is not None else logits.view(*ids_BT.shape, -1)
+        self.into, self.out = _Into(layer, linears[:3], tables), _OutOf(layer, linears[3:])
+        self.attention = ManualAttention(layer.self_attn.scaling, **masks)
 
+    @property
+    def saved(self) -> tuple[Any, ...]:
+        return self.into.saved, self.attention.saved, self.out.saved
 
-def _layer(
-    layer: Any,
-    linears: list[nn.Module],
-    index: int,
-    tables: tuple[Tensor, Tensor],
-    batch: int,
-    cache: Any,
-    masks: dict[str, Any],
-    x: Tensor,
-    *adapters: Tensor | None,
-) -> Tensor:
-    """One layer of the decoder, [N, D] to [N, D]."""
-    trained = torch.is_grad_enabled()
-    into, out = _Into(layer, linears[:3], tables), _OutOf(layer, linears[3:])
-    first, rest = adapters[:6], adapters[6:]
-    q, k, v = _IntoFunction.apply(into, x, *first) if trained else into.forward(x, first)
-    q, k, v = (y.view(batch, -1, y.shape[-2], y.shape[-1]).transpose(1, 2) for y in (q, k, v))
-    if cache is not None:
-        k, v = cache.update(k, v, index)
-    o = attention(q, k, v, layer.self_attn.scaling, **masks).transpose(1, 2).reshape(len(x), -1)
-    return _OutOfFunction.apply(out, x, o, *rest) if trained else out.forward(x, o, rest)
+    def forward(self, x: Tensor, adapters: Sequence[Tensor | None], keep: bool) -> Tensor:
+        q, k, v = (self._by_head(y) for y in self.into.forward(x, adapters[:6]))
+        if self.cache is not None:
+            k, v = self.cache.update(k, v, self.index)
+        o = self.attention.forward(q, k, v, keep).transpose(1, 2).reshape(len(x), -1)
+        if self.rows_R is not None:
+            x, o = x[self.rows_R], o[self.rows_R]
+        y = self.out.forward(x, o, adapters[6:])
+        if not keep:
+            self.into.saved = self.out.saved = ()
+        return y
+
+    def backward(self, dy: Tensor, needs_dx: bool) -> tuple[Tensor | None, list[Tensor | None]]:
+        dh, do, of_out = self.out.backward(dy)
+        if self.rows_R is not None:
+            places = len(self.into.tables[0])
+            dh, do = (d.new_zeros(places, d.shape[1]).index_copy_(0, self.rows_R, d) for d in (dh, do))
+        dq, dk, dv = self.attention.backward(self._by_head(do.view(len(do), -1, self.head_dim)))
+        dq, dk, dv = (d.transpose(1, 2).flatten(0, 1) for d in (dq, dk, dv))
+        dx, of_into = self.into.backward(dq, dk, dv, needs_dx)
+        self.into.saved = self.attention.saved = self.out.saved = ()
+        return dx if dx is None else dx.add_(dh), [*of_into, *of_out]
+
+    def _by_head(self, y_NHD: Tensor) -> Tensor:
+        """[B, H, T, D]"""
+        return y_NHD.unflatten(0, (self.batch, -1)).transpose(1, 2)
 
 
 # ---- one layer: up to attention, and from there on -----------------------------------------------------------------
@@ -197,69 +290,10 @@ class _OutOf:
         return dh, do, [*o_adapters, *in_adapters, *out_adapters]
 
 
-class _IntoFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, part: _Into, x: Tensor, *adapters: Tensor | None) -> tuple[Tensor, ...]:
-        ctx.part = part
-        return part.forward(x, adapters)
-
-    @staticmethod
-    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dadapters = ctx.part.backward(dq, dk, dv, ctx.needs_input_grad[1])
-        ctx.part.saved = ()
-        return None, dx, *dadapters
-
-
-class _OutOfFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, part: _OutOf, x: Tensor, o: Tensor, *adapters: Tensor | None) -> Tensor:
-        ctx.part = part
-        return part.forward(x, o, adapters)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        dx, do, dadapters = ctx.part.backward(dy)
-        ctx.part.saved = ()
-        return None, dx, do, *dadapters
-
-
-class _RecomputedFunction(torch.autograd.Function):
-    """A layer of which nothing but the input is kept."""
-
-    @staticmethod
-    def forward(ctx: Any, through: Any, *inputs: Tensor | None) -> Tensor:
-        ctx.through = through
-        ctx.save_for_backward(*inputs)
-        return through(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad[1:]
-        inputs = [x if x is None else x.detach() for x in ctx.saved_tensors]
-        wanted = [x.requires_grad_() for x, n in zip(inputs, needs, strict=True) if n and x is not None]
-        with torch.enable_grad():
-            y = ctx.through(*inputs)
-        grads = iter(torch.autograd.grad(y, wanted, dy))
-        return None, *(next(grads) if n else None for n in needs)
-
-
-class _Norm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, norm: Any) -> Tensor:
-        y, xhat, rate = _norm(x, norm)
-        ctx.norm = norm
-        ctx.save_for_backward(xhat, rate)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        return _norm_backward(dy, ctx.norm, *ctx.saved_tensors), None
-
-
 def saved_tensors(node: Any) -> list[Tensor]:
     """Tensors that our own autograd node saved for backward, which PyTorch's hooks do not see."""
     found: list[Tensor] = []
-    open_ = [getattr(getattr(node, "part", None), "saved", ())]
+    open_ = [getattr(getattr(node, "run", None), "saved", ())]
     while open_:
         some = open_.pop()
         if isinstance(some, Tensor):

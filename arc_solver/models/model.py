@@ -60,29 +60,29 @@ class Model:
         ids_BT: Tensor,
         positions_BT: Tensor,
         through: nn.Module | None = None,
-        rows_N: Tensor | None = None,
+        rows: Tensor | None = None,
         recompute: bool = False,
         **attention: Any,
     ) -> Tensor:
-        """Next-id logits, [B, T, V] float32; or [N, V], of the places `rows_N` alone.
+        """Next-id logits, [B, T, V] float32; or [*, V], of the places `rows` alone.
 
         Args:
             ids_BT, positions_BT: int64.
             through: the module to call instead of the language model itself: what makes several processes train it.
-            rows_N: indexes into the flattened ids, int64.
+            rows: indexes into the flattened ids, int64: [N]; or [K, R], as many of each adapter's block of ids.
             recompute: whether activations are computed again in the backward pass instead of kept.
             attention: `packing`, where packed sequences end (B must be 1), or `mask_BTK`, True where a key may be seen,
                 with a `cache` to keep keys and values (`kv_cache`). None of them: plain causal attention.
         """
         if through is None and fast_decoder.supports(self.lm):
-            return fast_decoder.forward(self.lm, ids_BT, positions_BT, rows_N, recompute=recompute, **attention).float()
+            return fast_decoder.forward(self.lm, ids_BT, positions_BT, rows, recompute=recompute, **attention).float()
         module = through or self.lm
         if keeps := "cache" in attention:
             attention[_cache_parameter(type(self.lm).forward)] = attention.pop("cache")
         with _recomputing(self.lm) if recompute else nullcontext():
             out = module(input_ids=ids_BT, position_ids=positions_BT, use_cache=keeps, **attention)
         logits_BTV = out.logits.float()
-        return logits_BTV if rows_N is None else logits_BTV.flatten(0, 1)[rows_N]
+        return logits_BTV if rows is None else logits_BTV.flatten(0, 1)[rows]
 
 
 @cache

@@ -357,11 +357,10 @@ def _passed(
     losses_L = torch.zeros_like(counts_L)
     for part in passes.split(samples):
         members, own = [i for i, _ in part], [some for _, some in part]
-        logits_NV, labels_N, owners_N = _ask(model, bank, [live[i] for i in members], own, passes.recompute)
-        losses_N = F.cross_entropy(logits_NV, labels_N, reduction="none")
+        logits_MRV, labels_MR = _ask(model, bank, [live[i] for i in members], own, passes.recompute)
+        losses_MR = F.cross_entropy(logits_MRV.transpose(1, 2), labels_MR, ignore_index=IGNORE, reduction="none")
         members_M = to_device(torch.tensor(members), model.device)
-        sums_M = losses_N.new_zeros(len(members)).index_add(0, owners_N, losses_N)
-        means_M = sums_M / counts_L.index_select(0, members_M)
+        means_M = losses_MR.sum(1) / counts_L.index_select(0, members_M)
         bank.backward(means_M.sum())
         losses_L.index_add_(0, members_M, means_M.detach())
     return losses_L
@@ -373,8 +372,9 @@ def _stop_where_all_is_right(model: Model, bank: LoraBank, asked: Sequence[_Lear
     wrong: set[int] = set()
     for part in passes.split(samples):
         members, own = [i for i, _ in part], [some for _, some in part]
-        logits_NV, labels_N, owners_N = _ask(model, bank, [asked[i] for i in members], own)
-        wrong |= {members[i] for i in owners_N[logits_NV.argmax(-1) != labels_N].tolist()}
+        logits_MRV, labels_MR = _ask(model, bank, [asked[i] for i in members], own)
+        is_wrong_MR = (logits_MRV.argmax(-1) != labels_MR) & (labels_MR != IGNORE)
+        wrong |= {i for i, fails in zip(members, is_wrong_MR.any(1).tolist(), strict=True) if fails}
     for i, learner in enumerate(asked):
         if i not in wrong:
             learner.ended = "leave-one-out"
@@ -386,25 +386,30 @@ def _ask(
     learners: Sequence[_Learner],
     samples: Sequence[Sequence[Sample]],
     recompute: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Each learner's samples through its adapter.
 
-    Returns the logits at the N places before a target id, [N, V]; that id; and whose it is, as an index of `learners`.
+    Returns the logits at the places before a target id, [L, R, V], and that id, [L, R]. Who has fewer than R is asked
+    at other places besides, with `IGNORE` as their target: blocks of all adapters are equal.
     """
     bank.activate([learner.k for learner in learners])
     longest = max(sum(map(len, own)) for own in samples)
     batches = [pack(own, longest) for own in samples]
-    ids_T, labels_T, positions_T = (
-        torch.cat([getattr(batch, name) for batch in batches]) for name in ("ids_T", "labels_T", "positions_T")
+    ids_LT, labels_LT, positions_LT = (
+        torch.stack([getattr(batch, name) for batch in batches]) for name in ("ids_T", "labels_T", "positions_T")
     )
     ends_S = torch.cat([batch.ends_S + i * longest for i, batch in enumerate(batches)])
-    rows_N = (labels_T[1:] != IGNORE).nonzero()[:, 0]  # nothing is learnt at a sequence's first id
-    device, packing = model.device, Packing.of(ends_S, model.device)
-    logits_NV = model.logits(
-        to_device(ids_T[None], device),
-        to_device(positions_T[None], device),
-        rows_N=to_device(rows_N, device),
-        packing=packing,
+    targets_LT = F.pad(labels_LT[:, 1:], (0, 1), value=IGNORE)  # nothing is learnt at a sequence's first id
+    is_asked_LT = targets_LT != IGNORE
+    most = int(is_asked_LT.sum(1).max())
+    columns_LR = is_asked_LT.int().argsort(dim=1, descending=True, stable=True)[:, :most]
+    rows_LR = columns_LR + longest * torch.arange(len(samples))[:, None]
+    device = model.device
+    logits_LRV = model.logits(
+        to_device(ids_LT.view(1, -1), device),
+        to_device(positions_LT.view(1, -1), device),
+        rows=to_device(rows_LR, device),
+        packing=Packing.of(ends_S, device),
         recompute=recompute,
     )
-    return logits_NV, to_device(labels_T[rows_N + 1], device), to_device(rows_N // longest, device)
+    return logits_LRV, to_device(targets_LT.gather(1, columns_LR), device)

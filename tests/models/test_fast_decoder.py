@@ -65,11 +65,11 @@ def test_logits(model, by_transformers):
         assert fast_decoder.supports(model.lm)
         ours = [model.logits(ids_BT, positions_BT, **way) for way in ways]
         ours.append(model.logits(batch.ids_T[None], batch.positions_T[None], **packed))
-        few = model.logits(ids_BT, positions_BT, rows_N=torch.tensor([3, 39]))
+        few = model.logits(ids_BT, positions_BT, rows=torch.tensor([3, 39]))
         by_transformers()
         theirs = [model.logits(ids_BT, positions_BT, **way) for way in ways]
         theirs.append(model.logits(batch.ids_T[None], batch.positions_T[None], **packed))
-        few_of_theirs = model.logits(ids_BT, positions_BT, rows_N=torch.tensor([3, 39]))
+        few_of_theirs = model.logits(ids_BT, positions_BT, rows=torch.tensor([3, 39]))
     for a, b in zip([*ours, few], [*theirs, few_of_theirs], strict=True):
         torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-5)
     assert few.shape == (2, VOCABULARY)

@@ -26,7 +26,7 @@ def test_a_quantised_base_is_adapted_and_asked(quantize, bytes_a_weight, rng):
     assert not fast_decoder.supports(model.lm), "by hand its weights would be taken for numbers"
     config = load_config(None, [f"model.quantize={quantize}"])
     preflight(model, TorchEngine(model, 0), None, config)
-    task, few = flip_task(rng, "flip", demonstrations=2), AdaptConfig(rank=4, steps=12, batch_size=2, recompute="yes")
+    task, few = flip_task(rng, "flip", demonstrations=2), AdaptConfig(rank=4, steps=40, batch_size=1, recompute="yes")
     before = layer.weight.clone()
     learnt, expected = (adapt([task], m, few, [named_rng(0)])[0] for m in (model, whole))
     assert learnt.ended == "steps" and learnt.last_loss < learnt.first_loss

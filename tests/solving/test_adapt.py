@@ -191,11 +191,11 @@ def test_a_neighbour_that_diverges_is_reset_and_reported(tasks, toy_model, monke
     real, calls = adapt_module._ask, []
 
     def poisoned(model, bank, learners, samples, recompute):
-        logits_NV, labels_N, owners_N = real(model, bank, learners, samples, recompute)
+        logits_LRV, labels_LR = real(model, bank, learners, samples, recompute)
         calls.append(len(learners))
         if len(calls) == 6:
-            logits_NV = logits_NV + torch.where(owners_N == 1, torch.nan, 0.0)[:, None]
-        return logits_NV, labels_N, owners_N
+            logits_LRV = logits_LRV + torch.tensor([0, torch.nan, 0])[:, None, None]
+        return logits_LRV, labels_LR
 
     monkeypatch.setattr(adapt_module, "_ask", poisoned)
     found = adapted(tasks, toy_model)
