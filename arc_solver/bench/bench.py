@@ -25,10 +25,21 @@ from ..files import git_commit
 from ..models import cpu_name, describe_precision, pick_device
 from ..puzzles import TaskSet, load_tasks
 from ..rng import named_rng
+from .adaptation import compare_adaptation, profile_adaptation
 from .memory import measure_all
 from .precision import compare_precisions
 from .schedule import TASKS, overhead_s
-from .solving import RANDOM_TASKS, RANDOM_VIEWS, SCORE_TASKS, SETTINGS, large_tasks, random_model
+from .solving import (
+    AS_MANY_SOLVED,
+    RANDOM_TASKS,
+    RANDOM_VIEWS,
+    SCORE_TASKS,
+    SETTINGS,
+    SolveFigures,
+    large_tasks,
+    random_model,
+    solve_alone,
+)
 from .solving import compare as compare_solving
 from .training import BF16, QWEN_05B, compare, flop_utilisation
 
@@ -122,8 +133,7 @@ def bench_scratch() -> list[Measurement]:
 
 def bench_solve() -> list[Measurement]:
     """Test time against PEFT and `generate`: the demo set; decoding of large outputs; decoding with random weights."""
-    if find_spec("peft") is None:
-        raise UserError("bin/bench solve compares with PEFT: run bin/bench, or pip install 'arc_solver[train]'")
+    _require_peft("solve")
     demo = load_tasks(TasksConfig(spec="demo"))
     ours, baseline = compare_solving(demo, scored=SCORE_TASKS)
     rows = [
@@ -133,6 +143,7 @@ def bench_solve() -> list[Measurement]:
         _less("decode_time", ours.decode_s, baseline.decode_s, "s"),
         _more("score", ours.scores_per_s, baseline.scores_per_s, "candidates x views/s"),
         _more("whole", ours.tasks_per_hour, baseline.tasks_per_hour, "tasks/hour"),
+        _at_equal_score(demo, baseline),
         Measurement("solved", ours.solved, baseline.solved, None, f"test outputs of {len(demo.tasks)} tasks"),
         _less("peak_memory", ours.peak_memory_bytes / 2**20, baseline.peak_memory_bytes / 2**20, "MiB, all processes"),
     ]
@@ -149,6 +160,18 @@ def bench_solve() -> list[Measurement]:
     return rows
 
 
+def _require_peft(name: str) -> None:
+    if find_spec("peft") is None:
+        raise UserError(f"bin/bench {name} compares with PEFT: run bin/bench, or pip install 'arc_solver[train]'")
+
+
+def _at_equal_score(task_set: TaskSet, baseline: SolveFigures) -> Measurement:
+    """Tasks an hour where ours need not do the same work: it says how many outputs both solve."""
+    least = solve_alone(task_set, AS_MANY_SOLVED)
+    unit = f"tasks/hour; {least.solved} and {baseline.solved} test outputs solved"
+    return _more("whole_at_equal_score", least.tasks_per_hour, baseline.tasks_per_hour, unit)
+
+
 def _more(name: str, ours: float, baseline: float, unit: str) -> Measurement:
     return Measurement(name, ours, baseline, ours / baseline, unit)
 
@@ -161,6 +184,17 @@ def _less(name: str, ours: float, baseline: float, unit: str) -> Measurement:
 def bench_schedule() -> list[Measurement]:
     """What a run costs besides solving, a task, with very many of them."""
     return [Measurement("overhead_per_task", 1000 * overhead_s(), None, None, f"ms, {TASKS:,} tasks")]
+
+
+def bench_adapt() -> list[Measurement]:
+    """Adaptation alone against PEFT's loop, on one core or GPU."""
+    _require_peft("adapt")
+    return [_more(found.name, found.ours, found.baseline, "tokens/s") for found in compare_adaptation()]
+
+
+def profile_adapt() -> list[Measurement]:
+    """Where the time of a step of adaptation goes."""
+    return [Measurement(x.name, x.milliseconds, None, None, f"ms, {x.calls:.0f} calls") for x in profile_adaptation()]
 
 
 def bench_precision() -> list[Measurement]:
@@ -185,6 +219,7 @@ BENCHES: dict[str, Callable[[], list[Measurement]]] = {
     "stream": bench_stream,
     "train": bench_train,
     "scratch": bench_scratch,
+    "adapt": bench_adapt,
     "solve": bench_solve,
     "schedule": bench_schedule,
     "precision": bench_precision,
@@ -196,8 +231,11 @@ def main(arguments: list[str]) -> int:
     parser = Parser(prog="bin/bench", description="Measure speed on this machine.")
     parser.add_argument("name", choices=BENCHES)
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("--profile", action="store_true", help="with adapt: where the time of a step goes")
     args = parser.parse_args(arguments)
-    rows = BENCHES[args.name]()
+    if args.profile and args.name != "adapt":
+        raise UserError("--profile is for bin/bench adapt")
+    rows = profile_adapt() if args.profile else BENCHES[args.name]()
     precision = describe_precision(pick_device("auto"))
     if args.json:
         about = {"machine": cpu_name(), "precision": precision, "commit": git_commit()}

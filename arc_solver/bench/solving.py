@@ -11,6 +11,8 @@ cores and bf16 where the hardware multiplies it, and train on the very same samp
     score           candidates scored under a view, a second; the baseline runs prompt and reply anew, ours goes on from
                     what decoding left
     whole           tasks an hour, from a command's start to its end, all that it writes included
+    whole_at_equal_score
+                    the same, ours with fewer steps, early stop and fewer views, which solve as many outputs or more
     solved          test outputs
     peak_memory     of all processes together
 
@@ -51,6 +53,8 @@ SETTINGS = (  # of both sides
     "predict.score=false",  # the baseline does not score
     "vote.rule=votes",
 )
+# Ours where it need not do the same work, only solve as many: early stop, fewer views, which vote by their scores.
+AS_MANY_SOLVED = ("adapt.steps=48", 'adapt.stop="leave-one-out"', "predict.views=16")
 LARGE_CELLS, LARGE_TASKS = 200, 3  # of each test output; training tasks with the fewest tokens
 RANDOM_TASKS, RANDOM_VIEWS = 2, 8
 SCORE_TASKS = 6  # on which scoring is measured, in one process with all cores
@@ -76,13 +80,26 @@ def compare(
     task_set: TaskSet, model_dir: Path = BUNDLED_DIR, settings: Sequence[str] = SETTINGS, scored: int = 0
 ) -> tuple[SolveFigures, SolveFigures]:
     """Both sides on the same tasks: ours, the baseline's. Scoring is measured on the first `scored` tasks."""
+    with _folder_of(task_set) as folder:
+        ours = _ours(task_set, folder, model_dir, settings, scored)
+        return ours, _baseline(task_set, folder, model_dir, settings, scored)
+
+
+def solve_alone(task_set: TaskSet, settings: Sequence[str]) -> SolveFigures:
+    """Our side alone."""
+    with _folder_of(task_set) as folder:
+        return _ours(task_set, folder, BUNDLED_DIR, settings, 0)
+
+
+@contextmanager
+def _folder_of(task_set: TaskSet) -> Iterator[Path]:
+    """A folder for what a measurement leaves, with the tasks in it."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "tasks").mkdir()
         for task in task_set.tasks:
             (folder / "tasks" / f"{task.id}.json").write_text(json.dumps(challenge(task)))
-        ours = _ours(task_set, folder, model_dir, settings, scored)
-        return ours, _baseline(task_set, folder, model_dir, settings, scored)
+        yield folder
 
 
 def large_tasks() -> TaskSet:

@@ -107,3 +107,32 @@ def rate_curve(rates: Sequence[float], stages: Sequence[tuple[str, int]], pictur
     figure.tight_layout()
     figure.savefig(picture, dpi=110)
     pyplot.close(figure)
+
+
+def reliability_curve(points: Sequence[tuple[float, float, float, float, int]], title: str, picture: Path) -> None:
+    """Draws the shares that were solved over predicted chances. Needs matplotlib.
+
+    Args:
+        points: predicted chance, share that is solved, its interval's ends, and the number of tasks behind it.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "arc_solver"  # the same file for the same points
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(5, 4.6))
+    axes.plot((0, 1), (0, 1), color="grey", linewidth=0.8, linestyle="dashed", label="as predicted")
+    chances, shares, lows, highs, counts = zip(*points, strict=True)
+    below = [share - low for share, low in zip(shares, lows, strict=True)]
+    above = [high - share for share, high in zip(shares, highs, strict=True)]
+    axes.errorbar(chances, shares, (below, above), fmt="o-", linewidth=1, capsize=3, label="tasks, with 95% intervals")
+    for chance, share, count in zip(chances, shares, counts, strict=True):
+        axes.annotate(f"{count}", (chance, share), xytext=(7, -11), textcoords="offset points", fontsize=8)
+    axes.set(xlabel="predicted chance", ylabel="share that is solved", xlim=(0, 1), ylim=(0, 1))
+    axes.set_title(title, fontsize=9)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="upper left")
+    figure.tight_layout()
+    figure.savefig(picture, dpi=110, metadata={"Date": None} if picture.suffix == ".svg" else None)
+    pyplot.close(figure)

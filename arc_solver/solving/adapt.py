@@ -35,7 +35,6 @@ from ..puzzles import (
     random_augmentation,
     sample_tokens,
 )
-from ..rng import named_rng
 from ..training.memory import activation_bytes_per_token
 from ..training.optimize import step_rate
 
@@ -43,7 +42,9 @@ log = logging.getLogger(__name__)
 
 CPU_GROUP_TOKENS, GPU_GROUP_TOKENS = 2048, 32_768
 CPU_GROUPS = 8  # there are at least, if there are as many tasks, so that all cores have work
-CHECKS = 10  # how often in a run "leave-one-out" looks
+ROUNDS = 4  # of all demonstrations, each of which was the held-out one
+FEWEST = 12  # held-out outputs, however few demonstrations there are
+TAIL = 0.25  # of the steps so far: in so many more the learning rate falls to 0 before a task stops
 STEP_SHARE = 0.7  # of the free memory may go into what a forward pass keeps; the backward pass needs some besides
 ADAPTER_SHARE = 0.25  # of all memory may go into the adapters of a group
 # Of a number of an adapter in training: all, and beside itself: its gradient twice, AdamW's two moments, 16 bit.
@@ -61,6 +62,7 @@ class Adaptation:
     last_loss: float  # and over the last tenth
     seconds: float  # of the whole group, shared out by tokens
     dropped: int  # demonstrations that had no room in a sample, at most
+    leave_one_out: float  # share of the last samples whose held-out output was answered exactly, before it was learnt
     # "steps", "leave-one-out", "deadline", or "diverged": not finite, so the adapter is what it was at the start
     ended: str
 
@@ -72,6 +74,7 @@ class Adaptation:
             "last_loss": round(self.last_loss, 4),
             "seconds": round(self.seconds, 2),
             "dropped": self.dropped,
+            "leave_one_out": round(self.leave_one_out, 4),
             "ended": self.ended,
         }
 
@@ -176,8 +179,6 @@ def adapt(
                 break
             _step(model, bank, live, starts, passes, spent)
             on_step()
-            if config.stop == "leave-one-out":
-                _stop_where_all_is_right(model, bank, [x for x in live if not x.ended and x.is_due()], passes)
         adapters = [bank.export(learner.k) for learner in learners]
     seconds = time.monotonic() - began
     tokens = max(1, sum(learner.tokens for learner in learners))
@@ -246,6 +247,9 @@ class _Learner:
     config: AdaptConfig
     format: FormatConfig
     losses: list[float] = field(default_factory=list)
+    exact: list[bool] = field(default_factory=list)  # of each step: whether all held-out outputs were answered so
+    decays_from: int = -1  # the step from which on the learning rate falls to 0; -1: it has not come to that
+    ends: int = field(init=False)  # steps
     tokens: int = 0
     dropped: int = 0
     ended: str = ""
@@ -255,6 +259,7 @@ class _Learner:
 
     def __post_init__(self) -> None:
         self.config = config = self.config.model_copy(update={"steps": planned_steps(self.task, self.config)})
+        self.ends = config.steps
         self.samples = held_out_samples(self.task, config, self.format, self.rng)
         self.optimizer = AdamW(
             [self.bank.flat_parameter(self.k)], config.lr, config.betas, weight_decay=config.weight_decay, fused=True
@@ -271,40 +276,43 @@ class _Learner:
     def step(self, spent: float) -> None:
         """A step of the optimizer, from the gradients in the bank. `spent`: share of the time that is over."""
         progress = max(self.steps / self.config.steps, spent)
+        rate = step_rate(progress, self.config)
+        if self.decays_from >= 0:
+            rate *= (self.ends - self.steps) / (self.ends - self.decays_from)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr * step_rate(progress, self.config)
+            group["lr"] = self.config.lr * rate
         self.optimizer.step()
 
-    def note(self, used: Sequence[Sample], loss: float, norm: float, start: Adapter) -> None:
+    def note(self, used: Sequence[Sample], loss: float, exact: bool, norm: float, start: Adapter) -> None:
         """What came of a step with these samples. Where it is not finite, the adapter is what it was at the start."""
         self.losses.append(loss)
+        self.exact.append(exact)
         self.tokens += sum(map(len, used))
         shown = min(int((sample.ids_T == OUTPUT).sum()) for sample in used)
         self.dropped = max(self.dropped, len(self.task.train) - shown)
         if not math.isfinite(norm + loss):
             self.bank.set(self.k, start)
             self.ended = "diverged"
-        elif self.steps == self.config.steps:
-            self.ended = "steps"
+        elif self.steps == self.ends:
+            self.ended = "steps" if self.decays_from < 0 else "leave-one-out"
+        elif self.config.stop == "leave-one-out" and self.decays_from < 0 and self.leave_one_out == 1:
+            self.decays_from = self.steps
+            self.ends = min(self.ends, self.steps + math.ceil(TAIL * self.steps))
 
-    def is_due(self) -> bool:
-        """Whether it is time to look how the held-out demonstrations are answered."""
-        return self.steps % max(1, self.config.steps // CHECKS) == 0
-
-    def questions(self) -> list[Sample]:
-        """Each demonstration, given the others: as it is, and under an augmentation that depends on the step."""
-        policy = ColourPolicy(self.config.keep_background, self.config.output_only)
-        rng = named_rng(0, "questions", self.task.id, self.steps)
-        views = [Augmentation(), random_augmentation(rng, policy, self.task.train)]
-        asked = [(view, i) for view in views for i in range(len(self.task.train))]
-        pairs = [_held_out_last(self.task, view, i, self.config, self.format) for view, i in asked]
-        return [encode_sample(shown, self.format, "last") for shown in pairs]
+    @property
+    def leave_one_out(self) -> float:
+        """Share of the last steps in which all held-out outputs were answered exactly; 0 before there were as many."""
+        asked = max(FEWEST, ROUNDS * len(self.task.train))
+        last = self.exact[-math.ceil(asked / self.config.batch_size) :]
+        return sum(last) * self.config.batch_size / max(asked, len(last) * self.config.batch_size)
 
     def result(self, adapter: Adapter, seconds: float) -> Adaptation:
         losses = [loss for loss in self.losses if math.isfinite(loss)] or [0.0]
         tenth = max(1, len(losses) // 10)
         first, last = float(np.mean(losses[:tenth])), float(np.mean(losses[-tenth:]))
-        return Adaptation(adapter, self.steps, self.tokens, first, last, seconds, self.dropped, self.ended)
+        return Adaptation(
+            adapter, self.steps, self.tokens, first, last, seconds, self.dropped, self.leave_one_out, self.ended
+        )
 
 
 def _step(
@@ -317,21 +325,25 @@ def _step(
 ) -> None:
     """A step of all. What a GPU does is not waited for until the samples of the next step are drawn."""
     samples = [learner.drawn for learner in live]
-    losses_L = _backward(model, bank, live, samples, passes)
+    losses_L, wrong_L = _backward(model, bank, live, samples, passes)
     norms_K = bank.clip(live[0].config.clip)
     for learner in live:
         learner.step(spent)
     for learner in live:
         learner.draw()
-    noted = torch.cat((losses_L, norms_K)).tolist()
-    for i, (learner, used) in enumerate(zip(live, samples, strict=True)):
-        learner.note(used, noted[i], noted[len(live) + learner.k], starts[learner.k])
+    losses, wrong, norms = torch.cat((losses_L, wrong_L, norms_K)).split([len(live), len(live), bank.count])
+    noted = zip(live, samples, losses.tolist(), wrong.tolist(), strict=True)
+    for learner, used, loss, mistakes in noted:
+        learner.note(used, loss, mistakes == 0, float(norms[learner.k]), starts[learner.k])
 
 
 def _backward(
     model: Model, bank: LoraBank, live: Sequence[_Learner], samples: Sequence[Sequence[Sample]], passes: MicroBatching
-) -> Tensor:
-    """Leaves the gradients of each one's mean loss in the bank; the losses, [L]."""
+) -> tuple[Tensor, Tensor]:
+    """Leaves the gradients of each one's mean loss in the bank.
+
+    Returns the losses, and how many ids of held-out outputs were not the most probable ones, [L] each.
+    """
     counts = [sum(int((sample.labels_T != IGNORE).sum()) for sample in own) for own in samples]
     counts_L = to_device(torch.tensor(counts, dtype=torch.float32), model.device)
     while True:
@@ -351,33 +363,21 @@ def _passed(
     samples: Sequence[Sequence[Sample]],
     passes: MicroBatching,
     counts_L: Tensor,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """The same in as many parts as `passes` says. `counts_L`: target ids of each."""
     bank.zero_gradients()
-    losses_L = torch.zeros_like(counts_L)
+    losses_L, wrong_L = torch.zeros_like(counts_L), torch.zeros_like(counts_L)
     for part in passes.split(samples):
         members, own = [i for i, _ in part], [some for _, some in part]
-        logits_MRV, labels_MR = _ask(model, bank, [live[i] for i in members], own, passes.recompute)
+        logits_MRV, labels_MR, is_held_out_MR = _ask(model, bank, [live[i] for i in members], own, passes.recompute)
         losses_MR = F.cross_entropy(logits_MRV.transpose(1, 2), labels_MR, ignore_index=IGNORE, reduction="none")
         members_M = to_device(torch.tensor(members), model.device)
         means_M = losses_MR.sum(1) / counts_L.index_select(0, members_M)
         bank.backward(means_M.sum())
         losses_L.index_add_(0, members_M, means_M.detach())
-    return losses_L
-
-
-@torch.no_grad()
-def _stop_where_all_is_right(model: Model, bank: LoraBank, asked: Sequence[_Learner], passes: MicroBatching) -> None:
-    samples = [learner.questions() for learner in asked]
-    wrong: set[int] = set()
-    for part in passes.split(samples):
-        members, own = [i for i, _ in part], [some for _, some in part]
-        logits_MRV, labels_MR = _ask(model, bank, [asked[i] for i in members], own)
-        is_wrong_MR = (logits_MRV.argmax(-1) != labels_MR) & (labels_MR != IGNORE)
-        wrong |= {i for i, fails in zip(members, is_wrong_MR.any(1).tolist(), strict=True) if fails}
-    for i, learner in enumerate(asked):
-        if i not in wrong:
-            learner.ended = "leave-one-out"
+        is_wrong_MR = is_held_out_MR & (logits_MRV.argmax(-1) != labels_MR)
+        wrong_L.index_add_(0, members_M, is_wrong_MR.sum(1).float())
+    return losses_L, wrong_L
 
 
 def _ask(
@@ -386,11 +386,12 @@ def _ask(
     learners: Sequence[_Learner],
     samples: Sequence[Sequence[Sample]],
     recompute: bool = False,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Each learner's samples through its adapter.
 
-    Returns the logits at the places before a target id, [L, R, V], and that id, [L, R]. Who has fewer than R is asked
-    at other places besides, with `IGNORE` as their target: blocks of all adapters are equal.
+    Returns the logits at the places before a target id, [L, R, V]; that id, [L, R]; and whether it is of a held-out
+    output. Who has fewer than R is asked at other places besides, with `IGNORE` as their target: blocks of all adapters
+    are equal.
     """
     bank.activate([learner.k for learner in learners])
     longest = max(sum(map(len, own)) for own in samples)
@@ -401,6 +402,7 @@ def _ask(
     ends_S = torch.cat([batch.ends_S + i * longest for i, batch in enumerate(batches)])
     targets_LT = F.pad(labels_LT[:, 1:], (0, 1), value=IGNORE)  # nothing is learnt at a sequence's first id
     is_asked_LT = targets_LT != IGNORE
+    is_held_out_LT = torch.stack([_of_held_out(own, longest) for own in samples]) & is_asked_LT
     most = int(is_asked_LT.sum(1).max())
     columns_LR = is_asked_LT.int().argsort(dim=1, descending=True, stable=True)[:, :most]
     rows_LR = columns_LR + longest * torch.arange(len(samples))[:, None]
@@ -412,4 +414,14 @@ def _ask(
         packing=Packing.of(ends_S, device),
         recompute=recompute,
     )
-    return logits_LRV, to_device(targets_LT.gather(1, columns_LR), device)
+    labels_LR, is_held_out_LR = (x.gather(1, columns_LR) for x in (targets_LT, is_held_out_LT))
+    return logits_LRV, to_device(labels_LR, device), to_device(is_held_out_LR, device)
+
+
+def _of_held_out(samples: Sequence[Sample], length: int) -> Tensor:
+    """Where in packed samples the held-out outputs are, which come last in each; from their marker on. [length]"""
+    is_held_out_T, start = torch.zeros(length, dtype=torch.bool), 0
+    for sample in samples:
+        is_held_out_T[start + int(np.flatnonzero(sample.ids_T == OUTPUT)[-1]) : start + len(sample)] = True
+        start += len(sample)
+    return is_held_out_T

@@ -22,7 +22,7 @@ def parse(arguments: list[str]) -> tuple[Config, Path | None]:
     """The config that the command line asks for, and the run's folder, if it is named."""
     parser = Parser(
         prog="bin/solve",
-        description="Solve ARC tasks and write submission.json. Also: --status RUN_DIR and --revote RUN_DIR.",
+        description="Solve ARC tasks and write submission.json. Also: --status, --revote and --reliability RUN_DIR.",
     )
     parser.add_argument("config", nargs="?", help="TOML file; without it, the defaults and the demo set")
     add_task_arguments(parser)
@@ -90,6 +90,10 @@ def main(arguments: list[str]) -> int:
         from . import status
 
         return status.main(arguments)
+    if any(word.partition("=")[0] == "--reliability" for word in arguments):
+        from . import reliability
+
+        return reliability.main(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     config, out = parse(arguments)
     task_set = load_tasks(config.tasks)

@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 from .. import __version__
 from ..answers import Predictions, choose_attempts, write_submission
 from ..answers.candidates import STAGES
+from ..answers.chances import solved_chance
 from ..answers.revote import parse_predictions
 from ..answers.submission import blank_submission, candidate_grids, first_attempts, solved_outputs
 from ..answers.vote import rank
@@ -96,6 +97,7 @@ class TaskStatus:
     adapted: bool
     fallback: str | None
     agreement: float  # share of the views that gave the first attempt; of several test inputs, the least
+    chance: float  # that all test outputs are solved, as far as can be told without knowing them
     earlier_s: float  # of one worker, adaptation and asking, in the stages before
     seconds: float  # and in this one too
     first: list[bool] | None  # whether the first attempt solves each test output; None: not known
@@ -345,12 +347,15 @@ def _judged(
     predictions = result.predictions
     attempts = choose_attempts(predictions, task, config.vote)
     solutions = {i: grids for i, grids in task_set.solutions.items() if i == task.id}
+    agreement = min(_agreement(predictions, task, test, config) for test in range(len(task.test)))
+    learnt = result.adaptation or {}
     return TaskStatus(
         stage,
         attempts,
         result.adaptation is not None,
         result.fallback,
-        min(_agreement(predictions, task, test, config) for test in range(len(task.test))),
+        agreement,
+        solved_chance(agreement, learnt.get("leave_one_out", 0.0)) if predictions.candidates else 0.0,
         earlier_s,
         earlier_s + result.seconds,
         solved_outputs({task.id: first_attempts(attempts)}, solutions).get(task.id),

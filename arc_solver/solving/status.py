@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from ..answers import Score
+from ..answers.chances import expected_solved
 from ..answers.submission import Row, data_rows, score_of, score_rows, table_of
 from ..command import Parser
 from ..errors import UserError
@@ -102,6 +103,7 @@ def counts(task_set: TaskSet, statuses: Mapping[str, TaskStatus]) -> dict[str, A
         "answered": sum(status.fallback != "placeholder" for status in statuses.values()),
         "adapted": sum(status.adapted for status in statuses.values()),
         "again": sum(status.stage == "again" for status in statuses.values()),
+        "expected": expected_solved([status.chance for status in statuses.values()]),
         "fallen_back": {i: status.fallback for i, status in statuses.items() if status.fallback},
         "pass@1": first and first.to_json(),
         "score": final and final.to_json(),  # pass@2
@@ -141,6 +143,9 @@ def summary_rows(content: Mapping[str, Any]) -> list[Row]:
         shown += score_rows(content["pass@1"], content["score"], content["coverage"])
         if unscored := content["tasks"] - content["score"]["tasks"]:
             shown.append(("tasks without a known solution, not scored", f"{unscored}"))
+    if not content["score"] or content["score"]["tasks"] < content["tasks"]:
+        says = "{:.0f} {of}, {:.0f} to {:.0f}".format(*content["expected"], of=of)
+        shown.append(("tasks expected to be solved, 95%, from agreement and leave-one-out", says))
     if times := content["seconds_per_task"]:
         shown.append(("time per task, of one worker", "median {median:.0f} s, longest {longest:.0f} s".format(**times)))
     if seconds := content.get("seconds"):

@@ -1,3 +1,4 @@
+import math
 import weakref
 from collections import Counter
 from itertools import islice
@@ -12,7 +13,7 @@ import arc_solver.models.fast_decoder
 from arc_solver.config import AdaptConfig, FormatConfig
 from arc_solver.models.adapters import LoraBank, attach_adapters, fresh_adapter
 from arc_solver.models.model import Model, load_model, new_model
-from arc_solver.puzzles.encode import IGNORE, INPUT, encode_sample
+from arc_solver.puzzles.encode import IGNORE, INPUT, OUTPUT, encode_sample
 from arc_solver.puzzles.tasks import Pair, Task
 from arc_solver.rng import named_rng
 from arc_solver.solving import adapt as adapt_module
@@ -191,11 +192,11 @@ def test_a_neighbour_that_diverges_is_reset_and_reported(tasks, toy_model, monke
     real, calls = adapt_module._ask, []
 
     def poisoned(model, bank, learners, samples, recompute):
-        logits_LRV, labels_LR = real(model, bank, learners, samples, recompute)
+        logits_LRV, *targets = real(model, bank, learners, samples, recompute)
         calls.append(len(learners))
         if len(calls) == 6:
             logits_LRV = logits_LRV + torch.tensor([0, torch.nan, 0])[:, None, None]
-        return logits_LRV, labels_LR
+        return logits_LRV, *targets
 
     monkeypatch.setattr(adapt_module, "_ask", poisoned)
     found = adapted(tasks, toy_model)
@@ -359,6 +360,48 @@ def test_stop_once_all_held_out_demonstrations_are_answered(rng):
             answered = model.logits(ids, positions)[0, :-1].argmax(-1).numpy()
             learnt = sample.labels_T[1:] != IGNORE
             assert (answered[learnt] == sample.labels_T[1:][learnt]).all()
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_leave_one_out_counts_held_out_outputs_as_they_were_answered_before_they_were_learnt(arc, batch_size):
+    """Nothing is learnt here, so every sample can be asked again, by itself. Three tasks at once, as in a run."""
+    model, tasks = load_model(""), sorted(arc["training"].tasks, key=lambda task: task.tokens)[:3]
+    config = AdaptConfig(steps=12, batch_size=batch_size, lr=1e-30)
+    found = adapt(tasks, model, config, [named_rng(0, task.id) for task in tasks])
+    for task, learnt in zip(tasks, found, strict=True):
+        rng = named_rng(0, task.id)
+        fresh_adapter(model, config, rng)
+        samples = islice(held_out_samples(task, config, model.format, rng), 12 * batch_size)
+        right = [answers_its_held_out_output(model, sample) for sample, _ in samples]
+        steps = [all(right[i : i + batch_size]) for i in range(0, len(right), batch_size)]
+        asked = max(12, 4 * len(task.train))
+        last = steps[-math.ceil(asked / batch_size) :]
+        assert learnt.leave_one_out == sum(last) * batch_size / max(asked, len(last) * batch_size)
+    assert len({learnt.leave_one_out for learnt in found}) > 1, "all alike would tell nothing"
+
+
+@torch.no_grad()
+def answers_its_held_out_output(model: Model, sample) -> bool:
+    start = int(np.flatnonzero(sample.ids_T == OUTPUT)[-1])
+    ids, positions = (torch.from_numpy(x.astype(np.int64))[None] for x in (sample.ids_T, sample.positions_T))
+    answered = model.logits(ids, positions)[0, start:-1].argmax(-1).numpy()
+    return bool((answered == sample.ids_T[start + 1 :]).all())
+
+
+def test_a_task_that_stops_does_so_at_a_rate_of_zero(toy_model, rng):
+    """Twelve held-out outputs right in a row, and the rate falls in a line, to end before the last step planned."""
+    config = AdaptConfig(rank=4, steps=100, stop="leave-one-out", schedule="constant", warmup=0.0)
+    with attach_adapters(toy_model, [fresh_adapter(toy_model, config, rng)]) as bank:
+        learner = adapt_module._Learner(0, flip_task(rng), rng, bank, config, toy_model.format)
+        rates = []
+        while not learner.ended:
+            learner.step(0.0)
+            rates.append(learner.optimizer.param_groups[0]["lr"] / config.lr)
+            learner.note(learner.drawn, 0.5, learner.steps >= 20, 1.0, None)
+        assert (learner.ended, learner.decays_from) == ("leave-one-out", 32)
+        tail = np.ceil(adapt_module.TAIL * 32)
+        assert learner.steps == 32 + tail
+        assert rates == pytest.approx([1.0] * 32 + [1 - k / tail for k in range(int(tail))])
 
 
 def test_groups_are_of_like_length(arc):

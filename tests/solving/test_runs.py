@@ -190,3 +190,19 @@ def test_what_a_user_gets_wrong_is_one_sentence(more, says, checkpoint, challeng
     assert line.startswith("error: ")
     assert says in line
     assert not (tmp_path / "run").exists()
+
+
+def test_chances_are_said_of_unknown_tasks_and_compared_with_what_came_of_known_ones(whole, challenges, tmp_path):
+    status = json.loads(solve(["--status", str(whole), "--json"]))
+    mean, low, high = status["expected"]
+    assert 0 <= low <= mean <= high <= 12
+    said = solve(["--reliability", str(whole), "--picture", str(tmp_path / "curve.svg"), "--json"])
+    content = json.loads(said)
+    assert content["tasks"] == 12 == sum(x["tasks"] for x in content["bins"])
+    assert content["expected"] == pytest.approx(mean)
+    assert content["solved"] == status["score"]["tasks_solved"] == sum(x["solved"] for x in content["bins"])
+    assert f"12 tasks: {mean:.0f} expected" in solve(["--reliability", str(whole)])
+    assert "<svg" in (tmp_path / "curve.svg").read_text()
+    says = solve(["--reliability", str(whole), "--picture", str(tmp_path / "no" / "curve.svg")], expect=2)
+    assert "cannot be written" in says
+    assert "is no folder" in solve(["--reliability", str(tmp_path / "nothing")], expect=2)

@@ -1,0 +1,65 @@
+"""How right a run's chances were: `bin/solve --reliability RUN_DIR [...]`, on tasks whose solutions are known."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from ..answers.chances import expected_solved, reliability
+from ..command import Parser
+from ..errors import UserError
+from ..puzzles import load_tasks
+from ..puzzles.pictures import reliability_curve
+from .journal import read_statuses
+from .run_config import saved_config
+
+
+def judged_tasks(run_dir: Path) -> list[tuple[float, bool]]:
+    """Of each answered task of a run whose solution is known, its chance, and whether it is solved.
+
+    Raises:
+        UserError: it is no run's folder, or no solution is known.
+    """
+    config = saved_config(run_dir)
+    task_set = load_tasks(config.tasks)
+    if not task_set.solutions:
+        raise UserError(f"no solution is known to the tasks of {run_dir} ({task_set.name})")
+    best = {i: status for i, _, status in read_statuses(run_dir, task_set, config) if status}
+    return [(status.chance, all(status.solved)) for status in best.values() if status.solved is not None]
+
+
+def main(arguments: list[str]) -> int:
+    parser = Parser(prog="bin/solve --reliability", description="Show how right predicted chances were.")
+    parser.add_argument("--reliability", type=Path, nargs="+", required=True, metavar="RUN_DIR")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the curve there, as SVG or PNG by its name")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    args = parser.parse_args(arguments)
+    judged = []
+    for run_dir in args.reliability:
+        if not run_dir.is_dir():
+            raise UserError(f"{run_dir} is no folder: give what --out of bin/solve was")
+        judged += judged_tasks(run_dir)
+    if not judged:
+        raise UserError("none of the tasks with a known solution has an answer yet")
+    bins = reliability(judged)
+    number, low, high = expected_solved([chance for chance, _ in judged])
+    solved = sum(right for _, right in judged)
+    brier = sum((chance - right) ** 2 for chance, right in judged) / len(judged)
+    title = f"{len(judged)} tasks: {number:.0f} expected to be solved ({low:.0f} to {high:.0f}), {solved} are"
+    if args.picture:
+        try:
+            reliability_curve([(x.chance, x.share, x.low, x.high, x.tasks) for x in bins], title, args.picture)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--picture {args.picture} cannot be written: {error}") from None
+    if args.json:
+        about = {"tasks": len(judged), "expected": number, "interval_95": [low, high], "solved": solved}
+        print(json.dumps({**about, "brier": brier, "bins": [asdict(x) for x in bins]}))
+        return 0
+    table = Table("predicted chance", "tasks", "solved", "share", "Wilson 95% interval", title=title)
+    for x in bins:
+        table.add_row(f"{x.chance:.0%}", f"{x.tasks}", f"{x.solved}", f"{x.share:.0%}", f"{x.low:.0%} to {x.high:.0%}")
+    Console().print(table)
+    Console().print(f"Brier score {brier:.3f}: 0 is best, 0.25 is what a coin has", highlight=False)
+    return 0
