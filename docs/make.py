@@ -21,7 +21,7 @@ HEAD = """# Settings
 Every setting, as `arc_solver/config.py` declares it; this page is written by `python docs/make.py`. A config file holds
 what differs from the defaults, section by section, and any setting can be given on the command line:
 
-    bin/solve predict.views=32 adapt.steps=1440
+    bin/solve predict.views=64 adapt.steps=240
 
 Where a unit is not named, a length is in tokens, a time in seconds, and a share goes from 0 to 1.
 """

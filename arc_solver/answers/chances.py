@@ -1,18 +1,20 @@
 """How likely a task is solved, from what a run knows without its solution.
 
 Two things tell: how many of the views agree on the first attempt, and how often the adapter answered a held-out
-demonstration exactly before it was learnt. A logistic regression makes a chance of them. Its numbers were fitted on the
-development tasks with the bundled model (docs/test-time.md).
+demonstration exactly before it was learnt. A logistic regression makes a chance of them. Its coefficients were fitted
+on the development tasks with the bundled model (docs/test-time.md), by `bin/solve --reliability RUN_DIR [...] --fit`.
 """
 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from .submission import wilson
 
 # Of the logit: a constant, and what agreement and leave-one-out accuracy add, both 0 to 1.
-CONSTANT, OF_AGREEMENT, OF_LEAVE_ONE_OUT = -2.0, 5.0, 1.0
+COEFFICIENTS = -2.25, 3.73, 1.77
 BINS = 5  # of equal width
 
 
@@ -23,8 +25,24 @@ def solved_chance(agreement: float, leave_one_out: float) -> float:
         agreement: share of the views that gave the first attempt; of several test inputs, the least.
         leave_one_out: share of held-out outputs that were answered exactly; 0 without adaptation.
     """
-    logit = CONSTANT + OF_AGREEMENT * agreement + OF_LEAVE_ONE_OUT * leave_one_out
-    return 1 / (1 + math.exp(-logit))
+    constant, of_agreement, of_leave_one_out = COEFFICIENTS
+    return 1 / (1 + math.exp(-constant - of_agreement * agreement - of_leave_one_out * leave_one_out))
+
+
+def fit_coefficients(known: Sequence[tuple[float, float, bool]], ridge: float = 0.01) -> tuple[float, ...]:
+    """The coefficients under which what came of some tasks is likeliest, by Newton's method.
+
+    Args:
+        known: agreement, leave-one-out accuracy, and whether the task is solved.
+        ridge: of a penalty on their squares, without which tasks that can be told apart perfectly have no solution.
+    """
+    x = np.array([(1.0, agreement, leave_one_out) for agreement, leave_one_out, _ in known])
+    y, w = np.array([float(solved) for *_, solved in known]), np.zeros(3)
+    for _ in range(50):
+        p = 1 / (1 + np.exp(-x @ w))
+        curvature = (x.T * (p * (1 - p))) @ x + ridge * np.eye(3)
+        w = w - np.linalg.solve(curvature, x.T @ (p - y) + ridge * w)
+    return tuple(float(value) for value in w)
 
 
 @dataclass(frozen=True)

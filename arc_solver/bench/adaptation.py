@@ -78,7 +78,7 @@ def profile_adaptation() -> list[OperationTime]:
 
 
 def _demo() -> tuple[Model, AdaptConfig, list[Task]]:
-    config, device = load_config(None, [f"adapt.steps={STEPS}"]).adapt, pick_device("auto")
+    config, device = load_config(None, [f"adapt.steps={STEPS}", "adapt.stop=never"]).adapt, pick_device("auto")
     if device.type == "cpu":
         torch.set_num_threads(1)
         keep_freed_memory(256 << 20)

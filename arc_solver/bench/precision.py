@@ -19,7 +19,7 @@ from .baseline_training import now_s
 
 ROUNDS = 3
 GROUPS = {"adapt one task": slice(4, 5), "adapt four at once": slice(4, 8)}  # of the demo set
-SETTINGS = ("adapt.steps=15", "predict.views=8")
+SETTINGS = ("adapt.steps=15", "adapt.stop=never", "predict.views=8")
 
 
 @dataclass(frozen=True)

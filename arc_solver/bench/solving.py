@@ -47,6 +47,7 @@ from .baseline_training import now_s
 SETTINGS = (  # of both sides
     "adapt.batch_size=1",
     "adapt.steps=60",
+    "adapt.stop=never",
     "adapt.together=8",
     "adapt.group_tokens=4096",
     "predict.views=32",
@@ -54,7 +55,7 @@ SETTINGS = (  # of both sides
     "vote.rule=votes",
 )
 # Ours where it need not do the same work, only solve as many: early stop, fewer views, which vote by their scores.
-AS_MANY_SOLVED = ("adapt.steps=48", 'adapt.stop="leave-one-out"', "predict.views=16")
+AS_MANY_SOLVED = ("adapt.steps=48", "predict.views=16")
 LARGE_CELLS, LARGE_TASKS = 200, 3  # of each test output; training tasks with the fewest tokens
 RANDOM_TASKS, RANDOM_VIEWS = 2, 8
 SCORE_TASKS = 6  # on which scoring is measured, in one process with all cores

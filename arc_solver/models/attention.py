@@ -218,8 +218,8 @@ def _padded(q_BHTD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, packing: Packing, sc
 class ManualAttention:
     """`attention` with its backward pass at hand, for layers that are run without autograd.
 
-    On a CPU the weights of short sequences in bf16 are kept: three matrix products a pass, twice as fast as the flash
-    kernel forward and four times backward. Elsewhere autograd has a graph of this one operation.
+    On a CPU the weights of short sequences are kept: in bf16 a few matrix products are twice as fast as the flash
+    kernel forward, and four times backward. Elsewhere autograd has a graph of this one operation.
     """
 
     def __init__(self, scaling: float | None = None, packing: Packing | None = None, mask_BTK: Tensor | None = None):
@@ -232,8 +232,7 @@ class ManualAttention:
         if not keep:
             return attention(q_BHTD, k_BGKD, v_BGKD, self.scaling, self.packing, self.mask_BTK)
         packing = self.packing
-        half_on_cpu = q_BHTD.is_cpu and q_BHTD.dtype == torch.bfloat16
-        self.by_products = half_on_cpu and packing is not None and packing.longest <= SHORT
+        self.by_products = q_BHTD.is_cpu and packing is not None and packing.longest <= SHORT
         if self.by_products:
             assert packing is not None
             scale = self.scaling or q_BHTD.shape[-1] ** -0.5
@@ -253,7 +252,7 @@ class ManualAttention:
         return torch.autograd.grad(out, inputs, grad_BHTD)
 
 
-SHORT = 512  # tokens; up to here bf16 matrix products beat the CPU's flash kernel in the backward pass
+SHORT = 512  # tokens; up to here matrix products beat the CPU's flash kernel, those in bf16 by far
 
 # On a CPU each packed sequence goes through the flash kernel by itself. As a custom operator the loop is opaque to
 # torch.compile: one graph serves every way of packing.
@@ -346,7 +345,7 @@ def _weights(q: Tensor, k: Tensor, scale: float) -> Weights:
     weights = []
     for rows, seen in _blocks(q.shape[1]):
         queries, keys = q[:, rows], k[:, seen]
-        mask = _causal_mask(queries.shape[1], keys.shape[1])
+        mask = _causal_mask(queries.shape[1], keys.shape[1], queries.dtype)
         weights.append(torch.baddbmm(mask, queries, keys.transpose(1, 2), alpha=scale).softmax(-1))
     return weights
 
@@ -380,9 +379,9 @@ def _block_backward(
 
 
 @lru_cache(64)
-def _causal_mask(queries: int, keys: int) -> Tensor:
+def _causal_mask(queries: int, keys: int, dtype: torch.dtype) -> Tensor:
     """0 where a query, one of the last of the keys, may see a key, and -inf elsewhere."""
-    return torch.full((queries, keys), -torch.inf, dtype=torch.bfloat16).triu_(1 + keys - queries)
+    return torch.full((queries, keys), -torch.inf, dtype=dtype).triu_(1 + keys - queries)
 
 
 def _packed_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -44,7 +44,8 @@ CPU_GROUP_TOKENS, GPU_GROUP_TOKENS = 2048, 32_768
 CPU_GROUPS = 8  # there are at least, if there are as many tasks, so that all cores have work
 ROUNDS = 4  # of all demonstrations, each of which was the held-out one
 FEWEST = 12  # held-out outputs, however few demonstrations there are
-TAIL = 0.25  # of the steps so far: in so many more the learning rate falls to 0 before a task stops
+SURE = 0.9  # share of them that is answered exactly, from which on a task needs no more
+TAIL = 0.5  # of the steps so far: in so many more the learning rate falls to 0 before a task stops
 STEP_SHARE = 0.7  # of the free memory may go into what a forward pass keeps; the backward pass needs some besides
 ADAPTER_SHARE = 0.25  # of all memory may go into the adapters of a group
 # Of a number of an adapter in training: all, and beside itself: its gradient twice, AdamW's two moments, 16 bit.
@@ -295,9 +296,13 @@ class _Learner:
             self.ended = "diverged"
         elif self.steps == self.ends:
             self.ended = "steps" if self.decays_from < 0 else "leave-one-out"
-        elif self.config.stop == "leave-one-out" and self.decays_from < 0 and self.leave_one_out == 1:
+        elif self.config.stop == "leave-one-out" and self._needs_no_more():
             self.decays_from = self.steps
-            self.ends = min(self.ends, self.steps + math.ceil(TAIL * self.steps))
+            self.ends = self.steps + math.ceil(TAIL * self.steps)
+
+    def _needs_no_more(self) -> bool:
+        """Whether it is time to let the learning rate fall. Later than in the first half little would be saved."""
+        return self.decays_from < 0 and 2 * self.steps <= self.config.steps and self.leave_one_out >= SURE
 
     @property
     def leave_one_out(self) -> float:

@@ -97,12 +97,17 @@ class TaskStatus:
     adapted: bool
     fallback: str | None
     agreement: float  # share of the views that gave the first attempt; of several test inputs, the least
-    chance: float  # that all test outputs are solved, as far as can be told without knowing them
+    leave_one_out: float  # see `Adaptation`; 0 without one
     earlier_s: float  # of one worker, adaptation and asking, in the stages before
     seconds: float  # and in this one too
     first: list[bool] | None  # whether the first attempt solves each test output; None: not known
     solved: list[bool] | None  # whether one of both does
     covered: list[bool] | None  # whether the right answer is among the candidates
+
+    @property
+    def chance(self) -> float:
+        """That all test outputs are solved, as far as can be told without knowing them."""
+        return 0.0 if self.fallback == "placeholder" else solved_chance(self.agreement, self.leave_one_out)
 
 
 class Journal:
@@ -347,15 +352,13 @@ def _judged(
     predictions = result.predictions
     attempts = choose_attempts(predictions, task, config.vote)
     solutions = {i: grids for i, grids in task_set.solutions.items() if i == task.id}
-    agreement = min(_agreement(predictions, task, test, config) for test in range(len(task.test)))
-    learnt = result.adaptation or {}
     return TaskStatus(
         stage,
         attempts,
         result.adaptation is not None,
         result.fallback,
-        agreement,
-        solved_chance(agreement, learnt.get("leave_one_out", 0.0)) if predictions.candidates else 0.0,
+        min(_agreement(predictions, task, test, config) for test in range(len(task.test))),
+        (result.adaptation or {}).get("leave_one_out", 0.0),
         earlier_s,
         earlier_s + result.seconds,
         solved_outputs({task.id: first_attempts(attempts)}, solutions).get(task.id),

@@ -7,42 +7,46 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ..answers.chances import expected_solved, reliability
+from ..answers.chances import expected_solved, fit_coefficients, reliability
 from ..command import Parser
 from ..errors import UserError
 from ..puzzles import load_tasks
 from ..puzzles.pictures import reliability_curve
-from .journal import read_statuses
+from .journal import TaskStatus, read_statuses
 from .run_config import saved_config
 
 
-def judged_tasks(run_dir: Path) -> list[tuple[float, bool]]:
-    """Of each answered task of a run whose solution is known, its chance, and whether it is solved.
+def answered_tasks(run_dir: Path) -> list[tuple[TaskStatus, bool]]:
+    """Of each answered task of a run whose solution is known, how it stands, and whether it is solved.
 
     Raises:
         UserError: it is no run's folder, or no solution is known.
     """
+    if not run_dir.is_dir():
+        raise UserError(f"{run_dir} is no folder: give what --out of bin/solve was")
     config = saved_config(run_dir)
     task_set = load_tasks(config.tasks)
     if not task_set.solutions:
         raise UserError(f"no solution is known to the tasks of {run_dir} ({task_set.name})")
     best = {i: status for i, _, status in read_statuses(run_dir, task_set, config) if status}
-    return [(status.chance, all(status.solved)) for status in best.values() if status.solved is not None]
+    return [(status, all(status.solved)) for status in best.values() if status.solved is not None]
 
 
 def main(arguments: list[str]) -> int:
     parser = Parser(prog="bin/solve --reliability", description="Show how right predicted chances were.")
     parser.add_argument("--reliability", type=Path, nargs="+", required=True, metavar="RUN_DIR")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the curve there, as SVG or PNG by its name")
+    parser.add_argument("--fit", action="store_true", help="print what the coefficients would be on these runs")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     args = parser.parse_args(arguments)
-    judged = []
-    for run_dir in args.reliability:
-        if not run_dir.is_dir():
-            raise UserError(f"{run_dir} is no folder: give what --out of bin/solve was")
-        judged += judged_tasks(run_dir)
-    if not judged:
+    answered = [found for run_dir in args.reliability for found in answered_tasks(run_dir)]
+    if not answered:
         raise UserError("none of the tasks with a known solution has an answer yet")
+    if args.fit:
+        fitted = fit_coefficients([(status.agreement, status.leave_one_out, solved) for status, solved in answered])
+        print(json.dumps([round(value, 2) for value in fitted]))
+        return 0
+    judged = [(status.chance, solved) for status, solved in answered]
     bins = reliability(judged)
     number, low, high = expected_solved([chance for chance, _ in judged])
     solved = sum(right for _, right in judged)

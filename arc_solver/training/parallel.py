@@ -60,7 +60,7 @@ class ParallelContext:
             raise UserError('train.parallel="fsdp" needs train.optimizer="adamw": Muon takes whole matrices')
         self.precision = self._precision(config.train.precision)
         if self.device.type == "cpu":
-            keep_freed_memory(1 << 20)
+            keep_freed_memory(256 << 20)
         self.scaler = torch.amp.GradScaler(self.device.type) if self.precision == "fp16" else None
 
     @property

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from arc_solver.answers.chances import expected_solved, reliability, solved_chance
+from arc_solver.answers.chances import expected_solved, fit_coefficients, reliability, solved_chance
 from arc_solver.answers.submission import wilson
 
 
@@ -36,3 +36,13 @@ def test_bins_hold_every_task_once_and_what_came_of_it():
     assert [x.chance for x in bins] == pytest.approx([0.075, 0.2, 0.975])
     assert [(x.low, x.high) for x in bins] == [wilson(1, 2), wilson(0, 1), wilson(2, 2)]
     assert reliability([]) == []
+
+
+def test_coefficients_are_found_again(monkeypatch):
+    """Tasks drawn by known coefficients; the fit is as near to them as its number of tasks lets it be."""
+    rng, true = np.random.default_rng(0), (-2.0, 4.0, 1.5)
+    agreement, right = rng.uniform(size=(2, 20_000))
+    monkeypatch.setattr("arc_solver.answers.chances.COEFFICIENTS", true)
+    solved = [rng.uniform() < solved_chance(a, r) for a, r in zip(agreement, right, strict=True)]
+    assert fit_coefficients(list(zip(agreement, right, solved, strict=True))) == pytest.approx(true, abs=0.2)
+    assert all(map(math.isfinite, fit_coefficients([(0.0, 0.0, False), (1.0, 1.0, True)]))), "told apart perfectly"

@@ -46,7 +46,12 @@ def test_a_time_budget_is_kept_and_the_answers_are_whole(checkpoint, challenges,
     solve(words_for(checkpoint, challenges, tmp_path / "ordinary"))
     budget_s = max(30, round(2 * (time.monotonic() - began)))
     out = tmp_path / "run"
-    more = ["adapt.steps=1000000", "adapt.budget_tokens=100000000000", "run.workers=1"]  # leaves a core to other tests
+    more = [
+        "adapt.steps=1000000",
+        "adapt.stop=never",
+        "adapt.budget_tokens=100000000000",
+        "run.workers=1",
+    ]  # leaves a core to other tests
     more += ["--time-budget", f"{budget_s}s"]
     began = time.monotonic()
     said = solve(words_for(checkpoint, challenges, out, *more))
@@ -82,7 +87,7 @@ def test_ray_workers_give_the_same_and_may_be_killed(checkpoint, whole, tmp_path
 
 
 def test_ctrl_c_and_sigterm_stop_at_once_and_the_command_says_how_to_go_on(checkpoint, challenges, tmp_path):
-    endless = ["adapt.steps=100000", "adapt.budget_tokens=1000000000"]
+    endless = ["adapt.steps=100000", "adapt.stop=never", "adapt.budget_tokens=1000000000"]
     for number, executor in ((signal.SIGINT, "processes"), (signal.SIGTERM, "processes"), (signal.SIGTERM, "ray")):
         out = tmp_path / f"{number}-{executor}"
         process = start(words_for(checkpoint, challenges, out, *endless, "--executor", executor))

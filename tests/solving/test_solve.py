@@ -136,6 +136,7 @@ def test_an_engine_that_cannot_serve_the_model_is_refused_before_any_work(checkp
 
 def test_a_killed_main_process_leaves_no_workers(checkpoint, challenges, tmp_path):
     words = ["--tasks", challenges, "--out", tmp_path / "run", f"model.path={checkpoint}", "adapt.steps=1000000"]
+    words += ["adapt.stop=never"]
     process = start([*words, "adapt.budget_tokens=1000000000000", "run.workers=2"])
     while not (tmp_path / "run" / "submission.json").exists():
         assert process.poll() is None
@@ -206,7 +207,9 @@ def test_a_job_does_not_depend_on_what_ran_before(toy_model, rng):
 
 def test_jobs_end_with_their_time(toy_model, rng):
     """Adapting stops after the step in which time is up; asking gives what is there, which may be nothing."""
-    config = Config(adapt=AdaptConfig(steps=10**6, budget_tokens=10**12, rank=2), predict=PredictConfig(views=4))
+    config = Config(
+        adapt=AdaptConfig(steps=10**6, budget_tokens=10**12, rank=2, stop="never"), predict=PredictConfig(views=4)
+    )
     task = flip_task(rng)
     worker = Worker(toy_model, None, config, TorchEngine(toy_model, 10_000))
     (adaptation,) = worker.run(AdaptJob((task,), seconds=0.5)).values
