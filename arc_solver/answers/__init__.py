@@ -6,6 +6,7 @@ In the order of reading; each imports only from those before it:
     vote        candidates -> two attempts: rules and priors
     comparison  two ways of solving the same tasks, compared
     submission  the submission file: build, validate, score, merge; `bin/score`
+    chances     how likely a task is solved, without knowing the solution
     revote      selection again, from the saved candidates of runs
 """
 

@@ -136,7 +136,7 @@ def test_the_time_of_a_task_is_that_of_all_its_stages(tmp_path, rng):
 def test_adaptations_come_back_as_they_were(tmp_path, rng, toy_model):
     found = some_tasks(rng, 2)
     adapters = [random_adapter(toy_model, seed) for seed in range(2)]
-    learnt = [Adaptation(adapter, 3, 40, 1.5, 0.5, 2.0, 0, "steps") for adapter in adapters]
+    learnt = [Adaptation(adapter, 3, 40, 1.5, 0.5, 2.0, 0, 0.75, "steps") for adapter in adapters]
     with opened(tmp_path, found) as journal:
         journal.save_adaptations(found.tasks, learnt, 0)
         for task, adaptation in zip(found.tasks, learnt, strict=True):

@@ -60,7 +60,7 @@ class Pretender:
         return JobOutput([getattr(self, kind)(task, job) for task in job.tasks], ResourceUsage(seconds, 0.0, 1, 1))
 
     def adapt(self, task, job):
-        return Adaptation(Adapter(1, 1.0, {}), 10, int(task.tokens * 40 * self.share), 1.0, 0.1, 0.01, 0, "steps")
+        return Adaptation(Adapter(1, 1.0, {}), 10, int(task.tokens * 40 * self.share), 1.0, 0.1, 0.01, 0, 0.5, "steps")
 
     def ask(self, task, job):
         views = range(job.config.views)
