@@ -128,7 +128,7 @@ def reliability_curve(points: Sequence[tuple[float, float, float, float, int]], 
     above = [high - share for share, high in zip(shares, highs, strict=True)]
     axes.errorbar(chances, shares, (below, above), fmt="o-", linewidth=1, capsize=3, label="tasks, with 95% intervals")
     for chance, share, count in zip(chances, shares, counts, strict=True):
-        axes.annotate(f"{count}", (chance, share), xytext=(7, -11), textcoords="offset points", fontsize=8)
+        axes.annotate(f"{count}", (chance, share), xytext=(7, 5), textcoords="offset points", fontsize=8)
     axes.set(xlabel="predicted chance", ylabel="share that is solved", xlim=(0, 1), ylim=(0, 1))
     axes.set_title(title, fontsize=9)
     axes.grid(alpha=0.3)
