@@ -81,7 +81,7 @@ def _demo() -> tuple[Model, AdaptConfig, list[Task]]:
     config, device = load_config(None, [f"adapt.steps={STEPS}", "adapt.stop=never"]).adapt, pick_device("auto")
     if device.type == "cpu":
         torch.set_num_threads(1)
-        keep_freed_memory(256 << 20)
+        keep_freed_memory()
     model = load_model("", device, fast_dtype(device))
     return model, config, group_by_length(load_tasks(TasksConfig(spec="demo")).tasks, config, device)[0]
 

@@ -35,7 +35,7 @@ def compare_precisions() -> list[PrecisionMeasurement]:
     config, device = load_config(None, SETTINGS), pick_device("auto")
     if device.type == "cpu":
         torch.set_num_threads(1)
-        keep_freed_memory(256 << 20)
+        keep_freed_memory()
     tasks = load_tasks(TasksConfig(spec="demo")).tasks
     models = [load_model("", device, dtype) for dtype in (fast_dtype(device), torch.float32)]
     found = []

@@ -236,7 +236,9 @@ class ManualAttention:
         if self.by_products:
             assert packing is not None
             scale = self.scaling or q_BHTD.shape[-1] ** -0.5
-            out, self.saved = _by_products(q_BHTD[0], k_BGKD[0], v_BGKD[0], packing.ends_S, scale)
+            k_BHTD, v_BHTD = _as_many_heads(q_BHTD, k_BGKD, v_BGKD)
+            out, weights = _by_products(q_BHTD[0], k_BHTD[0], v_BHTD[0], packing.ends_S, scale)
+            self.saved = q_BHTD[0], k_BHTD[0], v_BHTD[0], weights, packing.ends_S, scale, k_BGKD.shape[1]
             return out[None]
         q, k, v = (x.detach().requires_grad_() for x in (q_BHTD, k_BGKD, v_BGKD))
         with torch.enable_grad():
@@ -297,14 +299,8 @@ def _packed_backward(
 Weights = list[Tensor]  # of a sequence: of each block of queries, [H, queries, keys that they see]
 
 
-def _by_products(q: Tensor, k: Tensor, v: Tensor, ends_S: Tensor, scale: float) -> tuple[Tensor, tuple[Any, ...]]:
-    """Causal attention inside each of the sequences by matrix products, and what backward needs.
-
-    [H, T, D] each; keys and values may have fewer heads.
-    """
-    groups = k.shape[0]
-    if groups != len(q):
-        k, v = (x.repeat_interleave(len(q) // groups, 0) for x in (k, v))
+def _by_products(q: Tensor, k: Tensor, v: Tensor, ends_S: Tensor, scale: float) -> tuple[Tensor, list[Weights]]:
+    """Causal attention inside each of the sequences by matrix products, and its weights. [H, T, D] each."""
     out_THD = q.new_empty(q.shape[1], len(q), q.shape[2])
     start, weights = 0, []
     for end in ends_S.tolist():
@@ -313,12 +309,13 @@ def _by_products(q: Tensor, k: Tensor, v: Tensor, ends_S: Tensor, scale: float) 
         for (rows, seen), block in zip(_blocks(end - start), weights[-1], strict=True):
             out_THD[s][rows] = torch.bmm(block, v[:, s][:, seen]).transpose(0, 1)
         start = end
-    return out_THD.transpose(0, 1), (q, k, v, weights, ends_S, scale, groups)
+    return out_THD.transpose(0, 1), weights
 
 
 def _by_products_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: list[Weights], ends_S: Tensor, scale: float, groups: int
 ) -> tuple[Tensor, ...]:
+    """Its gradients; of keys and values summed over the heads of each group."""
     grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     start = 0
     for end, of_sequence in zip(ends_S.tolist(), weights, strict=True):

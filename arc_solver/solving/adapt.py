@@ -306,7 +306,7 @@ class _Learner:
 
     @property
     def leave_one_out(self) -> float:
-        """Share of the last steps in which all held-out outputs were answered exactly; 0 before there were as many."""
+        """Share of the last steps in which all held-out outputs were answered exactly; those to come were not."""
         asked = max(FEWEST, ROUNDS * len(self.task.train))
         last = self.exact[-math.ceil(asked / self.config.batch_size) :]
         return sum(last) * self.config.batch_size / max(asked, len(last) * self.config.batch_size)
@@ -336,10 +336,10 @@ def _step(
         learner.step(spent)
     for learner in live:
         learner.draw()
-    losses, wrong, norms = torch.cat((losses_L, wrong_L, norms_K)).split([len(live), len(live), bank.count])
-    noted = zip(live, samples, losses.tolist(), wrong.tolist(), strict=True)
-    for learner, used, loss, mistakes in noted:
-        learner.note(used, loss, mistakes == 0, float(norms[learner.k]), starts[learner.k])
+    noted = torch.cat((losses_L, wrong_L, norms_K)).tolist()  # once, as a GPU is waited for
+    losses, wrong, norms = noted[: len(live)], noted[len(live) : -bank.count], noted[-bank.count :]
+    for learner, used, loss, mistakes in zip(live, samples, losses, wrong, strict=True):
+        learner.note(used, loss, mistakes == 0, norms[learner.k], starts[learner.k])
 
 
 def _backward(

@@ -10,10 +10,9 @@ from rich.table import Table
 from ..answers.chances import expected_solved, fit_coefficients, reliability
 from ..command import Parser
 from ..errors import UserError
-from ..puzzles import load_tasks
 from ..puzzles.pictures import reliability_curve
-from .journal import TaskStatus, read_statuses
-from .run_config import saved_config
+from .journal import TaskStatus
+from .status import best_statuses
 
 
 def answered_tasks(run_dir: Path) -> list[tuple[TaskStatus, bool]]:
@@ -22,14 +21,10 @@ def answered_tasks(run_dir: Path) -> list[tuple[TaskStatus, bool]]:
     Raises:
         UserError: it is no run's folder, or no solution is known.
     """
-    if not run_dir.is_dir():
-        raise UserError(f"{run_dir} is no folder: give what --out of bin/solve was")
-    config = saved_config(run_dir)
-    task_set = load_tasks(config.tasks)
+    task_set, statuses = best_statuses(run_dir)
     if not task_set.solutions:
         raise UserError(f"no solution is known to the tasks of {run_dir} ({task_set.name})")
-    best = {i: status for i, _, status in read_statuses(run_dir, task_set, config) if status}
-    return [(status, all(status.solved)) for status in best.values() if status.solved is not None]
+    return [(status, all(status.solved)) for status in statuses.values() if status.solved is not None]
 
 
 def main(arguments: list[str]) -> int:

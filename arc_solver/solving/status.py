@@ -175,11 +175,22 @@ def read_status(run_dir: Path) -> tuple[str, dict[str, Any]]:
     Raises:
         UserError: it is no run's folder, or its tasks are not found any more.
     """
+    task_set, statuses = best_statuses(run_dir)
+    return task_set.name, {**last_summary(run_dir), **counts(task_set, statuses)}
+
+
+def best_statuses(run_dir: Path) -> tuple[TaskSet, dict[str, TaskStatus]]:
+    """The tasks of a run, and how those that have an answer stand.
+
+    Raises:
+        UserError: it is no run's folder, or its tasks are not found any more.
+    """
+    if not run_dir.is_dir():
+        raise UserError(f"{run_dir} is no folder: give what --out of bin/solve was")
     config = saved_config(run_dir)
     task_set = load_tasks(config.tasks)
     # What cannot be read is solved again when the run goes on.
-    statuses = {i: status for i, _, status in read_statuses(run_dir, task_set, config) if status}
-    return task_set.name, {**last_summary(run_dir), **counts(task_set, statuses)}
+    return task_set, {i: status for i, _, status in read_statuses(run_dir, task_set, config) if status}
 
 
 def last_summary(run_dir: Path) -> dict[str, Any]:
@@ -196,8 +207,6 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--status", type=Path, required=True, metavar="RUN_DIR", help="a folder that bin/solve wrote")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     args = parser.parse_args(arguments)
-    if not args.status.is_dir():
-        raise UserError(f"{args.status} is no folder: give what --out of bin/solve was")
     name, content = read_status(args.status)
     if args.json:
         print(json.dumps(content))

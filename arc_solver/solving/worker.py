@@ -152,7 +152,7 @@ def make_worker(config: Config, number: int = 0, neighbours: int = 0) -> Worker:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if device.type == "cpu":
         torch.set_num_threads(1)  # one core a worker; and results then depend on no thread count
-        keep_freed_memory(256 << 20)
+        keep_freed_memory()
     neighbours = neighbours or cores()
     model, start = load_base(config, device)
     engine = make_engine(model, start, config, neighbours)

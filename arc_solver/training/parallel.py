@@ -60,7 +60,7 @@ class ParallelContext:
             raise UserError('train.parallel="fsdp" needs train.optimizer="adamw": Muon takes whole matrices')
         self.precision = self._precision(config.train.precision)
         if self.device.type == "cpu":
-            keep_freed_memory(256 << 20)
+            keep_freed_memory()
         self.scaler = torch.amp.GradScaler(self.device.type) if self.precision == "fp16" else None
 
     @property
@@ -202,7 +202,7 @@ def decoder_layers(lm: Any) -> list[nn.Module]:
     return max((list(m) for m in lm.modules() if isinstance(m, nn.ModuleList)), key=len)
 
 
-def keep_freed_memory(size: int) -> None:
+def keep_freed_memory(size: int = 256 << 20) -> None:
     """Makes glibc keep freed blocks of up to `size` bytes for later, and give larger ones back to the system.
 
     Its default does the one now and the other then: it keeps up to three times what a step of training needs, yet asks

@@ -46,12 +46,8 @@ def test_a_time_budget_is_kept_and_the_answers_are_whole(checkpoint, challenges,
     solve(words_for(checkpoint, challenges, tmp_path / "ordinary"))
     budget_s = max(30, round(2 * (time.monotonic() - began)))
     out = tmp_path / "run"
-    more = [
-        "adapt.steps=1000000",
-        "adapt.stop=never",
-        "adapt.budget_tokens=100000000000",
-        "run.workers=1",
-    ]  # leaves a core to other tests
+    more = ["adapt.steps=1000000", "adapt.stop=never", "adapt.budget_tokens=100000000000"]
+    more += ["run.workers=1"]  # leaves a core to other tests
     more += ["--time-budget", f"{budget_s}s"]
     began = time.monotonic()
     said = solve(words_for(checkpoint, challenges, out, *more))
