@@ -132,7 +132,7 @@ class ModelConfig(Section):
 class LoraConfig(Section):
     """Offline LoRA: an adapter is trained instead of the weights themselves."""
 
-    enabled: bool = False  # whether bin/train trains an adapter
+    enabled: bool = False  # whether bin/train trains an adapter, and the joint stage of bin/solve one that is merged
     rank: PositiveInt = 64  # of the adapter's matrices
     alpha: PositiveFloat = 64.0  # what the adapter is scaled by, see rslora
     rslora: bool = True  # scale by alpha / sqrt(rank) instead of alpha / rank
@@ -325,6 +325,12 @@ class AdaptConfig(OptimConfig):
     keep_background: Share = 0.8  # share of samples in which colour 0 stays 0
     output_only: OutputOnly = "permute"  # colours that only outputs have: left as they are, or permuted too
     labels: Literal["all-but-first", "last", "all"] = "all-but-first"  # the outputs that are learnt
+    # Tokens of the joint stage, as a share of those that all adapters are planned to take; 0 = none. In it the model
+    # itself learns what all tasks of the run demonstrate, before each gets its adapter: all of its weights, or as
+    # [lora] says if lora.enabled. With a time budget it has no more than that share of the time. It needs the extra
+    # `train`.
+    joint: Share = 0.0
+    joint_lr: PositiveFloat = 1e-3  # its peak learning rate
 
 
 class EngineConfig(Section):
@@ -442,6 +448,11 @@ class Config(Section):
             raise ValueError(
                 "model.quantize: an adapter cannot be merged into quantised weights; set adapt.start=pretrained, or"
                 " give the merged model that bin/train left as model.path"
+            )
+        if self.adapt.joint and (self.model.quantize or self.adapt.start == "pretrained"):
+            raise ValueError(
+                "adapt.joint changes the weights, which quantised ones do not allow and an adapter with adapt.start="
+                '"pretrained" is not for: leave one of them out'
             )
         if not self.predict.score and self.vote.rule not in ("votes", "hierarchical"):
             raise ValueError(f'vote.rule="{self.vote.rule}" needs predict.score: leave it on, or set vote.rule=votes')

@@ -8,6 +8,7 @@ In the order of reading; each imports only from those before it:
     executors    where jobs run: here, in processes, on Ray
     worker       what a job is, and who does it
     run_config   the config of a run, kept and compared
+    joint        before that, one model for all tasks of the run
     journal      the run directory: kept whole, continued after a kill
     budget       how long a job may take
     scheduler    which job is next, and what follows from failures

@@ -108,11 +108,17 @@ def _held_out_last(
 
 def planned_steps(task: Task, config: AdaptConfig) -> int:
     """Steps that a task gets: `config.steps`, fewer where they would cost more than `config.budget_tokens`."""
-    return max(1, min(config.steps, config.budget_tokens // _step_tokens(task, config)))
+    return max(1, min(config.steps, config.budget_tokens // step_tokens(task, config)))
 
 
-def _step_tokens(task: Task, config: AdaptConfig) -> int:
+def step_tokens(task: Task, config: AdaptConfig) -> int:
+    """Tokens of a step of a task, at most."""
     return min(task.tokens, config.max_tokens) * config.batch_size
+
+
+def group_room(config: AdaptConfig, device: torch.device) -> int:
+    """Tokens of a step of all tasks that are adapted at once, at most."""
+    return config.group_tokens or (CPU_GROUP_TOKENS if device.type == "cpu" else GPU_GROUP_TOKENS)
 
 
 def group_by_length(
@@ -123,15 +129,14 @@ def group_by_length(
     Args:
         most: tasks in a group for which there is memory; 0: it does not matter.
     """
-    on_cpu = device.type == "cpu"
-    room = config.group_tokens or (CPU_GROUP_TOKENS if on_cpu else GPU_GROUP_TOKENS)
+    on_cpu, room = device.type == "cpu", group_room(config, device)
     wanted = config.together or (max(1, len(tasks) // CPU_GROUPS) if on_cpu else len(tasks))
     most = min(wanted, most or wanted)
     groups: list[list[Task]] = []
-    for task in sorted(tasks, key=lambda task: (-_step_tokens(task, config), task.id)):
-        longest = _step_tokens(groups[-1][0], config) if groups else 0
+    for task in sorted(tasks, key=lambda task: (-step_tokens(task, config), task.id)):
+        longest = step_tokens(groups[-1][0], config) if groups else 0
         fits = groups and len(groups[-1]) < most and longest * (len(groups[-1]) + 1) <= room
-        if fits and _step_tokens(task, config) > 0.8 * longest:
+        if fits and step_tokens(task, config) > 0.8 * longest:
             groups[-1].append(task)
         else:
             groups.append([task])

@@ -4,6 +4,7 @@
     submission.json               there from the first moment, and valid at every other
     unadapted/ tasks/ again/      a file for each task: all answers and scores, from which can be voted again. The first
                                   are of a cheap pass without adaptation, the last of a second round; the best counts
+    joint/ joint.json             the joint stage, if there is one, and what it took; see `joint.py`
     adapters/                     what adaptation learnt, written before any task of its group is asked
     log.jsonl                     a line for everything that happened
     summary.json                  how it stands: see `status.py`

@@ -27,7 +27,7 @@ from ..answers.submission import table_of
 from ..answers.vote import rank
 from ..clock import process_age_s
 from ..config import Config
-from ..data import TrainingData, leak_audit
+from ..data import TrainingData, leak_audit, read_training_data
 from ..decoding.engine_choice import check_engine, engine_kind
 from ..models import checkpoint_dir, describe_precision, fresh_adapter, pick_device, unverified_base_warning
 from ..models.hardware import whole_memory
@@ -40,6 +40,7 @@ from . import status
 from .adapt import group_by_length, max_group_size
 from .budget import Budget
 from .executors import SPAWN, Executor, cores, make_executor, start_preloading
+from .joint import joint_record, train_jointly
 from .journal import Journal, open_journal
 from .scheduler import FinishedTask, Scheduler
 from .status import Meter
@@ -61,7 +62,7 @@ def solve(scheduler: Scheduler, executor: Executor, deadline: float, console: Co
     """Solves what is not solved yet, until `deadline` of `time.monotonic()`. The summary of the run."""
     journal, config = scheduler.journal, scheduler.config
     task_set = journal.task_set
-    meter = Meter(executor.count, deadline, status.last_summary(journal.run_dir))
+    meter = Meter(executor.count, deadline, status.last_summary(journal.run_dir), joint_record(journal.run_dir))
     with _progress_bar(console, deadline) as bar:
         line = bar.add_task("solving", total=1.0, tasks_done=len(journal.statuses), tasks=len(task_set.tasks))
         for done in executor.map_unordered(scheduler.jobs(), until=deadline):
@@ -241,33 +242,40 @@ def run(config: Config, task_set: TaskSet, run_dir: Path) -> int:
     groups = group_by_length(chosen, config.adapt, device, most)
     weights = [checkpoint_dir(config.model.path), *([Path(config.model.adapter)] if config.model.adapter else [])]
     count = worker_count(config, len(groups))
-    make = partial(make_worker, config, neighbours=count)
     with ExitStack() as stack:
-        address = config.run.address or None
-        executor = stack.enter_context(make_executor(config.run.executor, make, count, address, context))
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # once more: Ray has put its own there
-        journal = stack.enter_context(open_journal(run_dir, task_set, config, weights))
-        plain(
-            f"{_count(len(task_set.tasks), 'task')} from {task_set.name};"
-            f" model of {parameters:,} parameters on {device} in {describe_precision(device)},"
-            f" {_count(executor.count, 'worker')}; engine {kind} ({why}); run directory {run_dir}"
-        )
-        if config.model.adapter and (remark := unverified_base_warning(Path(config.model.adapter))):
-            plain(remark)
-        if journal.continued:
-            plain(f"continued: {len(journal.statuses)} of {len(task_set.tasks)} tasks have an answer")
-        for file in journal.damaged:
-            plain(f"{file} could not be read and is solved again")
+        begin = partial(open_journal, run_dir, task_set, config, weights)
         try:
+            # What refuses to start leaves no run behind, if it can: so the workers come before the run's folder.
+            journal = stack.enter_context(begin()) if config.adapt.joint else None
+            used = train_jointly(config, chosen, run_dir, device, deadline, plain) if journal else config
+            make, address = partial(make_worker, used, neighbours=count), config.run.address or None
+            executor = stack.enter_context(make_executor(config.run.executor, make, count, address, context))
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # once more: Ray has put its own there
+            journal = journal or stack.enter_context(begin())
+            plain(
+                f"{_count(len(task_set.tasks), 'task')} from {task_set.name};"
+                f" model of {parameters:,} parameters on {device} in {describe_precision(device)},"
+                f" {_count(executor.count, 'worker')}; engine {kind} ({why}); run directory {run_dir}"
+            )
+            if config.model.adapter and (remark := unverified_base_warning(Path(config.model.adapter))):
+                plain(remark)
+            if journal.continued:
+                plain(f"continued: {len(journal.statuses)} of {len(task_set.tasks)} tasks have an answer")
+            for file in journal.damaged:
+                plain(f"{file} could not be read and is solved again")
             chunks, budget = partial(prediction_groups, device=device), Budget(executor.count, deadline)
             summary = solve(Scheduler(groups, chunks, config, journal, budget), executor, deadline, console)
         except KeyboardInterrupt:
+            if not journal:
+                raise
             print(
                 f"interrupted; the answers so far are in {run_dir}/submission.json, and bin/solve --out {run_dir}"
                 " goes on",
                 file=sys.stderr,
             )
             return 1
+    if config.adapt.joint:
+        trained_on = read_training_data(Path(used.model.path))
     shown = _picture(task_set, journal, config, trained_on, summary)
     try:
         save_picture(shown, run_dir / "report.svg", "bin/solve")

@@ -35,11 +35,13 @@ class Meter:
 
     Args:
         before: the summary of what was done before the run was continued.
+        joint: what the joint stage took, if there was one: its steps, tokens and minutes.
     """
 
     workers: int
     deadline: float
     before: Mapping[str, Any]
+    joint: Mapping[str, Any] | None = None
     began: float = field(default_factory=time.monotonic)
     adapting_s: float = 0.0  # of all workers together
     asking_s: float = 0.0
@@ -73,6 +75,7 @@ class Meter:
         utilisation = sum(self.gpu) / len(self.gpu) if self.gpu else self.cpu_s / max(1e-9, self.workers * spent)
         return {
             **counts(task_set, statuses),
+            "joint": self.joint,
             "seconds": {
                 "whole": round(spent + earlier.get("whole", 0.0), 2),
                 "adapting": round(self.adapting_s + earlier.get("adapting", 0.0), 2),
@@ -148,9 +151,12 @@ def summary_rows(content: Mapping[str, Any]) -> list[Row]:
         shown.append(("tasks expected to be solved, 95%, from agreement and leave-one-out", says))
     if times := content["seconds_per_task"]:
         shown.append(("time per task, of one worker", "median {median:.0f} s, longest {longest:.0f} s".format(**times)))
+    if joint := content.get("joint"):
+        shown.append(("joint stage", "{minutes:.1f} minutes; {steps:,} steps, {tokens:,} tokens".format(**joint)))
     if seconds := content.get("seconds"):
         spent = f"{seconds['adapting']:.0f} s adapting, {seconds['asking']:.0f} s asking, of all workers together"
-        shown.append(("time", f"{seconds['whole']:.0f} s; {spent}"))
+        after = " after the joint stage" if joint else ""
+        shown.append((f"time{after}", f"{seconds['whole']:.0f} s; {spent}"))
         shown.append(("workers", f"{content['workers']}, busy {content['busy']:.0%} of the time"))
         shown.append((f"utilisation of their {content['utilisation_of']}", f"{content['utilisation']:.0%}"))
         shown.append(("peak memory of the workers", f"{content['peak_memory_bytes'] / 2**30:.2f} GiB"))

@@ -238,7 +238,7 @@ def decide_compile(
 
     Args:
         lm: what is trained, with its adapter if it has one.
-        left_s: that the run may take.
+        left_s: that the run may take, or that its steps would, not compiled.
     """
     seconds = COMPILE_LAYER_S * len(decoder_layers(lm))
     against = f"train.compile={config.compile}"

@@ -206,8 +206,10 @@ def _train_stages(run: Run, plan: Plan, checkpoint: Path | None) -> None:
                 load_states(source, run.parallel, run.model, optimizers, moments_only=True)
             # Of the time that is left, a stage gets its share of the work that is left.
             share = work[index] / sum(work[index:])
-            choice = decide_compile(run.model.lm, stage.train, run.parallel, clock.max_s - clock.now_s())
-            pace = _pace(run, stage.train, plan, share, choice.seconds)
+            step_s = _step_s(run, stage.train, plan)
+            left_s = min(clock.max_s - clock.now_s(), step_s * (stage.train.steps - progress.step))
+            choice = decide_compile(run.model.lm, stage.train, run.parallel, left_s)
+            pace = _pace(run, share, step_s, choice.seconds)
             run.console.print(_announcement(choice, pace))
             _train_stage(run, stage, _loss_of(run, choice), optimizers, pace, log)
             if not progress.step:
@@ -220,14 +222,17 @@ def _train_stages(run: Run, plan: Plan, checkpoint: Path | None) -> None:
         _end(run, log)
 
 
-def _pace(run: Run, train: TrainConfig, plan: Plan, share: float, compile_s: float) -> Pace:
+def _step_s(run: Run, train: TrainConfig, plan: Plan) -> float:
+    """The seconds that a step which is not compiled is thought to take."""
+    # Forward and backward cost three forward passes, four where activations are recomputed.
+    passes = (4 if train.checkpointing else 3) * train.batches_per_step / run.parallel.processes
+    return run.parallel.broadcast(passes * train.batch_tokens * plan.token_s)
+
+
+def _pace(run: Run, share: float, step_s: float, compile_s: float) -> Pace:
     """The time of the stage that the run stands in, which has that share of what is left when it begins."""
     progress, clock = run.progress, run.clock
     began_s = progress.stage_began_s
-    # Forward and backward cost three forward passes, four where activations are recomputed.
-    passes = (4 if train.checkpointing else 3) * train.batches_per_step / run.parallel.processes
-    step_s = passes * train.batch_tokens * plan.token_s
-    step_s = run.parallel.broadcast(step_s) if clock.limited else step_s
     return Pace(
         clock.now_s,
         lambda: began_s + (clock.steps_until_s() - began_s) * share if clock.limited else math.inf,

@@ -1,0 +1,135 @@
+"""The joint stage: before each task gets its adapter, the model itself learns what all tasks of a run demonstrate.
+
+It is a run of `bin/train` in RUN_DIR/joint, on the demonstrations in RUN_DIR/demonstrations.json. No test output is
+among them, and of each task with three demonstrations or more the last is kept for the adapters, which then have one
+that the weights have not seen. Killed at any moment, it goes on from its last checkpoint. On a CPU its last bits depend
+on the number of cores, as all of them work on it.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import AuditConfig, Config, CorpusConfig, SourceConfig, StageConfig, TrainConfig, ValidationConfig
+from ..errors import UserError
+from ..files import write_json, write_whole
+from ..models import checkpoint_dir
+from ..puzzles import Task, challenge, read_json
+from ..training.checkpoints import latest_checkpoint, load_progress
+from .adapt import group_room, planned_steps, step_tokens
+
+DEMONSTRATIONS, RECORD = "demonstrations.json", "joint.json"
+KEPT_FROM = 3  # demonstrations, from which on one is kept for the adapters
+PAIRS = (2, 8)  # of a sample
+NEVER = 10**9  # steps
+VALIDATION = ValidationConfig(tasks=1, re_arc=False, tokens=2048, every=NEVER)  # as little as there can be
+
+
+def train_jointly(
+    config: Config,
+    tasks: Sequence[Task],
+    run_dir: Path,
+    device: torch.device,
+    deadline: float,
+    say: Callable[[str], None],
+) -> Config:
+    """Trains on all tasks' demonstrations, unless that was done before. The config of the workers, with that model.
+
+    Args:
+        deadline: of the whole run, of `time.monotonic()`; infinite: there is no hurry.
+
+    Raises:
+        UserError: PEFT, accelerate or TensorBoard is missing.
+        KeyboardInterrupt: it was asked to end; a checkpoint is kept.
+    """
+    if not (run_dir / RECORD).exists():
+        _train(config, tasks, run_dir, device, deadline, say)
+    model = config.model.model_copy(update={"path": str((run_dir / "joint" / "model").absolute()), "adapter": ""})
+    return config.model_copy(update={"model": model})
+
+
+def _train(
+    config: Config,
+    tasks: Sequence[Task],
+    run_dir: Path,
+    device: torch.device,
+    deadline: float,
+    say: Callable[[str], None],
+) -> None:
+    from ..training.train import train  # imports Accelerate, which whoever solves without this stage may not have
+
+    out_dir, share = run_dir / "joint", config.adapt.joint
+    write_whole(run_dir / DEMONSTRATIONS, json.dumps(shown(tasks)) + "\n")
+    began = (out_dir / "config.json").exists()
+    checkpoint = latest_checkpoint(out_dir) if began else None
+    spent_s = load_progress(checkpoint).spent_s if checkpoint else 0.0
+    most_s = spent_s + share / (1 + share) * (deadline - time.monotonic())
+    settings = training_config(config, tasks, run_dir / DEMONSTRATIONS, device)
+    say(f"joint stage: at most {settings.train.steps:,} steps on the demonstrations of all tasks, in {out_dir}")
+    try:
+        train(settings, out_dir, most_s, resume=began)
+    except UserError:
+        if not (out_dir / "model" / "config.json").exists():
+            raise
+        say(f"joint stage: {most_s:.0f} s, its share of the time, left none for a step; the model is what it was")
+    done = read_json(out_dir / "model" / "training.json")
+    write_json(run_dir / RECORD, {name: done[name] for name in ("steps", "tokens", "minutes")})
+
+
+def joint_record(run_dir: Path) -> dict[str, Any] | None:
+    """Steps, tokens and minutes of the joint stage of a run; None: it had none, or is in it."""
+    file = run_dir / RECORD
+    return dict(read_json(file)) if file.exists() else None
+
+
+def shown(tasks: Sequence[Task]) -> dict[str, Any]:
+    """What the joint stage learns of each task, in the form of task files."""
+    content = {}
+    for task in tasks:
+        told = challenge(task)
+        if len(told["train"]) >= KEPT_FROM:
+            told["train"] = told["train"][:-1]
+        content[task.id] = told
+    return content
+
+
+def training_config(config: Config, tasks: Sequence[Task], demonstrations: Path, device: torch.device) -> Config:
+    """The joint stage of a run as a config of `bin/train`."""
+    adapt = config.adapt
+    batch_tokens = max(group_room(adapt, device), adapt.max_tokens)
+    planned = sum(planned_steps(task, adapt) * step_tokens(task, adapt) for task in tasks)
+    train = TrainConfig(
+        optimizer="adamw",
+        lr=adapt.joint_lr,
+        weight_decay=0.0,
+        schedule="linear",
+        steps=max(1, math.ceil(adapt.joint * planned / batch_tokens)),
+        batch_tokens=batch_tokens,
+        checkpointing=adapt.recompute == "yes",
+        labels=adapt.labels,
+    )
+    corpus = CorpusConfig(
+        sources=(SourceConfig(kind="demonstrations", path=str(demonstrations.absolute())),),
+        pairs=PAIRS,
+        max_tokens=adapt.max_tokens,
+        keep_background=adapt.keep_background,
+        output_only=adapt.output_only,
+    )
+    # A demonstration that is another task's test pair would be a leak: tasks that have one are left out.
+    audit = AuditConfig(scored_on=(config.tasks.spec,), overlap="exclude", exclude=())
+    return Config(
+        run=config.run,
+        model=config.model.model_copy(update={"path": str(checkpoint_dir(config.model.path))}),
+        format=config.format,
+        lora=config.lora.model_copy(update={"save": "merged"}),
+        corpus=corpus,
+        validation=VALIDATION,
+        audit=audit,
+        train=train,
+        stages=(StageConfig(name="joint", train=train, corpus=corpus),),
+    )
