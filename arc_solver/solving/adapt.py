@@ -45,6 +45,7 @@ CPU_GROUPS = 8  # there are at least, if there are as many tasks, so that all co
 ROUNDS = 4  # of all demonstrations, each of which was the held-out one
 FEWEST = 12  # held-out outputs, however few demonstrations there are
 SURE = 0.9  # share of them that is answered exactly, from which on a task needs no more
+KEPT_FROM = 3  # demonstrations, from which on a joint stage does not see the last one, see `joint.py`
 TAIL = 0.5  # of the steps so far: in so many more the learning rate falls to 0 before a task stops
 STEP_SHARE = 0.7  # of the free memory may go into what a forward pass keeps; the backward pass needs some besides
 ADAPTER_SHARE = 0.25  # of all memory may go into the adapters of a group
@@ -253,7 +254,8 @@ class _Learner:
     config: AdaptConfig
     format: FormatConfig
     losses: list[float] = field(default_factory=list)
-    exact: list[bool] = field(default_factory=list)  # of each step: whether all held-out outputs were answered so
+    # Of each step that holds out what the weights have not learnt: whether all held-out outputs were answered so.
+    exact: list[bool] = field(default_factory=list)
     decays_from: int = -1  # the step from which on the learning rate falls to 0; -1: it has not come to that
     ends: int = field(init=False)  # steps
     tokens: int = 0
@@ -262,6 +264,7 @@ class _Learner:
     optimizer: AdamW = field(init=False)
     samples: Iterator[tuple[Sample, int]] = field(init=False)
     drawn: list[Sample] = field(init=False)  # for the next step
+    is_question: bool = field(init=False)  # whether one of them holds out what the weights have not learnt
 
     def __post_init__(self) -> None:
         self.config = config = self.config.model_copy(update={"steps": planned_steps(self.task, self.config)})
@@ -277,7 +280,16 @@ class _Learner:
         return len(self.losses)
 
     def draw(self) -> None:
-        self.drawn = [next(self.samples)[0] for _ in range(self.config.batch_size)]
+        drawn = [next(self.samples) for _ in range(self.config.batch_size)]
+        self.drawn = [sample for sample, _ in drawn]
+        self.is_question = any(held_out in self.unseen for _, held_out in drawn)
+
+    @property
+    def unseen(self) -> range:
+        """Demonstrations that the weights have not learnt, by index: with a joint stage, those that it has not seen."""
+        count = len(self.task.train)
+        first = 0 if not self.config.joint else count - 1 if count >= KEPT_FROM else count
+        return range(first, count)
 
     def step(self, spent: float) -> None:
         """A step of the optimizer, from the gradients in the bank. `spent`: share of the time that is over."""
@@ -289,10 +301,14 @@ class _Learner:
             group["lr"] = self.config.lr * rate
         self.optimizer.step()
 
-    def note(self, used: Sequence[Sample], loss: float, exact: bool, norm: float, start: Adapter) -> None:
-        """What came of a step with these samples. Where it is not finite, the adapter is what it was at the start."""
+    def note(self, used: Sequence[Sample], loss: float, exact: bool | None, norm: float, start: Adapter) -> None:
+        """What came of a step with these samples. Where it is not finite, the adapter is what it was at the start.
+
+        Args:
+            exact: whether all that was held out was answered exactly; None: it was no question.
+        """
         self.losses.append(loss)
-        self.exact.append(exact)
+        self.exact += [] if exact is None else [exact]
         self.tokens += sum(map(len, used))
         shown = min(int((sample.ids_T == OUTPUT).sum()) for sample in used)
         self.dropped = max(self.dropped, len(self.task.train) - shown)
@@ -311,10 +327,9 @@ class _Learner:
 
     @property
     def leave_one_out(self) -> float:
-        """Share of the last steps in which all held-out outputs were answered exactly; those to come were not."""
-        asked = max(FEWEST, ROUNDS * len(self.task.train))
-        last = self.exact[-math.ceil(asked / self.config.batch_size) :]
-        return sum(last) * self.config.batch_size / max(asked, len(last) * self.config.batch_size)
+        """Share of the last questions of which all held-out outputs were answered exactly; those to come were not."""
+        asked = math.ceil(max(FEWEST, ROUNDS * len(self.unseen)) / self.config.batch_size)
+        return sum(self.exact[-asked:]) / asked
 
     def result(self, adapter: Adapter, seconds: float) -> Adaptation:
         losses = [loss for loss in self.losses if math.isfinite(loss)] or [0.0]
@@ -334,7 +349,7 @@ def _step(
     spent: float,
 ) -> None:
     """A step of all. What a GPU does is not waited for until the samples of the next step are drawn."""
-    samples = [learner.drawn for learner in live]
+    samples, are_questions = [learner.drawn for learner in live], [learner.is_question for learner in live]
     losses_L, wrong_L = _backward(model, bank, live, samples, passes)
     norms_K = bank.clip(live[0].config.clip)
     for learner in live:
@@ -343,8 +358,8 @@ def _step(
         learner.draw()
     noted = torch.cat((losses_L, wrong_L, norms_K)).tolist()  # once, as a GPU is waited for
     losses, wrong, norms = noted[: len(live)], noted[len(live) : -bank.count], noted[-bank.count :]
-    for learner, used, loss, mistakes in zip(live, samples, losses, wrong, strict=True):
-        learner.note(used, loss, mistakes == 0, norms[learner.k], starts[learner.k])
+    for learner, used, is_question, loss, mistakes in zip(live, samples, are_questions, losses, wrong, strict=True):
+        learner.note(used, loss, mistakes == 0 if is_question else None, norms[learner.k], starts[learner.k])
 
 
 def _backward(

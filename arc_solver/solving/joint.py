@@ -21,10 +21,9 @@ from ..files import write_json, write_whole
 from ..models import checkpoint_dir
 from ..puzzles import Task, challenge, read_json
 from ..training.checkpoints import latest_checkpoint, load_progress
-from .adapt import group_room, planned_steps, step_tokens
+from .adapt import KEPT_FROM, group_room, planned_steps, step_tokens
 
 DEMONSTRATIONS, RECORD = "demonstrations.json", "joint.json"
-KEPT_FROM = 3  # demonstrations, from which on one is kept for the adapters
 PAIRS = (2, 8)  # of a sample
 NEVER = 10**9  # steps
 VALIDATION = ValidationConfig(tasks=1, re_arc=False, tokens=2048, every=NEVER)  # as little as there can be
