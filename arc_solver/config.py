@@ -46,6 +46,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Quantize = Literal["", "8bit", "4bit"]
 Schedule = Literal["linear", "cosine", "constant", "cyclic", "wsd"]
+RULES_OF_FEW_SCORES = ("votes", "hierarchical", "product")  # that need no scores where product has no use for them
 OutputOnly = Literal["keep", "permute"]
 VoteRule = Literal["votes", "product", "mean-probability", "hierarchical", "probmul", "kgmon", "hierarchical-kgmon"]
 
@@ -356,7 +357,10 @@ class PredictConfig(Section):
     leaders: PositiveInt = 4  # views that are decoded first; their answers are the others' drafts
     threshold: Share = 0.0  # all answers of this probability or more are searched for, in every view; 0 = no search
     max_nodes: PositiveInt = 2048  # ids that a search may try in a view
-    score: bool = True  # every candidate's log-probability under every view
+    score: bool = True  # the candidates' log-probabilities under the views
+    # Under every view; else those that can hardly be among the best two by vote.rule=product any more are scored in no
+    # more views. Other rules need it, unless they only count votes.
+    score_all: bool = False
 
 
 class VoteConfig(Section):
@@ -456,6 +460,8 @@ class Config(Section):
             )
         if not self.predict.score and self.vote.rule not in ("votes", "hierarchical"):
             raise ValueError(f'vote.rule="{self.vote.rule}" needs predict.score: leave it on, or set vote.rule=votes')
+        if not self.predict.score_all and self.vote.rule not in RULES_OF_FEW_SCORES:
+            raise ValueError(f'vote.rule="{self.vote.rule}" needs all scores: set predict.score_all=true')
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise ValueError(f"two stages have the same name: {', '.join(names)}")

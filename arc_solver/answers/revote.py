@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..command import Parser
-from ..config import Config, VoteConfig, load_config
+from ..config import RULES_OF_FEW_SCORES, Config, VoteConfig, load_config
 from ..errors import UserError
 from ..puzzles import Task, TaskSet, grid_key, load_tasks, read_json
 from ..puzzles.tasks import Solutions
@@ -43,6 +43,12 @@ class SavedRun:
     task_set: TaskSet
     predictions: dict[str, Predictions]  # of the tasks that are done; placeholders have no candidates
     failed: int
+
+    @property
+    def partly_scored(self) -> int:
+        """Candidates that were scored in some views and not in all."""
+        scores = (c.log_probabilities for found in self.predictions.values() for c in found.candidates)
+        return sum(None in of and any(p is not None for p in of) for of in scores)
 
     @property
     def missing(self) -> int:
@@ -66,7 +72,8 @@ def read_run(run_dir: Path, overrides: Sequence[str] = ()) -> SavedRun:
         missing = "config.json" if run_dir.is_dir() else "a folder"  # a file is none
         missing = "tasks/" if (run_dir / "config.json").is_file() else missing
         raise UserError(f"{run_dir} is no run of bin/solve, {missing} is missing: give what its --out was")
-    config = load_config(None, [*_saved_words(run_dir / "config.json"), *overrides])
+    # Whether all answers were scored is seen below; that is no reason not to try another rule.
+    config = load_config(None, [*_saved_words(run_dir / "config.json"), "predict.score_all=true", *overrides])
     task_set = load_tasks(config.tasks)
     predictions, failed = {}, 0
     for task in task_set.tasks:
@@ -159,6 +166,8 @@ def revote(run: SavedRun, console: Console) -> Path:
             f"placeholders for {run.missing + run.failed} of {len(run.task_set.tasks)} tasks:"
             f" {run.missing} not solved yet, {run.failed} failed"
         )
+    if run.config.vote.rule not in RULES_OF_FEW_SCORES and (remark := _partly_scored([run])):
+        lines.append(remark)
     if solutions := run.task_set.solutions:
         lines.append(f"score:    {_figures(score(submission, solutions))}")
         lines.append(f"coverage: {_figures(coverage(run.predictions, solutions))} have the right answer as a candidate")
@@ -174,6 +183,17 @@ def _name(config: VoteConfig) -> str:
     """The rule and the priors, as part of a file's name."""
     priors = [key for key, value in config if key != "rule" and value]
     return "+".join([config.rule, *(re.sub("_prior$", "", key) for key in priors)])
+
+
+def _partly_scored(runs: Sequence[SavedRun]) -> str:
+    """What rules that weigh scores must be read with, or ""."""
+    candidates = sum(len(found.candidates) for run in runs for found in run.predictions.values())
+    if not (partly := sum(run.partly_scored for run in runs)):
+        return ""
+    return (
+        f"{partly} of {candidates} candidates were not scored in all views, as product has no use for it: what other"
+        " rules that weigh scores would choose, only a run with predict.score_all=true can tell"
+    )
 
 
 def _figures(result: Score) -> str:
@@ -259,6 +279,8 @@ def main(arguments: list[str]) -> int:
     if compared:
         console.width = max(console.width, 100)  # a file's is 80, which would cut the figures
         console.print(compare(runs))
+        if remark := _partly_scored(runs):
+            console.print(remark, soft_wrap=True)
     else:
         revote(runs[0], console)
     return 0

@@ -142,7 +142,7 @@ def _ours(task_set: TaskSet, folder: Path, model_dir: Path, settings: Sequence[s
 
 def _scores_per_s(tasks: Sequence[Task], run_dir: Path, model_dir: Path, settings: Sequence[str]) -> float:
     """Our engine alone, with the adapters that the run left."""
-    config, device = load_config(None, [*settings, "predict.score=true"]), pick_device("auto")
+    config, device = load_config(None, [*settings, "predict.score=true", "predict.score_all=true"]), pick_device("auto")
     engine = _Timed(load_model(model_dir, device, fast_dtype(device)), config.predict.batch_tokens)
     scored = 0
     for task in tasks:

@@ -1,4 +1,4 @@
-"""Predicts tasks: decodes under augmented views, maps replies back to candidates, scores each under all views.
+"""Predicts tasks: decodes under augmented views, maps replies back to candidates, scores the likely ones in all views.
 
 A few views are decoded first. Their answers, carried into the other views, are the drafts that those verify; they
 change no answer, only the time. All questions of a call share one session, so what was computed for one of them is
@@ -19,6 +19,10 @@ from ..models import Adapter
 from ..puzzles import Augmentation, ColourPolicy, Grid, Malformed, Prompt, Task, decode_reply, encode_prompt, grid_key
 from ..puzzles.augment import spread_augmentations
 from ..puzzles.encode import encode_reply
+
+FIRST_VIEWS = 4  # in which all answers are scored
+# Nats by which an answer may be less probable, in the views so far, than the second best, and still be scored in more.
+MARGIN = 20.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +95,7 @@ def predict_tasks(
                     if answer := _answer(answers, q, reply, engine.format):
                         answer.searched.append(q.view)
         if config.score:
-            _score(session, questions, answers, engine.format)
+            _score(session, questions, answers, engine.format, config)
         cost = asdict(session.cost)
     return [
         Predictions(
@@ -167,11 +171,29 @@ def _answer(answers: ByInput, q: ViewPrompt, reply: Reply, format: FormatConfig)
     return answer
 
 
-def _score(session: Session, questions: Sequence[ViewPrompt], answers: ByInput, format: FormatConfig) -> None:
-    """Every answer's log-probability in every view; where its reply has no room in the context there is none."""
-    asked = [list(answers[q.task, q.test].values()) for q in questions]
-    replies = [[q.reply_of(answer.grid, format) for answer in of] for q, of in zip(questions, asked, strict=True)]
-    for q, of_question, scores in zip(questions, asked, session.score(replies), strict=True):
-        for answer, scored in zip(of_question, scores, strict=True):
-            if math.isfinite(scored.log_probability):
-                answer.log_probabilities[q.view] = scored.log_probability
+def _score(
+    session: Session, questions: Sequence[ViewPrompt], answers: ByInput, format: FormatConfig, config: PredictConfig
+) -> None:
+    """Log-probabilities of the answers in the views, first in a few and then in twice as many, as far as they matter.
+
+    An answer stays in as long as `_contenders` has it. Where its reply has no room in the context it has none.
+    """
+    rivals: dict[tuple[int, int], list[CandidateBuilder]] = {key: list(of.values()) for key, of in answers.items()}
+    begin, end = 0, config.views if config.score_all else FIRST_VIEWS
+    while begin < config.views:
+        asked = [rivals.get((q.task, q.test), []) if begin <= q.view < end else [] for q in questions]
+        replies = [[q.reply_of(answer.grid, format) for answer in of] for q, of in zip(questions, asked, strict=True)]
+        for q, of_question, scores in zip(questions, asked, session.score(replies), strict=True):
+            for answer, scored in zip(of_question, scores, strict=True):
+                if math.isfinite(scored.log_probability):
+                    answer.log_probabilities[q.view] = scored.log_probability
+        rivals = {key: _contenders(of, end) for key, of in rivals.items()}
+        begin, end = end, 2 * end
+
+
+def _contenders(answers: Sequence[CandidateBuilder], views: int) -> list[CandidateBuilder]:
+    """Those that may still be among the best two by the product over all views, after the first `views` of them."""
+    known = [[p for view, p in answer.log_probabilities.items() if view < views] for answer in answers]
+    totals = [(len(scores), math.fsum(scores)) for scores in known]  # as selection does: more views come first
+    count, total = sorted(totals)[-2:][0]
+    return [a for a, own in zip(answers, totals, strict=True) if own >= (count, total - MARGIN)]

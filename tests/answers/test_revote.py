@@ -16,7 +16,7 @@ from arc_solver.answers.comparison import paired_difference, sign_test
 from arc_solver.answers.revote import compare, main, read_run, select
 from arc_solver.answers.submission import coverage, read_submission, score
 from arc_solver.answers.vote import RULES, choose_attempts
-from arc_solver.config import Config, TasksConfig, VoteConfig
+from arc_solver.config import Config, TasksConfig, VoteConfig, load_config
 from arc_solver.errors import UserError
 from arc_solver.puzzles.task_files import load_tasks
 from arc_solver.puzzles.tasks import Pair, Task
@@ -133,6 +133,21 @@ def test_the_command_needs_no_torch(run_dir):
 def test_bin_solve_passes_it_on(run_dir, capsys):
     assert solve_main(["--revote", str(run_dir), "vote.rule=kgmon"]) == 0
     assert (run_dir / "submission-kgmon.json").is_file()
+
+
+def test_it_says_so_where_not_all_scores_are_known(run_dir, capsys):
+    """Of rules that need them. Solving with such a rule, and without all scores, is refused."""
+    says = "1 of 12 candidates were not scored in all views"
+    content = json.loads((run_dir / "tasks" / "aa.json").read_text())
+    assert main(["--revote", str(run_dir), "vote.rule=kgmon"]) == 0
+    assert "not scored in all views" not in capsys.readouterr().out
+    content["candidates"][0]["log_probabilities"][3] = None
+    (run_dir / "tasks" / "aa.json").write_text(json.dumps(content))
+    for words, is_said in ((["vote.rule=kgmon"], True), (["vote.rule=product"], False), (["--all-rules"], True)):
+        assert main(["--revote", str(run_dir), *words]) == 0
+        assert (says in capsys.readouterr().out) == is_said
+    with pytest.raises(UserError, match=r"set predict\.score_all=true"):
+        load_config(None, ["vote.rule=kgmon"])
 
 
 def test_coverage_by_hand():

@@ -8,7 +8,8 @@ from plain_decoding import with_short_replies
 from toys import TOY, flip_task, grid, random_grid
 
 from arc_solver.answers.candidates import Candidate, Predictions
-from arc_solver.config import FormatConfig, PredictConfig
+from arc_solver.answers.vote import choose_attempts
+from arc_solver.config import FormatConfig, PredictConfig, VoteConfig
 from arc_solver.decoding.engine import DecodingStats, Reply, ReplyScore, SearchResult, needed_context_length
 from arc_solver.decoding.torch_engine import TorchEngine
 from arc_solver.models.model import Model, new_model
@@ -75,6 +76,27 @@ class Mirror:
         return tuple(encode_reply(answer, FORMAT).tolist()), tuple(encode_reply(test, FORMAT).tolist())
 
 
+class Behind(Mirror):
+    """It answers with the mirrored input, the unchanged one, and the half turned one, which is so far behind those."""
+
+    def __init__(self, nats: float):
+        super().__init__()
+        self.nats = nats
+
+    def generate(self, rows, drafts=None):
+        return [Reply(self.three_answers(self.prompts[i])[i if i < 3 else 0], -1.0) for i in rows]
+
+    def score(self, replies):
+        nats = (-1.0, -2.0, -2.0 - self.nats)
+        known = [dict(zip(self.three_answers(prompt), nats, strict=True)) for prompt in self.prompts]
+        return [[ReplyScore(of[tuple(ids)], 0) for ids in mine] for of, mine in zip(known, replies, strict=True)]
+
+    def three_answers(self, prompt):
+        first, second = self.answers(prompt)
+        turned = np.ascontiguousarray(decode_reply(second, FORMAT)[::-1, ::-1])
+        return first, second, tuple(encode_reply(turned, FORMAT).tolist())
+
+
 def plain(views, **settings):
     return PredictConfig(**{"views": views, "drafts": False, "score": False, **settings})
 
@@ -128,6 +150,31 @@ def test_scores_are_of_every_candidate_in_every_view(rng):
             candidate.grid.T if geometry % 4 % 2 != geometry // 4 else candidate.grid for geometry in found.geometries
         ]
         assert candidate.log_probabilities == tuple(-float(len(encode_reply(cells, FORMAT))) for cells in turned)
+
+
+@pytest.mark.parametrize(("nats", "views"), [(5.1, 4), (4.9, 8), (2.6, 8), (2.4, 16), (0.62, 32)])
+def test_what_is_far_behind_the_second_best_is_scored_in_no_more_views(nats, views, rng):
+    """It is looked at after 4, 8 and 16 views, and 20 nats are far."""
+    task = flip_task(rng)
+    for more, expected in (({}, views), ({"score_all": True}, 32)):
+        found = predict(task, Behind(nats), None, PredictConfig(views=32, drafts=False, **more), named_rng(0))
+        scored = [[v for v, p in enumerate(c.log_probabilities) if p is not None] for c in found.candidates]
+        assert scored == [[*range(32)], [*range(32)], [*range(expected)]]
+
+
+def test_not_scoring_all_changes_no_attempt_and_no_score(rng):
+    model = with_short_replies(Model(new_model(TOY, FORMAT, seed=1).lm.eval(), FORMAT, None))
+    task, engine = flip_task(rng, tests=2), TorchEngine(model, 10_000)
+    few, every = (
+        predict(task, engine, None, PredictConfig(views=64, score_all=all_), named_rng(0)) for all_ in (False, True)
+    )
+    attempts = [choose_attempts(found, task, VoteConfig(rule="product")) for found in (few, every)]
+    assert all(same_grid(a, b) for x, y in zip(*attempts, strict=True) for a, b in zip(x, y, strict=True))
+    scores = [np.array([c.log_probabilities for c in found.candidates], dtype=float) for found in (few, every)]
+    left_out = np.isnan(scores[0])
+    assert 0.1 < left_out.mean() < 1
+    assert not np.isnan(scores[1]).any()
+    assert scores[0][~left_out] == pytest.approx(scores[1][~left_out], abs=1e-3)
 
 
 def test_tasks_together_are_as_each_alone(rng):
