@@ -22,6 +22,8 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 HALF = (torch.bfloat16, torch.float16)
 FLASH_SIZES = range(8, 257, 8)  # of a head
 AMPERE = 8, 0  # the compute capability from which on flash attention runs
+FEW_QUERIES = 16
+PRODUCT_CELLS = 1 << 22  # queries x keys x heads of a matrix product of attention on a CPU, about
 MOST_UNEVEN = 2  # longest by shortest of sequences that are padded to one length
 
 
@@ -168,18 +170,53 @@ def _masked(q_BHTD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, mask_BTK: Tensor, sc
     batch, heads, length, size = q_BHTD.shape
     groups = k_BGKD.shape[1]
     repeats = heads // groups
-    mask = mask_BTK[:, None] if length == 1 or repeats == 1 else mask_BTK.repeat(1, repeats, 1)[:, None]
+    mask = mask_BTK if length == 1 or repeats == 1 else mask_BTK.repeat(1, repeats, 1)
     q = q_BHTD.reshape(batch, groups, repeats * length, size)
+    if _is_for_products(q_BHTD):
+        return _batch_by_products(q, k_BGKD, v_BGKD, scale, mask).reshape(q_BHTD.shape)
     # Not a view: some kernels give queries before heads.
-    return F.scaled_dot_product_attention(q, k_BGKD, v_BGKD, mask, scale=scale).reshape(q_BHTD.shape)
+    return F.scaled_dot_product_attention(q, k_BGKD, v_BGKD, mask[:, None], scale=scale).reshape(q_BHTD.shape)
 
 
 def _causal(q_BHTD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, scale: float) -> Tensor:
+    if _is_for_products(q_BHTD):
+        k_BHKD, v_BHKD = _as_many_heads(q_BHTD, k_BGKD, v_BGKD)
+        return _batch_by_products(q_BHTD, k_BHKD, v_BHKD, scale)
     grouped = q_BHTD.shape[1] != k_BGKD.shape[1]
     flash = q_BHTD.dtype in HALF and bool(_flash_parameters(q_BHTD.device))
     if grouped and q_BHTD.is_cuda and not flash:  # no other fast kernel for GPUs knows groups
         (k_BGKD, v_BGKD), grouped = _as_many_heads(q_BHTD, k_BGKD, v_BGKD), False
     return F.scaled_dot_product_attention(q_BHTD, k_BGKD, v_BGKD, is_causal=True, scale=scale, enable_gqa=grouped)
+
+
+def _is_for_products(q_BHTD: Tensor) -> bool:
+    """Whether a few matrix products beat the flash kernel: on a CPU in bf16, unless there are few queries."""
+    is_for_them = q_BHTD.is_cpu and q_BHTD.dtype == torch.bfloat16 and not torch.is_grad_enabled()
+    return is_for_them and q_BHTD.shape[2] >= FEW_QUERIES
+
+
+def _batch_by_products(
+    q_BHTD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, scale: float, mask_BTK: Tensor | None = None
+) -> Tensor:
+    """Attention by matrix products, a block of queries after the other; without a mask causal. [B, H, T, D]"""
+    batch, heads, length, size = q_BHTD.shape
+    out_BTHD = q_BHTD.new_empty(batch, length, heads, size)
+    for queries, seen in _blocks(length):
+        keys = seen if mask_BTK is None else slice(0, k_BHKD.shape[2])
+        rows = max(1, PRODUCT_CELLS // (heads * (queries.stop - queries.start) * keys.stop))
+        for b in range(0, batch, rows):
+            some = slice(b, b + rows)
+            q = q_BHTD[some, :, queries].flatten(0, 1)
+            k, v = (x[some, :, keys].flatten(0, 1) for x in (k_BHKD, v_BHKD))
+            if mask_BTK is None:
+                bias = _causal_mask(q.shape[1], keys.stop, q.dtype)
+            else:
+                mask = mask_BTK[some, queries]
+                bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
+                bias = bias[:, None].expand(-1, heads, -1, -1).flatten(0, 1)
+            weights = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale).softmax(-1)
+            out_BTHD[some, queries] = torch.bmm(weights, v).unflatten(0, (-1, heads)).transpose(1, 2)
+    return out_BTHD.transpose(1, 2)
 
 
 def _flash(q_BHTD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, packing: Packing, scale: float) -> Tensor:
@@ -333,8 +370,9 @@ def _by_products_backward(
 def _blocks(length: int, block: int = 128) -> list[tuple[slice, slice]]:
     """Blocks of queries, each with the keys that it sees; one block of all if there are few."""
     if length <= 2 * block:
-        return [(slice(length), slice(length))]
-    return [(slice(start, start + block), slice(min(start + block, length))) for start in range(0, length, block)]
+        return [(slice(0, length), slice(0, length))]
+    ends = [(start, min(start + block, length)) for start in range(0, length, block)]
+    return [(slice(start, end), slice(0, end)) for start, end in ends]
 
 
 def _weights(q: Tensor, k: Tensor, scale: float) -> Weights:

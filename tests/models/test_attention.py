@@ -175,6 +175,30 @@ def test_groups_with_a_mask(groups, dtype, length):
     torch.testing.assert_close(ours, scores.softmax(-1) @ v, atol=3 * TOLERANCE[dtype], rtol=0)
 
 
+@pytest.mark.parametrize("cells", [1 << 22, 1 << 10], ids=["all-rows-at-once", "row-by-row"])
+@pytest.mark.parametrize("keys", [None, 600])
+@pytest.mark.parametrize("groups", [4, 2, 1])
+@pytest.mark.parametrize("queries", [15, 16, 200, 500])
+def test_decoding_in_bf16_on_a_cpu(queries, groups, keys, cells, monkeypatch):
+    """By the flash kernel and by products, in one block of queries and in several, with a mask and causal."""
+    monkeypatch.setattr("arc_solver.models.attention.PRODUCT_CELLS", cells)
+    generator = torch.Generator().manual_seed(0)
+    drawn = [
+        torch.randn(3, count, n, 16, generator=generator)
+        for count, n in ((4, queries), *[(groups, keys or queries)] * 2)
+    ]
+    q, k, v = (x.bfloat16() for x in drawn)
+    seen = torch.ones(3, queries, queries, dtype=torch.bool).tril()
+    if keys:
+        seen = torch.rand(3, queries, keys, generator=generator) < 0.3
+        seen[:, :, 5] = True
+    with torch.inference_mode():
+        found = attention(q, k, v, 0.4, mask_BTK=seen if keys else None)
+    q, k, v = (x.float().repeat_interleave(4 // x.shape[1], 1) for x in (q, k, v))
+    expected = (q @ k.transpose(2, 3) * 0.4).masked_fill(~seen[:, None], -torch.inf).softmax(-1) @ v
+    torch.testing.assert_close(found.float(), expected, atol=0.03, rtol=0)
+
+
 @pytest.mark.parametrize("attend", ["masked", "causal", "padded"])
 def test_kernels_may_lay_out_their_answers_as_they_like(attend, monkeypatch):
     """Those of GPUs give [B, T, H, D], transposed."""
