@@ -3,7 +3,7 @@
 In the order of reading; each imports only from those before it:
 
     adapt        test-time training on a task's own pairs, many tasks at once; its AdamW
-    predict      ask under many views, undo each answer, score it under every view
+    predict      ask under many views, undo each answer, score what may win in all
     preflight    one short task through all of it, before the first real one
     executors    where jobs run: here, in processes, on Ray
     worker       what a job is, and who does it
