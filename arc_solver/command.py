@@ -20,6 +20,14 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
+def user_path(text: str) -> Path:
+    """A path as a user writes it: `~` is the home folder, which shells do not see in --out=~/runs."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"there is no home folder for {text!r}") from None
+
+
 def add_task_arguments(parser: Parser, required: bool = False) -> None:
     """The arguments that choose tasks, the same for every command."""
     parser.add_argument(

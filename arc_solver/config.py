@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -42,6 +43,16 @@ MIN_BUDGET_S = 20  # below that, a run is mostly its own start
 
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of Llama and its kin
 
+
+def _at_home(path: str) -> str:
+    """A path with the home folder in the place of `~`, which shells do not see in model.path=~/models/mine."""
+    try:
+        return str(Path(path).expanduser()) if path.startswith("~") else path
+    except RuntimeError:
+        raise ValueError(f"there is no home folder for '{path}'") from None
+
+
+PathText = Annotated[str, AfterValidator(_at_home)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Quantize = Literal["", "8bit", "4bit"]
@@ -62,7 +73,7 @@ class RunConfig(Section):
     time_budget: str = ""
     watchdog_minutes: NonNegativeFloat = 10.0  # a worker that makes no step for so long is ended; 0 = never
     smoke: NonNegativeInt = 0  # only the N shortest tasks are solved, the others keep their placeholders; 0 = all
-    submission: str = ""  # a second file in which the submission is kept up to date; "" = only the run's own
+    submission: PathText = ""  # a second file in which the submission is kept up to date; "" = only the run's own
     show: NonNegativeInt = 4  # solved and unsolved tasks drawn in the terminal, each
 
     @property
@@ -81,8 +92,8 @@ class RunConfig(Section):
 
 class TasksConfig(Section):
     # demo | arc-agi-1/training | arc-agi-1/evaluation | a file or folder
-    spec: Annotated[str, Field(min_length=1)] = "demo"
-    solutions: str = ""  # solutions file; "" = found beside the challenges by its usual name
+    spec: Annotated[PathText, Field(min_length=1)] = "demo"
+    solutions: PathText = ""  # solutions file; "" = found beside the challenges by its usual name
     ids: tuple[str, ...] = ()  # only these tasks
     limit: NonNegativeInt = 0  # the first N tasks by number of tokens; 0 = all
     sample: NonNegativeInt = 0  # N tasks drawn at random, spread over all numbers of tokens; 0 = all
@@ -110,8 +121,9 @@ class FormatConfig(Section):
 class ModelConfig(Section):
     # A checkpoint's folder, or a Hugging Face hub id such as Qwen/Qwen2.5-0.5B-Instruct;
     # "" = the bundled model (bin/solve) or a new one of the shape below (bin/train).
-    path: str = ""
-    adapter: str = ""  # folder of a LoRA adapter for it: continued by bin/train with lora, else merged into the weights
+    path: PathText = ""
+    # Folder of a LoRA adapter for it: continued by bin/train with lora, else merged into the weights.
+    adapter: PathText = ""
     # The base's linear layers in 8 or 4 bit while tasks are solved, for models that have no room else: the extra
     # `quantize`. Adapters are not quantised. "" = 16 or 32 bit, as the machine multiplies
     quantize: Quantize = ""
@@ -166,7 +178,7 @@ class SourceConfig(Section):
     # pairs: many pairs a task, a file {id: [pair, ...]} or a folder of <id>.json files, as RE-ARC is published.
     # counting: generated tasks about number.
     kind: Literal["re-arc", "tasks", "demonstrations", "pairs", "counting"]
-    path: str = ""  # what tasks, demonstrations and pairs are read from
+    path: PathText = ""  # what tasks, demonstrations and pairs are read from
     name: str = ""  # in logs; "" = kind and path
     weight: PositiveFloat = 1.0  # share of the samples, over the sum of all weights
     solve: NonNegativeFloat = 1.0  # weight of the objective: outputs, given examples
@@ -225,7 +237,7 @@ class CorpusConfig(Section):
 class ValidationConfig(Section):
     """Random tasks of a set are kept out of training and validated on: a train/validation partition from a seed."""
 
-    of: str = "arc-agi-1/training"  # the set they are drawn from, see tasks.spec
+    of: PathText = "arc-agi-1/training"  # the set they are drawn from, see tasks.spec
     tasks: Annotated[int, Field(ge=1)] = 20  # how many are drawn
     seed: int = 0  # of that draw, whatever run.seed is
     re_arc: bool = True  # pairs are made by the tasks' RE-ARC generators; else the tasks' own are used
@@ -239,7 +251,7 @@ class ValidationConfig(Section):
 class AuditConfig(Section):
     """The leak audit: no training task may be one that the model is scored on, by id or by content."""
 
-    scored_on: tuple[str, ...] = ("arc-agi-1/evaluation",)  # see tasks.spec; the validation tasks always count
+    scored_on: tuple[PathText, ...] = ("arc-agi-1/evaluation",)  # see tasks.spec; the validation tasks always count
     # What happens to training tasks that are among those: the run is refused, they are left out, or trained on.
     overlap: Literal["refuse", "exclude", "allow"] = "refuse"
     # Tasks that are left out: copies of the ARC-AGI-1 evaluation tasks 070dd51e and 50a16a69, as the audit found.
@@ -502,7 +514,7 @@ def load_config(file: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     tree: dict[str, Any] = {}
     if file is not None:
         try:
-            text = Path(file).read_text()
+            text = Path(file).read_text(encoding="utf-8-sig")  # Windows editors begin a file with a mark
             tree = json.loads(text) if Path(file).suffix == ".json" else tomllib.loads(text)
         except FileNotFoundError:
             raise UserError(f"config {file} does not exist; see configs/ for the ones that do") from None

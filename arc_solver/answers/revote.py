@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..command import Parser
+from ..command import Parser, user_path
 from ..config import RULES_OF_FEW_SCORES, Config, VoteConfig, load_config
 from ..errors import UserError
 from ..puzzles import Task, TaskSet, grid_key, load_tasks, read_json
@@ -268,7 +268,7 @@ def main(arguments: list[str]) -> int:
     for word in overrides:
         if not word.startswith(("vote.", "tasks.")):
             raise UserError(f"'{word}': the candidates of a run are what they are; only vote.* and tasks.* can be set")
-    run_dirs = list(dict.fromkeys(Path(word).resolve() for word in words if word not in overrides))
+    run_dirs = list(dict.fromkeys(user_path(word).resolve() for word in words if word not in overrides))
     if not run_dirs:
         raise UserError("name the folder of a run: bin/solve --revote RUN_DIR")
     compared = len(run_dirs) > 1 or args.all_rules

@@ -16,11 +16,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..command import Parser, add_task_arguments, task_overrides
+from ..command import Parser, add_task_arguments, task_overrides, user_path
 from ..config import load_config
 from ..errors import UserError
 from ..files import write_whole
-from ..puzzles import Attempts, Grid, Task, TaskSet, load_tasks, read_json, same_grid
+from ..puzzles import Attempts, Grid, Task, TaskSet, load_tasks, read_json, safe_id, same_grid
 from ..puzzles.tasks import Solutions, make_grid
 from .candidates import Predictions
 from .comparison import Outputs, paired_difference
@@ -119,6 +119,7 @@ def read_submission(file: Path, tasks: Sequence[Task] | None) -> Submission:
     answers = isinstance(content, dict) and any(isinstance(outputs, list) for outputs in content.values())
     if not answers and content != {}:
         raise UserError(f"{file} is no submission: expected a JSON object, task id -> list of attempts")
+    content = {safe_id(name): outputs for name, outputs in content.items()}
     if tasks is None:
         return {i: _read_outputs(outputs, None, f"{file}: task {i}") for i, outputs in content.items()}
     wanted = {task.id: task for task in tasks}
@@ -253,12 +254,12 @@ def merge(first: Submission, second: Submission) -> Submission:
 
 def main(arguments: list[str]) -> int:
     parser = Parser(prog="bin/score", description="Validate and score a submission.")
-    parser.add_argument("submission", type=Path, nargs="+", help="submission.json; several only with --against")
+    parser.add_argument("submission", type=user_path, nargs="+", help="submission.json; several only with --against")
     add_task_arguments(parser, required=True)
     either = parser.add_mutually_exclusive_group()
     either.add_argument(
         "--against",
-        type=Path,
+        type=user_path,
         nargs="+",
         default=[],
         metavar="OTHER",

@@ -28,9 +28,9 @@ import numpy as np
 from ..config import SourceConfig, TasksConfig
 from ..errors import UserError
 from ..files import sha256
-from ..puzzles import MAX_SIDE, Grid, Pair, Task, TaskSet, freeze, load_tasks, read_json
-from ..puzzles.task_files import check_task_id, json_files, json_stem
-from ..puzzles.tasks import make_pairs
+from ..puzzles import MAX_SIDE, Grid, Pair, Task, TaskSet, freeze, load_tasks, read_json, safe_id
+from ..puzzles.file_tree import json_stem, open_tree
+from ..puzzles.tasks import legal_pairs
 from ..rng import named_rng
 from .counting import COUNTING_TASKS
 
@@ -160,7 +160,8 @@ def read_demonstrations(config: SourceConfig) -> dict[str, PairMaker]:
 def read_pairs(config: SourceConfig) -> dict[str, PairMaker]:
     """Many pairs a task: a file `{id: [pair, ...]}`, or a folder of `<id>.json` files, each a list of pairs.
 
-    RE-ARC is published as such a folder, named `tasks`, inside another: both names work.
+    Illegal pairs are left out, and a warning counts them: the published RE-ARC has some that are too large. It is a
+    folder named `tasks`, inside another: both names work, and so does the archive that it comes in.
     """
     path = Path(config.path)
     try:
@@ -168,27 +169,47 @@ def read_pairs(config: SourceConfig) -> dict[str, PairMaker]:
     except OSError as error:
         raise UserError(f"source {path} not found ({error.strerror}): give a file or a folder of pairs") from None
     tasks: dict[str, PairMaker] = {}
-    for task_id, raw, file in _lists_of_pairs(path):
-        check_task_id(task_id, str(file))
-        kept = raw[: config.max_pairs or None] if isinstance(raw, list) else raw
-        tasks[task_id] = partial(_all_pairs, make_pairs(kept, f"{file}: task {task_id}"))
+    illegal: list[str] = []
+    hurt = 0
+    for name, raw, where in _lists_of_pairs(path):
+        pairs, problems = legal_pairs(raw, f"{where}: task {name}", config.max_pairs or None)
+        illegal += problems
+        hurt += bool(problems)
+        if pairs:
+            tasks[safe_id(name)] = partial(_all_pairs, pairs)
+    if illegal:
+        said = "source '%s': %d illegal pairs of %d tasks are left out, e.g. %s"
+        _log.warning(said, config.label, len(illegal), hurt, illegal[0])
+    if not tasks and illegal:
+        raise UserError(f"{path}: none of its pairs is legal, e.g. {illegal[0]}")
     if not tasks:
         raise UserError(f"{path} holds no tasks: expected {{task id: [pair, ...]}} or <task id>.json files")
     return tasks
 
 
-def _lists_of_pairs(path: Path) -> Iterator[tuple[str, Any, Path]]:
-    """Task ids, parsed lists and the files they are from. Of a folder one file at a time: they are large."""
-    if path.is_dir():
-        folder = path / "tasks" if (path / "tasks").is_dir() else path
-        for file in json_files(folder):
-            yield json_stem(file), read_json(file), file
+def _lists_of_pairs(path: Path) -> Iterator[tuple[str, Any, str]]:
+    """Task names, parsed lists and the files they are from. Of a folder one file at a time: they are large."""
+    if tree := open_tree(path):
+        leaves = tree.leaves()
+        if len(leaves) > 1:
+            raise UserError(
+                f"{path} has JSON files in {len(leaves)} folders: give one of them as the source's path, such as"
+                f" {leaves[0].path}"
+            )
+        for leaf in leaves:
+            for name in leaf.json_files:
+                yield json_stem(name), leaf.load(name), leaf.where(name)
         return
     content = read_json(path)
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected an object of lists of pairs, {{task id: [pair, ...]}}")
-    for task_id, raw in content.items():
-        yield task_id, raw, path
+    for name, raw in content.items():
+        if isinstance(raw, dict):
+            raise UserError(
+                f'{path} holds tasks, and kind = "pairs" means {{task id: [pair, ...]}}: its kind is "tasks", or'
+                ' "demonstrations" without the test pairs'
+            )
+        yield name, raw, str(path)
 
 
 # ---- generators ----------------------------------------------------------------------------------------------------

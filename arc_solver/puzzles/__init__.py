@@ -3,6 +3,7 @@
 In the order of reading; each imports only from those before it:
 
     tasks       grids, pairs, tasks
+    file_tree   folders and archives alike, and what a JSON file holds
     task_files  every file format of them: read, or refused in one sentence
     augment     reversible changes that keep a task's rule, and changes that make a new task
     encode      tasks <-> token ids, labels and positions; which ids are legal next
@@ -30,7 +31,8 @@ from .encode import (
     longest_reply,
     sample_tokens,
 )
-from .task_files import load_tasks, read_json
+from .file_tree import read_json
+from .task_files import load_tasks, safe_id
 from .tasks import COLOURS, MAX_SIDE, Attempts, Grid, Pair, Task, TaskSet, challenge, freeze, grid_key, same_grid
 
 __all__ = [
@@ -66,6 +68,7 @@ __all__ = [
     "longest_reply",
     "random_augmentation",
     "read_json",
+    "safe_id",
     "same_grid",
     "sample_tokens",
 ]

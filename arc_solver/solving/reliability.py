@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..answers.chances import expected_solved, fit_coefficients, reliability
-from ..command import Parser
+from ..command import Parser, user_path
 from ..errors import UserError
 from ..puzzles.pictures import reliability_curve
 from .journal import TaskStatus
@@ -29,8 +29,10 @@ def answered_tasks(run_dir: Path) -> list[tuple[TaskStatus, bool]]:
 
 def main(arguments: list[str]) -> int:
     parser = Parser(prog="bin/solve --reliability", description="Show how right predicted chances were.")
-    parser.add_argument("--reliability", type=Path, nargs="+", required=True, metavar="RUN_DIR")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the curve there, as SVG or PNG by its name")
+    parser.add_argument("--reliability", type=user_path, nargs="+", required=True, metavar="RUN_DIR")
+    parser.add_argument(
+        "--picture", type=user_path, metavar="FILE", help="draw the curve there, as SVG or PNG by its name"
+    )
     parser.add_argument("--fit", action="store_true", help="print what the coefficients would be on these runs")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     args = parser.parse_args(arguments)

@@ -18,7 +18,7 @@ from rich.console import Console
 from ..answers import Score
 from ..answers.chances import expected_solved
 from ..answers.submission import Row, data_rows, score_of, score_rows, table_of
-from ..command import Parser
+from ..command import Parser, user_path
 from ..errors import UserError
 from ..puzzles import TaskSet, load_tasks, read_json
 from .executors import JobResult
@@ -210,7 +210,9 @@ def last_summary(run_dir: Path) -> dict[str, Any]:
 
 def main(arguments: list[str]) -> int:
     parser = Parser(prog="bin/solve --status", description="Say how a run stands.")
-    parser.add_argument("--status", type=Path, required=True, metavar="RUN_DIR", help="a folder that bin/solve wrote")
+    parser.add_argument(
+        "--status", type=user_path, required=True, metavar="RUN_DIR", help="a folder that bin/solve wrote"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     args = parser.parse_args(arguments)
     name, content = read_status(args.status)

@@ -4,10 +4,9 @@ import math
 import signal
 import sys
 import time
-from pathlib import Path
 
 from ..clock import command_age_s
-from ..command import Parser
+from ..command import Parser, user_path
 from ..config import load_config
 from ..errors import UserError
 
@@ -16,7 +15,7 @@ def main(arguments: list[str]) -> int:
     began = time.monotonic() - command_age_s()
     parser = Parser(prog="bin/train", description="Train a model offline on ARC tasks, RE-ARC and other sources.")
     parser.add_argument("config", help="TOML file, e.g. configs/bundled.toml")
-    parser.add_argument("--out", type=Path, help="folder for the log, the checkpoint and the model")
+    parser.add_argument("--out", type=user_path, help="folder for the log, the checkpoint and the model")
     parser.add_argument(
         "--max-minutes",
         type=float,
@@ -24,7 +23,7 @@ def main(arguments: list[str]) -> int:
         help="from start to end, all counted; the schedule is shaped to it",
     )
     parser.add_argument("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
-    parser.add_argument("--plot-lr", type=Path, metavar="FILE", help="draw the learning rates, and train nothing")
+    parser.add_argument("--plot-lr", type=user_path, metavar="FILE", help="draw the learning rates, and train nothing")
     parser.add_argument("--seed", type=int, help="run.seed")
     parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value")
     args = parser.parse_intermixed_args(arguments)
