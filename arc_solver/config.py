@@ -5,8 +5,10 @@ what differs from the defaults, then from `section.key=value` words on the comma
 section, so its signature says what can change it. The resolved config is written into the run directory.
 """
 
+import difflib
 import json
 import math
+import re
 import tomllib
 from collections import Counter
 from collections.abc import Sequence
@@ -50,6 +52,12 @@ def _at_home(path: str) -> str:
         return str(Path(path).expanduser()) if path.startswith("~") else path
     except RuntimeError:
         raise ValueError(f"there is no home folder for '{path}'") from None
+
+
+def _digest(text: str) -> str:
+    if text and not re.fullmatch("[0-9a-f]{64}", text):
+        raise ValueError(f"64 digits 0-9 and a-f, as sha256sum prints them; got '{text}'")
+    return text
 
 
 PathText = Annotated[str, AfterValidator(_at_home)]
@@ -191,7 +199,7 @@ class SourceConfig(Section):
     pair_seconds: PositiveFloat = 5.0  # re-arc: CPU time after which a draw of a pair is given up for another
     problem_augmentation: Share = 0.0  # share of the samples whose task is made into a new one
     difficulty: tuple[Share, Share] = (0.0, 0.3)  # re-arc: range, 0 easiest (smallest grids) .. 1
-    sha256: Annotated[str, Field(pattern="^([0-9a-f]{64})?$")] = ""  # of the file: any other is refused; "" = any
+    sha256: Annotated[str, AfterValidator(_digest)] = ""  # of the file: any other is refused; "" = any
     licence: str = ""  # of the tasks, for the model card
 
     @property
@@ -394,7 +402,17 @@ MACHINES: dict[Machine, tuple[str, ...]] = {
     "NvidiaH100": ("H100",),
     "NvidiaRtxPro6000": ("RTX PRO 6000",),
 }
-Slug = Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$", min_length=6, max_length=42)]
+
+
+def _slug(name: str) -> str:
+    if re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name) and 6 <= len(name) <= 42:
+        return name
+    raise ValueError(
+        f"6 to 42 lower-case letters and digits, with single hyphens between, like my-solver; got '{name}'"
+    )
+
+
+Slug = Annotated[str, AfterValidator(_slug)]
 
 
 class KaggleConfig(Section):
@@ -526,7 +544,7 @@ def load_config(file: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError(_explain(error, file)) from None
+        raise UserError(_explain(error, file, overrides)) from None
 
 
 def _override(tree: dict[str, Any], word: str) -> None:
@@ -555,19 +573,40 @@ def _override(tree: dict[str, Any], word: str) -> None:
     place[key] = value
 
 
-def _explain(error: ValidationError, file: str | Path | None) -> str:
+_SHOULD_BE = {  # pydantic's kinds of complaint, as one says them
+    "int_parsing": "should be a whole number",
+    "int_type": "should be a whole number",
+    "int_from_float": "should be a whole number",
+    "float_parsing": "should be a number",
+    "float_type": "should be a number",
+    "finite_number": "should be a number, and not infinite",
+    "bool_parsing": "should be true or false",
+    "bool_type": "should be true or false",
+    "string_type": "should be text",
+}
+
+
+def _explain(error: ValidationError, file: str | Path | None, overrides: Sequence[str]) -> str:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
-    where = f" (config {file})" if file else ""
+    words = [f"{word.partition('=')[0]}." for word in overrides]
+    given = any(word.startswith(f"{key}." if key else "") or f"{key}.".startswith(word) for word in words)
+    where = f" (config {file})" if file and not given else ""
     if first["type"] == "extra_forbidden":
-        return f"unknown setting {key}{where}; known: {', '.join(_known(first['loc'][:-1]))}"
+        known = _known(first["loc"][:-1])
+        alike = difflib.get_close_matches(str(first["loc"][-1]), known, 1)
+        section = "".join(f"{part}." for part in first["loc"][:-1])
+        return f"unknown setting {key}{where}; " + (
+            f"did you mean {section}{alike[0]}?" if alike else f"known: {', '.join(known)}"
+        )
     if first["type"] == "tuple_type":
         example = json.dumps([first["input"]], default=str, separators=(",", ":"))
         return f"setting {key}{where}: give a list, such as '{key}={example}', got {first['input']!r}"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":  # our own sentence, which has the values in it
         return f"setting {key}{where}: {message}" if key else f"{message}{where}"
-    return f"setting {key}{where}: {message}, got {first['input']!r}"
+    said = _SHOULD_BE.get(first["type"], message.replace("Input should", "should", 1))
+    return f"setting {key}{where}: {said}, got {first['input']!r}"
 
 
 def _known(loc: Sequence[str | int]) -> list[str]:

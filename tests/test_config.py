@@ -35,7 +35,12 @@ def test_overrides():
         ("adapt.betas=[2.0, 0.5]", "adapt.betas"),
         ("adapt.optimizer=muon", "adapt.optimizer"),
         ("model.kv_heads=3", "multiple of kv_heads"),
-        ("adapt.steps=many", "adapt.steps"),
+        ("adapt.steps=many", "adapt.steps: should be a whole number, got 'many'"),
+        ("adapt.steps=1.5", r"adapt.steps: should be a whole number, got 1\.5"),
+        ("adapt.enabled=perhaps", "adapt.enabled: should be true or false, got 'perhaps'"),
+        ("adapt.stepz=9", "unknown setting adapt.stepz; did you mean adapt.steps"),
+        ("adpt.steps=9", "unknown setting adpt; did you mean adapt"),
+        ("kaggle.name=My_Solver", "lower-case letters and digits, with single hyphens between.*got 'My_Solver'"),
         ("adapt.targets=q_proj", r"""give a list, such as 'adapt.targets=\["q_proj"\]', got 'q_proj'"""),
         ("run.time_budget=60", "'60' is no duration: write it as"),
         ("corpus.difficulty=[0.5, 0.1]", "corpus"),
@@ -59,6 +64,19 @@ def test_bad_files_are_named(tmp_path):
     (tmp_path / "bad.toml").write_text("[adapt\n")
     with pytest.raises(UserError, match="TOML"):
         load_config(tmp_path / "bad.toml")
+
+
+def test_a_config_file_is_not_blamed_for_a_word_on_the_command_line(tmp_path):
+    file = tmp_path / "c.toml"
+    file.write_text('[adapt]\nsteps = 5\n[vote]\nrule = "votes"\n')
+    for word in ("adapt.steps=many", "vote.rule=kgmon", "adapt.lr=-1", "adapt.nothing=1", "model.heads=3"):
+        with pytest.raises(UserError) as caught:
+            load_config(file, [word])
+        assert "c.toml" not in str(caught.value)
+    file.write_text("[adapt]\nsteps = -5\n")
+    for words in ([], ["vote.rule=votes"]):
+        with pytest.raises(UserError, match=r"adapt.steps \(config .*c.toml\): should be greater than 0"):
+            load_config(file, words)
 
 
 def test_named_rng_is_the_same_in_every_process():
