@@ -75,7 +75,7 @@ class Engine(Protocol):
     """What answers prompts: `TorchEngine`, or `vllm_engine.VLLMEngine`."""
 
     deadline: float  # of `time.monotonic()`; what is not answered by then comes back unfinished
-    on_step: Callable[[], None]  # called after every forward pass
+    on_step: Callable[[int], None]  # called after every forward pass, with the ids that went through
 
     @property
     def format(self) -> FormatConfig: ...

@@ -39,7 +39,7 @@ class TorchEngine:
         self.model, self.cache_bytes = model, cache_bytes
         self.batch_tokens = batch_tokens or BATCH_TOKENS[model.device.type]
         self.deadline = math.inf
-        self.on_step: Callable[[], None] = lambda: None
+        self.on_step: Callable[[int], None] = lambda tokens: None
 
     @property
     def format(self) -> FormatConfig:
@@ -181,7 +181,7 @@ class TorchSession:
         self.cost.view_steps += rows
         self.cost.tokens += tokens
         self.cost.cache_bytes = max(self.cost.cache_bytes, self._held())
-        self.engine.on_step()
+        self.engine.on_step(tokens)
         self._look_at_the_clock()
 
     def _look_at_the_clock(self) -> None:

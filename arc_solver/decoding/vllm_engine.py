@@ -87,7 +87,7 @@ class VLLMEngine:
         self._selective = _selective(self._vllm)
         self._llm = self._start(model, model_dir, config)
         self.deadline = math.inf
-        self.on_step: Callable[[], None] = lambda: None
+        self.on_step: Callable[[int], None] = lambda tokens: None
         self._names = count(1)  # of adapters and requests
         self._probed_bare: np.ndarray | None = None
 
@@ -205,10 +205,12 @@ class VLLMEngine:
 
     def step(self) -> list[Any]:
         """One forward pass. vLLM's outputs of requests that have something to report."""
+        outputs: list[Any] = []
         try:
-            return self._llm.llm_engine.step()
+            outputs = self._llm.llm_engine.step()
+            return outputs
         finally:
-            self.on_step()
+            self.on_step(len(outputs))  # an id each; of prompts it says nothing
 
     def abort(self, names: Iterable[str]) -> None:
         self._llm.llm_engine.abort_request(list(names))

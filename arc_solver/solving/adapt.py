@@ -156,7 +156,7 @@ def adapt(
     config: AdaptConfig,
     rngs: Sequence[np.random.Generator],
     start: Adapter | None = None,
-    on_step: Callable[[], None] = lambda: None,
+    on_step: Callable[[int], None] = lambda tokens: None,
     deadline: float = math.inf,
     memory: float = math.inf,
 ) -> list[Adaptation]:
@@ -165,7 +165,7 @@ def adapt(
     Args:
         rngs: one for each task: its result does not depend on which tasks it is adapted with.
         start: the adapter that all continue; None: a fresh one for each.
-        on_step: called after each step.
+        on_step: called after each step, with its tokens.
         deadline: of `time.monotonic()`. No step begins after it, and the learning rate falls in time for it.
         memory: bytes that are free. What has no room in one pass goes through the model part by part; the gradients
             are the same.
@@ -184,8 +184,9 @@ def adapt(
                 for learner in live:
                     learner.ended = "deadline"
                 break
+            before = sum(learner.tokens for learner in live)
             _step(model, bank, live, starts, passes, spent)
-            on_step()
+            on_step(sum(learner.tokens for learner in live) - before)
         adapters = [bank.export(learner.k) for learner in learners]
     seconds = time.monotonic() - began
     tokens = max(1, sum(learner.tokens for learner in learners))

@@ -21,6 +21,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from multiprocessing import connection, forkserver, resource_tracker
 from multiprocessing.connection import Connection
@@ -39,6 +40,7 @@ EXIT_S = 10.0  # for a process that has closed its pipe to end by itself
 COUNT_AGAIN_S = 10.0  # between looks at what a cluster consists of
 CONNECT_S = 10.0  # to reach a cluster's machine
 READY = b""  # what a new process says first; an answer is longer
+TELL_S = 0.3  # between two words of a worker about how far it is
 
 
 class Worker(Protocol):
@@ -62,6 +64,8 @@ class JobResult:
 
 class Executor(Protocol):
     count: int  # workers
+    # Called now and then with a running job and what its worker last said by `tell`. Actors of Ray say nothing.
+    on_progress: Callable[[Any, float], None]
 
     def map_unordered(self, jobs: Iterator[Any | None], until: float = math.inf) -> Iterator[JobResult]:
         """Runs jobs, one at a time on each worker; yields what became of them as they end.
@@ -157,6 +161,28 @@ class Watchdog:
             self._since = -math.inf
 
 
+def _say_nothing(*_: Any) -> None:
+    pass
+
+
+_listener: Callable[[float], None] = _say_nothing
+_told_at = -math.inf
+
+
+def tell(done: float) -> None:
+    """Tells this process's executor how far its job is, in a unit that is theirs. Cheap enough for every step."""
+    global _told_at
+    now = time.monotonic()
+    if now - _told_at > TELL_S:
+        _told_at = now
+        _listener(done)
+
+
+def _listen(listener: Callable[[float], None]) -> None:
+    global _listener
+    _listener = listener
+
+
 # ---- in this process -----------------------------------------------------------------------------------------------
 
 
@@ -166,6 +192,7 @@ class InProcess:
     count = 1
 
     def __init__(self, make_worker: MakeWorker):
+        self.on_progress: Callable[[Any, float], None] = _say_nothing
         self._make_worker = make_worker
         self._worker: Worker | None = None
 
@@ -177,10 +204,13 @@ class InProcess:
                 return
             assert job is not None, "no job at present, and none in flight that could bring one"
             self._worker = self._worker or self._make_worker(0)
+            _listen(partial(self.on_progress, job))
             try:
                 done = JobResult(job, self._worker.run(job))
             except Exception:
                 done = JobResult(job, error=traceback.format_exc())
+            finally:
+                _listen(_say_nothing)
             yield done
 
     def __enter__(self) -> Self:
@@ -265,6 +295,7 @@ class Processes:
     def __init__(self, make_worker: MakeWorker, count: int, context: BaseContext = SPAWN):
         assert count > 0, count
         self.count = count
+        self.on_progress: Callable[[Any, float], None] = _say_nothing
         self._context = context
         self.jobs: dict[int, Any] = {}  # in flight: worker's number -> job, oldest first
         self._make_worker = pickle.dumps(make_worker)
@@ -299,7 +330,11 @@ class Processes:
                 return None
         except (EOFError, OSError):
             return JobResult(self.jobs.pop(number), error=self._bury(number), died=True, worker=number)
-        return _done(pickle.loads(packed), self.jobs.pop(number), number)
+        reply = pickle.loads(packed)
+        if isinstance(reply, float):
+            self.on_progress(self.jobs[number], reply)
+            return None
+        return _done(reply, self.jobs.pop(number), number)
 
     def kill(self, number: int) -> None:
         self.jobs.pop(number, None)
@@ -365,6 +400,7 @@ def _serve(pipe: Connection, make_worker: bytes, number: int) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     threading.Thread(target=_end_with_parent, daemon=True).start()
     host = _Host(make_worker, number)
+    _listen(lambda done: pipe.send_bytes(pickle.dumps(float(done))))
     pipe.send_bytes(READY)
     while True:
         reply = host.run(pipe.recv_bytes())
@@ -392,6 +428,7 @@ class RayActors:
     """
 
     def __init__(self, make_worker: MakeWorker, count: int = 0, address: str | None = None):
+        self.on_progress: Callable[[Any, float], None] = _say_nothing
         self._ray = ray = _connect(count, address)
         self.jobs: dict[int, Any] = {}
         self._make_worker = ray.cloudpickle.dumps(make_worker)

@@ -31,6 +31,7 @@ FIRST_VIEWS = 2  # of the cheap pass
 FIRST_SHARE = 0.15  # of the time may go into it
 UNDECIDED = 0.5  # share of the views that agree on the first attempt, below which a task is tried again
 TRIES = 2
+MOST_DONE = 0.95  # of a job that has not ended
 
 Group = tuple[Task, ...]
 
@@ -67,6 +68,7 @@ class Scheduler:
         self.tries: Counter[tuple[Any, ...]] = Counter()
         self.errors: dict[str, str] = {}  # traceback of a task's last failure
         self.running: dict[int, tuple[Job, float]] = {}  # by id, and when it must have ended
+        self.shares: dict[int, float] = {}  # of them that is done, by id
         self.ready: deque[Job] = deque()  # what follows from what was done
         left = [tuple(group) for group in groups if any(not journal.done(task.id) for task in group)]
         self.groups = deque(sorted(left, key=self._rank))
@@ -78,8 +80,10 @@ class Scheduler:
 
     @property
     def share_done(self) -> float:
-        running = (self._work(job) for job, _ in self.running.values() if job.stage == "tasks")
-        left = self.budget.equivalent_tokens(sum(running, self.waiting))
+        left = self.budget.equivalent_tokens(self.waiting)
+        for key, (job, _) in self.running.items():
+            if job.stage == "tasks":
+                left += (1 - self.shares.get(key, 0.0)) * self.budget.equivalent_tokens(self._work(job))
         return min(1.0, max(0.0, 1 - left / max(self.budget.equivalent_tokens(self.all), 1.0)))
 
     def jobs(self) -> Iterator[Job | None]:
@@ -94,9 +98,15 @@ class Scheduler:
             else:
                 return
 
+    def note_progress(self, job: Job, tokens: float) -> None:
+        """So many tokens of a running job went through the model. More than were thought do not make it done."""
+        if id(job) in self.running:
+            self.shares[id(job)] = min(MOST_DONE, tokens / max(1.0, sum(self._work(job))))
+
     def handle_result(self, done: JobResult) -> list[FinishedTask]:
         """Saves the results of a job, or queues its retries."""
         job, _ = self.running.pop(id(done.job))
+        self.shares.pop(id(done.job), None)
         self.cheap_until = self.cheap_until or time.monotonic() + FIRST_SHARE * self.budget.left_s
         if done.error is not None:
             return self._failed(job, done)

@@ -44,7 +44,7 @@ from .joint import joint_record, train_jointly
 from .journal import Journal, open_journal
 from .scheduler import FinishedTask, Scheduler
 from .status import Meter
-from .worker import load_base, make_worker, prediction_groups
+from .worker import Job, load_base, make_worker, prediction_groups
 
 # What of a time budget is kept for the end: for jobs that come a step late, the summary, and the end of all processes.
 MARGIN_S, MARGIN_SHARE = 4.0, 0.01
@@ -55,6 +55,7 @@ WORKERS_IMPORT = (
     "transformers.models.auto.modeling_auto",
     "transformers.modeling_utils",
 )
+LINE_S = 60.0  # between two lines on how it goes, where there is no terminal
 INCOMPLETE = 3  # exit code of a run that ended as it should, but not with an answer of the adapted model to every task
 
 
@@ -65,6 +66,17 @@ def solve(scheduler: Scheduler, executor: Executor, deadline: float, console: Co
     meter = Meter(executor.count, deadline, status.last_summary(journal.run_dir), joint_record(journal.run_dir))
     with _progress_bar(console, deadline) as bar:
         line = bar.add_task("solving", total=1.0, tasks_done=len(journal.statuses), tasks=len(task_set.tasks))
+        said = _NowAndThen(console, bar)
+
+        def show(job: Job | None = None, tokens: float = 0.0) -> None:
+            if job:
+                scheduler.note_progress(job, tokens)
+            # A new guess of what is left must not turn it back.
+            share = max(bar.tasks[0].completed, scheduler.share_done)
+            bar.update(line, completed=share, tasks_done=len(journal.statuses))
+            said.look()
+
+        executor.on_progress = show
         for done in executor.map_unordered(scheduler.jobs(), until=deadline):
             meter.note(done)
             for finished in scheduler.handle_result(done):
@@ -74,7 +86,7 @@ def solve(scheduler: Scheduler, executor: Executor, deadline: float, console: Co
                     console.print(_task_line(finished, record), soft_wrap=True)
             journal.refresh_submission()
             meter.keep(journal, scheduler.share_done)
-            bar.update(line, completed=scheduler.share_done, tasks_done=len(journal.statuses))
+            show()
     journal.rewrite_submission()
     summary = meter.summary(task_set, journal.statuses, scheduler.share_done)
     journal.write_summary(summary)
@@ -127,6 +139,22 @@ def _progress_bar(console: Console, deadline: float) -> Progress:
         _TimeLeft(deadline),
         console=console,
     )
+
+
+class _NowAndThen:
+    """Where there is no terminal for a bar, such as in a log file, what it shows as a line, a minute apart."""
+
+    def __init__(self, console: Console, bar: Progress):
+        self.console, self.bar, self.since = console, bar, time.monotonic()
+
+    def look(self) -> None:
+        if self.console.is_terminal or time.monotonic() < self.since + LINE_S:
+            return
+        self.since = time.monotonic()
+        task = self.bar.tasks[0]
+        left = next(column for column in self.bar.columns if isinstance(column, _TimeLeft)).render(task)
+        done = f"{task.fields['tasks_done']} of {task.fields['tasks']} tasks, {task.percentage:.0f}% of the work"
+        self.console.print(f"{done}, {left}", highlight=False, soft_wrap=True)
 
 
 def _log_record(finished: FinishedTask, task: Task, config: Config) -> dict[str, Any]:

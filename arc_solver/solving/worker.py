@@ -33,7 +33,7 @@ from ..puzzles import Task
 from ..rng import named_rng
 from ..training.parallel import keep_freed_memory
 from .adapt import adapt
-from .executors import Watchdog, cores
+from .executors import Watchdog, cores, tell
 from .predict import predict_tasks
 from .preflight import preflight
 
@@ -124,13 +124,26 @@ class Worker:
         rngs = [self._rng(task, "adapt", job.round) for task in job.tasks]
         deadline = time.monotonic() + job.seconds
         memory = free_memory(self.model.device, self.neighbours)
-        return adapt(job.tasks, self.model, self.config.adapt, rngs, self.start, self.beat, deadline, memory)
+        on_step = self._on_step()
+        return adapt(job.tasks, self.model, self.config.adapt, rngs, self.start, on_step, deadline, memory)
 
     def _ask(self, job: PredictJob) -> list[Any]:
         rngs = [self._rng(task, "predict", job.round) for task in job.tasks]
         self.engine.deadline = time.monotonic() + job.seconds
-        self.engine.on_step = self.beat
+        self.engine.on_step = self._on_step()
         return predict_tasks(job.tasks, self.engine, job.adapters, job.config, rngs)
+
+    def _on_step(self) -> Callable[[int], None]:
+        """What a job calls at every step with its tokens: it is alive, and has done so much."""
+        done = 0
+
+        def on_step(tokens: int) -> None:
+            nonlocal done
+            done += tokens
+            self.beat()
+            tell(done)
+
+        return on_step
 
     def _rng(self, task: Task, stage: str, round: int) -> Any:
         return named_rng(self.config.run.seed, task.id, stage, *([round] if round else []))

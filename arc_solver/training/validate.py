@@ -73,7 +73,7 @@ def accuracy(
     model.lm.eval()
     engine = TorchEngine(model, batch_tokens)
 
-    def look() -> None:
+    def look(_: int) -> None:
         if is_over():
             engine.deadline = -math.inf
 

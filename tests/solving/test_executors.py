@@ -82,6 +82,24 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.parametrize("open_executor", ["inprocess", "processes", "forked"], indirect=True)
+def test_workers_say_how_far_their_jobs_are(open_executor):
+    """Not at every step, and never of a job that is not running."""
+    heard: dict[tuple[Any, ...], list[float]] = {}
+    jobs = [("advance", 20), ("advance", 21), ("double", 1), ("advance", 1)]
+    with open_executor() as executor:
+        executor.on_progress = lambda job, done: heard.setdefault(job, []).append(done)
+        for done in executor.map_unordered(iter(jobs)):
+            assert done.error is None
+            heard.setdefault(done.job, []).append(99)
+    for job in jobs[:2]:
+        told = heard[job]
+        assert told == sorted(set(told))
+        assert told[-1] == 99, "and nothing after its end"
+        assert 2 < len(told) < 20
+    assert heard[jobs[2]] == [99]
+
+
 @everywhere
 def test_all_jobs_are_answered_once_and_none_is_pulled_ahead(open_executor):
     pulled, received = [], []

@@ -17,7 +17,7 @@ from arc_solver.models.hardware import pick_device
 from arc_solver.puzzles.tasks import Pair, Task, TaskSet
 from arc_solver.solving.adapt import Adaptation, group_by_length
 from arc_solver.solving.budget import Budget
-from arc_solver.solving.executors import InProcess
+from arc_solver.solving.executors import InProcess, JobResult
 from arc_solver.solving.journal import Journal, open_journal
 from arc_solver.solving.scheduler import FinishedTask, Scheduler
 from arc_solver.solving.worker import AdaptJob, JobOutput, ResourceUsage, prediction_groups
@@ -115,6 +115,28 @@ def _no_weights(monkeypatch):
     """The pretender's adapters have none, which no file can hold."""
     monkeypatch.setattr("arc_solver.solving.journal.save_adapter", lambda adapter, folder: folder.mkdir(parents=True))
     monkeypatch.setattr("arc_solver.solving.journal.load_adapter", lambda folder: Adapter(1, 1.0, {}))
+
+
+def test_the_share_that_is_done_grows_with_the_steps_of_running_jobs(tmp_path):
+    """From the first step on, never back, and not to the end before they have ended."""
+    found, worker = some_tasks(3), Pretender()
+    with journal_of(tmp_path, found) as journal:
+        groups = [[task] for task in found.tasks]
+        scheduler = Scheduler(groups, lambda tasks: prediction_groups(tasks, CPU), CONFIG, journal, Budget(1))
+        shares = [scheduler.share_done]
+        for job in scheduler.jobs():
+            planned = sum(scheduler._work(job))
+            for done in (0.01, 0.5, 1.5):  # early stop, and replies of another length than was thought
+                scheduler.note_progress(job, done * planned)
+                shares.append(scheduler.share_done)
+            assert shares[-1] < 1
+            scheduler.handle_result(JobResult(job, worker.run(job)))
+            scheduler.note_progress(job, planned)  # too late
+            shares.append(scheduler.share_done)
+    assert shares == sorted(shares)
+    assert len(set(shares)) == len(shares)
+    assert shares[0] == 0
+    assert shares[-1] == 1
 
 
 def test_all_tasks_are_adapted_and_asked_the_longest_first(tmp_path):
