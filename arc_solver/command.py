@@ -3,18 +3,37 @@
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from .errors import MachineError, UserError
 
 Say = Callable[[str], None]  # takes a line for the person at the keyboard
 
 
+_called = "bin/"  # how commands are called here: see `run_main`
+
+
+def as_called(text: str) -> str:
+    """A text with its commands as they are called here: bin/solve is `arc-solver solve` where a wheel is installed."""
+    return text if _called == "bin/" else re.sub(r"\bbin/(solve|score|train|submit|bench)\b", rf"{_called}\1", text)
+
+
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are `UserError`s."""
+    """An argument parser whose complaints are `UserError`s.
+
+    Args:
+        prog: the command as it is called in a checkout.
+    """
+
+    def __init__(self, *, prog: str, **settings: Any):
+        super().__init__(prog=as_called(prog), **settings)
+
+    def format_help(self) -> str:
+        return as_called(super().format_help())
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
@@ -70,13 +89,19 @@ def require_new_dir(folder: Path) -> None:
         raise UserError(f"{folder} exists and is not empty: give another --out")
 
 
-def run_main(main: Callable[[list[str]], int]) -> None:
-    """Runs a command: exit code 0 done, 2 the user's input is wrong (one sentence, no traceback), 1 anything else."""
+def run_main(main: Callable[[list[str]], int], called: str = "bin/") -> None:
+    """Runs a command: exit code 0 done, 2 the user's input is wrong (one sentence, no traceback), 1 anything else.
+
+    Args:
+        called: what stands before a command's name in the words that call it.
+    """
+    global _called
+    _called = called
     try:
         code = main(sys.argv[1:])
     except (UserError, MachineError) as error:
         if os.environ.get("RANK", "0") == "0":  # of several training processes one says it
-            print(f"error: {error}", file=sys.stderr)
+            print(as_called(f"error: {error}"), file=sys.stderr)
         code = 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

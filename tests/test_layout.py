@@ -82,7 +82,7 @@ def test_the_table_has_ten_rows():
 
 def test_every_module_has_its_place_in_the_table():
     files = {".".join(file.relative_to(PACKAGE).with_suffix("").parts) for file in PACKAGE.rglob("*.py")}
-    assert {name for name in files if "__" not in name} - COMMANDS == set(ROWS)
+    assert {name for name in files if "__" not in name} - COMMANDS - {"api"} == set(ROWS)
 
 
 def test_modules_import_only_from_above():

@@ -1,0 +1,61 @@
+"""What a wheel gives: one command, and functions for a notebook."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from forked import Forked, output_of
+
+import arc_solver
+from arc_solver.__main__ import COMMANDS
+from arc_solver.answers.submission import read_submission
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_example_in_the_readme(tmp_path, monkeypatch, capsys):
+    """Its tasks are solved, and what it does step by step with a task is what the whole run did with it."""
+    (example,) = re.findall(r"```python\n(from arc_solver import .*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert example.count("\n") <= 10
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(example, names)
+    tasks, submission = names["tasks"], names["submission"]
+    assert (tmp_path / "runs" / "mine" / "submission.json").is_file()
+    assert names["score"](submission, tasks).tasks_solved >= 2
+    assert capsys.readouterr().out.endswith(f"{names['score'](submission, tasks).tasks_solved}\n")
+    again = read_submission(tmp_path / "runs" / "mine" / "submission.json", tasks.tasks)
+    assert as_lists(again) == as_lists(submission)
+    assert isinstance(names["first"], np.ndarray)
+
+
+def as_lists(submission) -> dict:
+    return {i: [[grid.tolist() for grid in both] for both in outputs] for i, outputs in submission.items()}
+
+
+def test_importing_it_is_quick_and_what_it_has_is_listed():
+    code = "import sys, arc_solver; assert 'torch' not in sys.modules; assert arc_solver.load_tasks"
+    subprocess.run([sys.executable, "-P", "-c", code], check=True)
+    for name in arc_solver.__all__:
+        assert getattr(arc_solver, name).__doc__, name
+    with pytest.raises(AttributeError, match="no attribute 'slove'"):
+        arc_solver.slove  # noqa: B018
+
+
+def test_one_command_for_all():
+    """It calls itself so, in its help and in what it refuses."""
+    said, _ = output_of(Forked("arc_solver", ["--help"]), 0)
+    assert all(re.search(rf"^  {name} ", said, re.MULTILINE) for name in COMMANDS)
+    for name in COMMANDS:
+        said, _ = output_of(Forked("arc_solver", [name, "--help"]), 0)
+        assert said.startswith(f"usage: arc-solver {name} ")
+        assert "bin/" not in said
+    for words in ([], ["slove"], ["solve", "--status", "/nowhere"], ["score", "--nothing"], ["train"]):
+        _, said = output_of(Forked("arc_solver", words), 2)
+        (line,) = said.splitlines()
+        assert line.startswith("error: ")
+        assert "arc-solver" in line
+        assert "bin/" not in line
