@@ -148,6 +148,27 @@ def open_tree(path: Path) -> FileTree | None:
     return None
 
 
+def open_inside(path: Path) -> tuple[FileTree, str] | None:
+    """A folder in an archive, or a file's folder and its name, of a path that goes on after the archive's.
+
+    None: there is no such archive, or nothing of that name in it.
+    """
+    outer = next((parent for parent in path.parents if parent.is_file()), None)
+    tree = open_tree(outer) if outer else None
+    if not outer or not tree:
+        return None
+    *folders, last = path.relative_to(outer).parts
+    for name in folders:
+        below = {folder.path.rpartition("/")[2]: folder for folder in tree.folders}
+        if name not in below:
+            return None
+        tree = below[name]
+    below = {folder.path.rpartition("/")[2]: folder for folder in tree.folders}
+    if last in below:
+        return below[last], ""
+    return (tree, last) if last in tree else None
+
+
 def _zip(path: Path) -> Archive:
     archive = zipfile.ZipFile(io.BytesIO(read_bytes(path)))  # so that no file stays open
     members = {info.filename: (info, info.file_size) for info in archive.infolist() if not info.is_dir()}

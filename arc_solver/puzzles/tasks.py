@@ -24,6 +24,10 @@ Attempts = tuple[Grid, Grid]  # the two answers to one test input
 Solutions = dict[str, tuple[Grid, ...]]  # task id -> its test outputs, in test order
 
 
+class TooLarge(UserError):
+    """A grid that may be right, but has more rows or columns than ARC's have, and than the format can write."""
+
+
 @dataclass(frozen=True, eq=False)
 class Pair:
     """An input grid and its output grid."""
@@ -100,17 +104,18 @@ def make_grid(rows: Any, where: str) -> Grid:
         where: names file, task and pair in the error.
 
     Raises:
+        TooLarge: it has more rows or columns.
         UserError: anything else.
     """
     if not isinstance(rows, list) or not rows:
         raise UserError(f"{where}: expected a grid, a non-empty list of rows, got {_shown(rows)}")
     if len(rows) > MAX_SIDE:
-        raise UserError(f"{where}: expected at most {MAX_SIDE} rows, got {len(rows)}")
+        raise TooLarge(f"{where}: expected at most {MAX_SIDE} rows, got {len(rows)}")
     for r, row in enumerate(rows):
         if not isinstance(row, list) or not row:
             raise UserError(f"{where}, row {r}: expected a non-empty list of cells, got {_shown(row)}")
         if len(row) > MAX_SIDE:
-            raise UserError(f"{where}, row {r}: expected at most {MAX_SIDE} cells, got {len(row)}")
+            raise TooLarge(f"{where}, row {r}: expected at most {MAX_SIDE} cells, got {len(row)}")
         if len(row) != len(rows[0]):
             raise UserError(f"{where}, row {r}: expected {len(rows[0])} cells as in row 0, got {len(row)}")
         for cell in row:

@@ -304,6 +304,39 @@ def test_many_tasks_among_files_of_one(tmp_path):
     assert "all.json holds many tasks, and lies among files of one task each" in refused(tmp_path)
 
 
+def test_tasks_of_larger_grids_than_arcs_are_left_out_of_a_set_and_counted(tmp_path, caplog):
+    """1D-ARC has some. Alone one is refused, and so is a competition's file: its submission must answer all tasks."""
+    wide = {"train": SOLVED["train"], "test": [{**SOLVED["test"][0], "output": [[1] * 31]}]}
+    tree(tree(tmp_path / "dataset", "a/a1.json", "b/b1.json"), "b/b2.json", content=wide)
+    assert ids(load(tmp_path / "dataset")) == ["a1", "b1"]
+    assert "1 of 3 tasks are left out, as they have larger grids than ARC's, e.g." in caplog.text
+    assert "b2.json: task b2, test pair 0, output, row 0: expected at most 30 cells" in caplog.text
+    assert "at most 30 cells" in refused(tmp_path / "dataset" / "b" / "b2.json")
+    assert "all of its 2 tasks have too large grids" in refused(
+        tree(tmp_path / "all", "c.json", "d.json", content=wide)
+    )
+    (tmp_path / "x_challenges.json").write_text(json.dumps({"aa": SOLVED, "bb": wide}))
+    assert "at most 30 cells" in refused(tmp_path / "x_challenges.json")
+
+
+def test_paths_go_on_into_archives(tmp_path):
+    """So that what a refusal names can be given."""
+    unclear = zipped(tree(tmp_path / "set", "data/training/aa.json", "data/evaluation/bb.json"))
+    said = refused(unclear)
+    named = re.search(r"such as --tasks (\S+)", said)
+    assert named
+    assert ids(load(named[1])) == ["bb"]
+    assert ids(load(f"{unclear}/set/data/training/aa.json")) == ["aa"]
+    assert "not found" in refused(f"{unclear}/set/data/nothing")
+
+
+def test_what_lies_beside_folders_of_tasks(tmp_path):
+    """Mini-ARC has traces of people who solved the tasks."""
+    tree(tmp_path / "data", "MiniARC/aa.json", "MiniARC/bb.json")
+    tree(tmp_path / "data", "MiniARC_traces/trace_1.json", content={"id": 1, "action_sequence": "..."})
+    assert ids(load(tmp_path)) == ["aa", "bb"]
+
+
 def test_the_same_grids_whatever_the_wrapping(tmp_path):
     folder = tree(tmp_path / "set", "aa.json")
     buffer = io.BytesIO()
