@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
         return as_called(super().format_help())
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
+        raise UserError(f"{message}; see {self.prog.partition(' --')[0]} --help")
 
 
 def user_path(text: str) -> Path:
@@ -69,7 +69,9 @@ def task_overrides(args: argparse.Namespace) -> list[str]:
             raise UserError(f"{option} is at least 1, got {count}; leave it out for all tasks")
     if args.sample_seed is not None and args.sample is None:
         raise UserError("--sample-seed is of the draw that --sample N makes: give that too, or leave it out")
-    ids = None if args.ids is None else [i.strip() for i in args.ids.split(",")]
+    ids = None if args.ids is None else [i.strip() for i in args.ids.split(",") if i.strip()]
+    if ids == []:
+        raise UserError("--ids names no task: give ids with commas between, or leave it out")
     given = {
         "spec": args.tasks,
         "solutions": args.solutions,

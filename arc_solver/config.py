@@ -70,6 +70,13 @@ OutputOnly = Literal["keep", "permute"]
 VoteRule = Literal["votes", "product", "mean-probability", "hierarchical", "probmul", "kgmon", "hierarchical-kgmon"]
 
 
+def _duration_s(text: str, setting: str) -> float:
+    try:
+        return duration_s(text)
+    except ValueError as error:
+        raise ValueError(f"{setting}: {error}") from None
+
+
 class RunConfig(Section):
     seed: int = 0  # all randomness of a run follows from it
     device: str = "auto"  # auto | cpu | cuda | cuda:1 ...
@@ -87,14 +94,14 @@ class RunConfig(Section):
     @property
     def budget_s(self) -> float:
         """The time budget in seconds."""
-        return duration_s(self.time_budget) if self.time_budget else math.inf
+        return _duration_s(self.time_budget, "run.time_budget (--time-budget)") if self.time_budget else math.inf
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":
         if self.address and self.executor != "ray":
-            raise ValueError('run.address is for run.executor="ray"')
+            raise ValueError("run.address (--address) is for a Ray cluster: set run.executor to ray (--executor ray)")
         if self.budget_s < MIN_BUDGET_S:
-            raise ValueError(f"run.time_budget is at least {MIN_BUDGET_S} s")
+            raise ValueError(f"run.time_budget (--time-budget) is at least {MIN_BUDGET_S} s, got {self.time_budget}")
         return self
 
 
@@ -145,8 +152,13 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "ModelConfig":
-        if self.heads % self.kv_heads or self.head_dim % 2:
-            raise ValueError("heads must be a multiple of kv_heads, and head_dim even")
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"model.heads={self.heads} is no multiple of model.kv_heads={self.kv_heads}: set model.kv_heads to"
+                f" {self.heads}, or to another number that divides it"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"model.head_dim={self.head_dim} is odd: give an even number")
         return self
 
 
@@ -216,7 +228,7 @@ class SourceConfig(Section):
         if self.solve + self.imitate <= 0:
             raise ValueError("at least one of solve and imitate needs a weight above 0")
         if self.difficulty[0] > self.difficulty[1]:
-            raise ValueError("difficulty is (lowest, highest)")
+            raise ValueError(f"the difficulty of a source is {list(self.difficulty)}: the lowest comes first")
         return self
 
 
@@ -235,7 +247,7 @@ class CorpusConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> "CorpusConfig":
         if self.pairs[0] > self.pairs[1]:
-            raise ValueError("pairs is (lowest, highest)")
+            raise ValueError(f"corpus.pairs is {list(self.pairs)}: the lowest comes first, then the highest")
         labels = [source.label for source in self.sources]
         if len(set(labels)) < len(labels):
             raise ValueError(f"two sources have the same name: give each its own, got {labels}")
@@ -434,7 +446,7 @@ class KaggleConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> "KaggleConfig":
         for key in ("time_budget", "smoke_budget"):
-            if not MIN_BUDGET_S <= duration_s(getattr(self, key)) < SESSION_S:
+            if not MIN_BUDGET_S <= _duration_s(getattr(self, key), f"kaggle.{key}") < SESSION_S:
                 raise ValueError(
                     f"kaggle.{key} is at least {MIN_BUDGET_S} s and under 12 h, after which Kaggle ends a notebook; got"
                     f" {getattr(self, key)}"
@@ -479,14 +491,17 @@ class Config(Section):
         if self.model.quantize and self.engine.kind == "vllm":
             raise ValueError('model.quantize is for engine.kind="torch": vLLM has a copy of the weights of its own')
         if self.model.quantize and self.model.adapter and not (self.adapt.enabled and self.adapt.start == "pretrained"):
+            lacking = "adapt.start=pretrained" if self.adapt.enabled else "adapt.enabled=true"
             raise ValueError(
-                "model.quantize: an adapter cannot be merged into quantised weights; set adapt.start=pretrained, or"
-                " give the merged model that bin/train left as model.path"
+                f"model.quantize: an adapter cannot be merged into quantised weights; set {lacking}, or give the merged"
+                " model that bin/train left as model.path"
             )
-        if self.adapt.joint and (self.model.quantize or self.adapt.start == "pretrained"):
+        if self.adapt.joint and self.model.quantize:
+            raise ValueError("adapt.joint changes the weights, and model.quantize freezes them: leave one of them out")
+        if self.adapt.joint and self.adapt.start == "pretrained":
             raise ValueError(
-                "adapt.joint changes the weights, which quantised ones do not allow and an adapter with adapt.start="
-                '"pretrained" is not for: leave one of them out'
+                'adapt.joint changes the weights, and with adapt.start="pretrained" the adapter is for them as they'
+                " were: leave one of them out"
             )
         if not self.predict.score and self.vote.rule not in ("votes", "hierarchical"):
             raise ValueError(f'vote.rule="{self.vote.rule}" needs predict.score: leave it on, or set vote.rule=votes')
@@ -529,22 +544,35 @@ def load_config(file: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     Raises:
         UserError: the file is missing or no TOML, or a key or value is not one that exists.
     """
-    tree: dict[str, Any] = {}
-    if file is not None:
-        try:
-            text = Path(file).read_text(encoding="utf-8-sig")  # Windows editors begin a file with a mark
-            tree = json.loads(text) if Path(file).suffix == ".json" else tomllib.loads(text)
-        except FileNotFoundError:
-            raise UserError(f"config {file} does not exist; see configs/ for the ones that do") from None
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
-            kind = "JSON" if Path(file).suffix == ".json" else "TOML"
-            raise UserError(f"config {file} cannot be read as {kind}: {error}") from None
+    tree = {} if file is None else _read(Path(file))
     for word in overrides:
         _override(tree, word)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise UserError(_explain(error, file, overrides)) from None
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """What a config file holds, not checked."""
+    if (file / "run.json").is_file():
+        raise UserError(f"{file} is the folder of a run, not a config: --out {file} continues it")
+    other = UserError(f"{file} is no config file, which ends in .toml: tasks are given as --tasks {file}")
+    if file.is_dir() or str(file) in ("demo", "arc-agi-1/training", "arc-agi-1/evaluation"):
+        raise other
+    try:
+        text = file.read_text(encoding="utf-8-sig")  # Windows editors begin a file with a mark
+        tree = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
+    except FileNotFoundError:
+        raise UserError(f"config {file} does not exist; see configs/ for the ones that do") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+        if file.suffix not in (".toml", ".json"):
+            raise other from None
+        kind = "JSON" if file.suffix == ".json" else "TOML"
+        raise UserError(f"config {file} cannot be read as {kind}: {error}") from None
+    if file.suffix == ".json" and not (isinstance(tree, dict) and tree.keys() <= Config.model_fields.keys()):
+        raise other
+    return tree
 
 
 def _override(tree: dict[str, Any], word: str) -> None:
@@ -557,13 +585,18 @@ def _override(tree: dict[str, Any], word: str) -> None:
     except tomllib.TOMLDecodeError:
         value = text  # a bare word is a string: model.path=runs/mine
     place: Any = tree
-    for section in sections:  # stages.1.start=weights: the second stage of the config file
+    for i, section in enumerate(sections):  # stages.1.start=weights: the second stage of the config file
+        before = ".".join(sections[:i])
         if isinstance(place, list):
             if not section.isdecimal() or int(section) >= len(place):
-                raise UserError(f"'{word}': the config file has {len(place)} of them, counted from 0, and no {section}")
+                known = " and ".join(f"{before}.{i}" for i in range(len(place)))
+                raise UserError(f"'{word}': there is no {before}.{section} in the config file, which has {known}")
             place = place[int(section)]
         elif section.isdecimal():
-            raise UserError(f"'{word}': the config file has no list there; write it in the file")
+            raise UserError(
+                f"'{word}' changes an entry of a list in a config file, and there is none: give the whole list,"
+                f" {before}=[...]"
+            )
         else:
             place = place.setdefault(section, {})
         if not isinstance(place, (dict, list)):
@@ -586,6 +619,21 @@ _SHOULD_BE = {  # pydantic's kinds of complaint, as one says them
 }
 
 
+_EXAMPLES = {
+    "corpus.pairs": "'corpus.pairs=[3,6]'",
+    "corpus.sources": """'corpus.sources=[{kind="re-arc"}]'""",
+    "validation.difficulty": "'validation.difficulty=[0.0,0.3]'",
+    "adapt.betas": "'adapt.betas=[0.9,0.95]'",
+    "train.betas": "'train.betas=[0.9,0.95]'",
+}
+
+
+def _as_list(key: str, overrides: Sequence[str], first: Any) -> str:
+    """The user's own word in a list."""
+    word = next((w.partition("=")[2] for w in overrides if w.partition("=")[0] == key), first["input"])
+    return f"'{key}={json.dumps([word], default=str)}'"
+
+
 def _explain(error: ValidationError, file: str | Path | None, overrides: Sequence[str]) -> str:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
@@ -600,11 +648,22 @@ def _explain(error: ValidationError, file: str | Path | None, overrides: Sequenc
             f"did you mean {section}{alike[0]}?" if alike else f"known: {', '.join(known)}"
         )
     if first["type"] == "tuple_type":
-        example = json.dumps([first["input"]], default=str, separators=(",", ":"))
-        return f"setting {key}{where}: give a list, such as '{key}={example}', got {first['input']!r}"
+        return f"setting {key}{where}: give a list, such as {_EXAMPLES.get(key) or _as_list(key, overrides, first)}"
+    if first["type"] in ("missing", "too_long") and (example := _EXAMPLES.get(key.rpartition(".")[0])):
+        return f"setting {key.rpartition('.')[0]}{where}: give two numbers, such as {example}"
+    if first["type"] in ("too_short", "string_too_short") and first["input"] == "":
+        return f"setting {key}{where} is empty: give a value, or leave it out"
+    if first["type"] == "too_short":
+        return f"setting {key}{where}: give at least one" if key else f"give at least one stage{where}"
+    if first["type"] == "missing":
+        return f"setting {key}{where} is missing: give it"
+    if first["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        section = key.rpartition(".")[2]
+        return f"{key}{where} is a section, with settings in it: write {key}.NAME=VALUE, or [{section}] in a file"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":  # our own sentence, which has the values in it
-        return f"setting {key}{where}: {message}" if key else f"{message}{where}"
+        of_section = first["loc"] and "." in message.partition(" ")[0]  # which setting it is stands there already
+        return f"setting {key}{where}: {message}" if key and not of_section else f"{message}{where}"
     said = _SHOULD_BE.get(first["type"], message.replace("Input should", "should", 1))
     return f"setting {key}{where}: {said}, got {first['input']!r}"
 

@@ -1,5 +1,7 @@
 """What goes wrong: for the person at the keyboard one sentence, for a program an exit code."""
 
+import sys
+
 
 class UserError(Exception):
     """What the user or a file got wrong, as one sentence that says what to do. Commands exit with code 2."""
@@ -7,6 +9,11 @@ class UserError(Exception):
 
 class MachineError(Exception):
     """What the machine could not do, such as writing to a full disk, as one sentence. Commands exit with code 1."""
+
+
+def install_command(what: str) -> str:
+    """What installs a package, or arc_solver with an extra, where this program runs: `pip` alone may be another's."""
+    return f"{sys.executable} -m pip install '{what}'"
 
 
 def first_line(error: Exception) -> str:

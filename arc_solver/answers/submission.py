@@ -117,12 +117,17 @@ def read_submission(file: Path, tasks: Sequence[Task] | None) -> Submission:
         raise UserError(f"{file} is a folder: give the submission.json in it")
     content = read_json(file)
     answers = isinstance(content, dict) and any(isinstance(outputs, list) for outputs in content.values())
+    maybe = (content, *content.values()) if isinstance(content, dict) else ()
+    if any(isinstance(task, dict) and "train" in task for task in maybe):
+        raise UserError(f"{file} holds tasks, not answers to them: give a submission.json")
     if not answers and content != {}:
         raise UserError(f"{file} is no submission: expected a JSON object, task id -> list of attempts")
     content = {safe_id(name): outputs for name, outputs in content.items()}
     if tasks is None:
         return {i: _read_outputs(outputs, None, f"{file}: task {i}") for i, outputs in content.items()}
     wanted = {task.id: task for task in tasks}
+    if content and not wanted.keys() & content.keys():
+        raise UserError(f"{file} answers none of these {len(wanted)} tasks: give the --tasks that it was made for")
     if missing := sorted(wanted.keys() - content.keys()):
         raise UserError(
             f"{file}: no answer to {len(missing)} of {len(wanted)} tasks, e.g. {missing[0]};"

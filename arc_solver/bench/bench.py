@@ -20,7 +20,7 @@ from ..command import Parser
 from ..config import CorpusConfig, FormatConfig, ModelConfig, TasksConfig, TrainConfig
 from ..data.sources import PairMaker, read_source
 from ..data.stream import SampleStream
-from ..errors import UserError
+from ..errors import UserError, install_command
 from ..files import git_commit
 from ..models import cpu_name, describe_precision, pick_device
 from ..puzzles import TaskSet, load_tasks
@@ -101,7 +101,7 @@ def _mean_draw_ms(maker: PairMaker) -> float:
 def bench_train() -> list[Measurement]:
     """Offline training against TRL and PEFT; on a GPU also how much of it is used."""
     if find_spec("trl") is None:
-        raise UserError("bin/bench train compares with TRL: run bin/bench, or pip install 'arc_solver[bench]'")
+        raise UserError(f"bin/bench train compares with TRL: run {install_command('arc_solver[bench]')}")
     sides = compare()
     ours, baseline = sides["ours"], sides["baseline"]
     speed = ours.tokens_per_s / baseline.tokens_per_s
@@ -162,7 +162,7 @@ def bench_solve() -> list[Measurement]:
 
 def _require_peft(name: str) -> None:
     if find_spec("peft") is None:
-        raise UserError(f"bin/bench {name} compares with PEFT: run bin/bench, or pip install 'arc_solver[train]'")
+        raise UserError(f"bin/bench {name} compares with PEFT: run {install_command('arc_solver[train]')}")
 
 
 def _at_equal_score(task_set: TaskSet, baseline: SolveFigures) -> Measurement:

@@ -26,10 +26,11 @@ from typing import Any, NoReturn
 import numpy as np
 
 from ..config import SourceConfig, TasksConfig
-from ..errors import UserError
+from ..errors import UserError, install_command
 from ..files import sha256
 from ..puzzles import MAX_SIDE, Grid, Pair, Task, TaskSet, freeze, load_tasks, read_json, safe_id
-from ..puzzles.file_tree import json_stem, open_tree
+from ..puzzles.file_tree import json_stem, open_inside, open_tree
+from ..puzzles.task_files import BUILT_IN
 from ..puzzles.tasks import legal_pairs
 from ..rng import named_rng
 from .counting import COUNTING_TASKS
@@ -74,6 +75,11 @@ def read_source(config: SourceConfig) -> Source:
         raise UserError(f"source '{config.label}' has no task {unknown[0]}: take it out of its quarantine")
     quarantined = set().union(*matched.values())
     tasks = {i: maker for i, maker in tasks.items() if i not in quarantined}
+    if not tasks and quarantined:
+        raise UserError(
+            f"the quarantine of source '{config.label}' leaves none of its {len(quarantined)} tasks: shorten it, or"
+            " leave the source out"
+        )
     if not tasks:
         raise UserError(f"source '{config.label}' has no task with two demonstrations or more: leave it out")
     if config.max_tasks:
@@ -89,6 +95,11 @@ def read_source(config: SourceConfig) -> Source:
 
 def _check_digest(config: SourceConfig) -> None:
     file = Path(config.path)
+    if config.path in BUILT_IN:
+        raise UserError(
+            f"source '{config.label}' has a sha256, which is of a file, and {config.path} comes with a package: leave"
+            " sha256 out"
+        )
     if not file.is_file():
         if file.is_dir():
             raise UserError(f"source '{config.label}' has a sha256, which is of a file, and {file} is a folder")
@@ -164,10 +175,8 @@ def read_pairs(config: SourceConfig) -> dict[str, PairMaker]:
     folder named `tasks`, inside another: both names work, and so does the archive that it comes in.
     """
     path = Path(config.path)
-    try:
-        path.stat()
-    except OSError as error:
-        raise UserError(f"source {path} not found ({error.strerror}): give a file or a folder of pairs") from None
+    if not path.exists() and not open_inside(path):
+        raise UserError(f"source '{config.label}': {path} does not exist: give a file, a folder or an archive of pairs")
     tasks: dict[str, PairMaker] = {}
     illegal: list[str] = []
     hurt = 0
@@ -189,7 +198,11 @@ def read_pairs(config: SourceConfig) -> dict[str, PairMaker]:
 
 def _lists_of_pairs(path: Path) -> Iterator[tuple[str, Any, str]]:
     """Task names, parsed lists and the files they are from. Of a folder one file at a time: they are large."""
-    if tree := open_tree(path):
+    inside = None if path.exists() else open_inside(path)
+    if inside and inside[1]:
+        yield json_stem(inside[1]), inside[0].load(inside[1]), inside[0].where(inside[1])
+        return
+    if tree := inside[0] if inside else open_tree(path):
         leaves = tree.leaves()
         if len(leaves) > 1:
             raise UserError(
@@ -224,7 +237,7 @@ def re_arc_generators() -> Mapping[str, Generator]:
     """
     package = importlib.util.find_spec("reasoning_gym")
     if package is None or not package.submodule_search_locations:
-        raise UserError("RE-ARC needs reasoning-gym: run bin/train, or pip install --no-deps reasoning-gym==0.1.25")
+        raise UserError(f"RE-ARC needs reasoning-gym: run {install_command('reasoning-gym==0.1.25')} --no-deps")
     # Loaded under a name of its own: importing reasoning_gym itself would load all its puzzles and their libraries.
     folder = f"{package.submodule_search_locations[0]}/arc/rearc_utils"
     spec = importlib.util.spec_from_file_location(

@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from ..config import EngineConfig, FormatConfig
-from ..errors import MachineError, UserError, first_line
+from ..errors import MachineError, UserError, first_line, install_command
 from ..models import Adapter, Model, save_adapter
 from ..models.kv_cache import bytes_per_token
 from ..puzzles import COLOURS, END, MAX_SIDE, NEWLINE, NUMBER, VOCABULARY, Prompt, longest_reply
@@ -485,8 +485,8 @@ def import_vllm() -> Any:
         return vllm
     except Exception as error:  # what a library of another PyTorch raises when it is loaded is anyone's guess
         raise UserError(
-            f"engine.kind=vllm needs vLLM for PyTorch {torch.__version__} ({first_line(error)}):"
-            " install the extra vllm (in a checkout: .venv/bin/pip install -e '.[vllm]'), or use engine.kind=torch"
+            f"engine.kind=vllm needs vLLM for PyTorch {torch.__version__} ({first_line(error)}): run"
+            f" {install_command('arc_solver[vllm]')}, or use engine.kind=torch"
         ) from error
 
 

@@ -23,7 +23,9 @@ def pick_device(name: str) -> torch.device:
     if kind not in ("cpu", "cuda") or (index and (kind == "cpu" or not index.isdecimal())):
         raise UserError(f"run.device='{name}' is no device: use auto, cpu, cuda or cuda:N")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise UserError(f"run.device={name} asks for a GPU that PyTorch does not find: use run.device=cpu")
+        count = torch.cuda.device_count()
+        known = f"there are {count} here, cuda:0 to cuda:{count - 1}" if count else "use run.device=cpu"
+        raise UserError(f"run.device={name} asks for a GPU that PyTorch does not find: {known}")
     return torch.device(name)
 
 

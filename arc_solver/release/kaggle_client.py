@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import MachineError, UserError
+from ..errors import MachineError, UserError, install_command
 from .retry import (
     SIGN_IN,
     OutcomeUnknown,
@@ -123,7 +123,9 @@ def connect(policy: RetryPolicy | None = None, say: Callable[[str], None] = _to_
             from kaggle import api  # type: ignore[attr-defined] # mypy takes the folder kaggle/ for it
     except ImportError as error:
         missing = "" if error.name == "kaggle" else f" ({one_line(str(error))})"
-        raise UserError(f"bin/submit needs the kaggle client{missing}: pip install 'arc_solver[kaggle]'") from None
+        raise UserError(
+            f"bin/submit needs the kaggle client{missing}: run {install_command('arc_solver[kaggle]')}"
+        ) from None
     except OSError as error:  # the import makes a folder
         raise MachineError(f"the kaggle client cannot make its folder {error.filename}: {error.strerror}") from None
     api.already_printed_version_warning = True  # it goes to stdout

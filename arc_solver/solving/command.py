@@ -64,6 +64,8 @@ def _anywhere(config: Config) -> Config:
     second = Path(config.run.submission)
     if not second.parent.is_dir():
         raise UserError(f"--submission {second}: there is no folder {second.parent}")
+    if config.run.submission and second.is_dir():
+        raise UserError(f"--submission {second} is a folder: give a file, such as {second}/submission.json")
     run = config.run.model_copy(update={"submission": config.run.submission and str(second.absolute())})
     tasks = config.tasks.model_copy(
         update={"spec": whole(config.tasks.spec), "solutions": whole(config.tasks.solutions)}

@@ -30,7 +30,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any, Literal, Protocol, Self
 from urllib.parse import urlsplit
 
-from ..errors import MachineError, UserError, first_line
+from ..errors import MachineError, UserError, first_line, install_command
 
 ExecutorKind = Literal["inprocess", "processes", "ray"]
 
@@ -507,7 +507,7 @@ class RayActors:
 def _connect(count: int, address: str | None) -> Any:
     """The module `ray`, connected to the cluster at `address`, or to one that is started here."""
     if find_spec("ray") is None:
-        raise UserError("Ray is not installed: pip install 'arc_solver[cluster]'")
+        raise UserError(f"Ray is not installed: run {install_command('arc_solver[cluster]')}")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
@@ -517,11 +517,17 @@ def _connect(count: int, address: str | None) -> Any:
     try:
         if address and address != "auto":  # Ray itself would try for many minutes
             place = urlsplit(address if "//" in address else f"//{address}")
+            if place.port is None:
+                raise UserError(f"--address {address} has no port: give host:port, such as {address}:6379")
             socket.create_connection((place.hostname or "", place.port or 0), CONNECT_S).close()
         ray.init(address or "local", logging_level=logging.ERROR, runtime_env=environment, **local)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         if not address:
             raise UserError(f"Ray cannot be started on this machine: {first_line(error)}") from None
+        if address == "auto":
+            raise UserError(
+                "no Ray runs on this machine: start it with ray start --head --port=6379, or give --address HOST:6379"
+            ) from None
         raise UserError(
             f"no Ray cluster at {address} ({first_line(error)}): give host:port of its head, and the cluster's"
             " RAY_AUTH_MODE and token if it wants one"

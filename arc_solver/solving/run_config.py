@@ -45,7 +45,16 @@ def saved_config(run_dir: Path) -> Config:
     """
     if not (run_dir / "run.json").is_file() or not (run_dir / "config.json").is_file():
         raise UserError(f"{run_dir} is no run of bin/solve: give what its --out was")
-    return _whole(run_dir, "config.json", lambda: load_config(run_dir / "config.json"))
+    try:
+        return _whole(run_dir, "config.json", lambda: load_config(run_dir / "config.json"))
+    except UserError as error:
+        if not str(error).startswith("unknown setting"):
+            raise
+        setting = str(error).split()[2]
+        raise UserError(
+            f"{run_dir} was made by another version of arc_solver, which had the setting {setting}: use that one for"
+            " it, or begin again with another --out"
+        ) from None
 
 
 def config_text(config: Config) -> str:

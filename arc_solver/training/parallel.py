@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from ..clock import format_duration
 from ..config import Config, TrainConfig
 from ..data.stream import Batch
-from ..errors import UserError
+from ..errors import UserError, install_command
 from ..models import fast_dtype, pick_device
 from ..models.attention import packs_in_one_graph
 
@@ -40,7 +40,7 @@ class ParallelContext:
 
     def __init__(self, config: Config):
         if missing := [name for name in ("accelerate", "peft", "tensorboard") if find_spec(name) is None]:
-            raise UserError(f"training needs {missing[0]}: run bin/train, or pip install 'arc_solver[train]'")
+            raise UserError(f"training needs {missing[0]}: run {install_command('arc_solver[train]')}")
         from accelerate import Accelerator
 
         device = pick_device(config.run.device)

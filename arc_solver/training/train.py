@@ -46,6 +46,8 @@ from .report import Plan, describe, estimate_closing_times, save_results, show_p
 from .run import Interrupts, Run, make_validation, stage_stream, start_model
 from .validate import write_partition
 
+MOST_SHOWN = 100  # characters of two values in a message
+
 
 def train(
     config: Config, out_dir: Path, max_s: float = math.inf, resume: bool = False, began: float | None = None
@@ -176,9 +178,10 @@ def _require_same_section(section: str, before: dict[str, Any], now: dict[str, A
 
 def _require_same(name: str, before: Any, now: Any) -> None:
     if before != now:
+        values = f" ({before!r} then, {now!r} now)" if len(repr(before)) + len(repr(now)) < MOST_SHOWN else ""
         raise UserError(
-            f"--resume: {name} is {now!r} and the run was started with {before!r}; give the same settings (they are in"
-            " its config.json), or start a new run with model.path"
+            f"--resume: {name} is not what the run was started with{values}: give the config.json in its folder as the"
+            " config, or start a new run, with another --out"
         )
 
 

@@ -136,9 +136,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
         whole = (tmp_path / name).read_bytes()
         for content in contents:
             (tmp_path / name).write_text(content)
-            with pytest.raises(
-                UserError, match=r"damaged, copy or make it again|model\.safetensors is a pointer of git"
-            ):
+            with pytest.raises(UserError, match=r"damaged, copy or make|model\.safetensors is a pointer of git"):
                 load_model(tmp_path)
         (tmp_path / name).write_bytes(whole)
     assert load_model(tmp_path).trained_on == NOTHING
@@ -150,14 +148,14 @@ def test_weights_that_do_not_fill_the_model_are_refused(tmp_path):
     settings = json.loads((tmp_path / "config.json").read_text())
     for changed in ({"num_hidden_layers": 3}, {"intermediate_size": 80}):
         (tmp_path / "config.json").write_text(json.dumps({**settings, **changed}))
-        with pytest.raises(UserError, match="damaged"):
+        with pytest.raises(UserError, match=r"config\.json in .* (is wrong: .*layer_types|does not fit the weights)"):
             load_model(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(settings))
     weights = load((tmp_path / "model.safetensors").read_bytes())  # not mapped: the file is written anew
     for name in ("model.norm.weight", "lm_head.weight", "model.layers.1.self_attn.q_proj.weight"):
         kept = {other: tensor for other, tensor in weights.items() if other != name}
         save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
-        with pytest.raises(UserError, match="damaged"):
+        with pytest.raises(UserError, match=rf"cannot be loaded \({name} is missing\): copy or make it again"):
             load_model(tmp_path)
 
 
