@@ -178,7 +178,7 @@ def _bases(model: Model, adapter: Adapter) -> dict[str, nn.Linear]:
     for name, (a, b) in adapter.weights.items():
         base = modules.get(name)
         if not isinstance(base, nn.Linear) or (a.shape[1], b.shape[0]) != (base.in_features, base.out_features):
-            raise UserError(f"the adapter does not fit this model: no linear layer {name} of that size")
+            raise UserError(f"the adapter does not fit this model: {_misfit(model, name, len(b), a.shape[1])}")
         found[name] = base
     return found
 
@@ -283,9 +283,23 @@ def merge(model: Model, adapter: Adapter) -> None:
     for name, (a, b) in adapter.weights.items():
         layer = _linear(model, name)
         if layer is None or layer.weight.shape != (len(b), a.shape[1]):
-            raise UserError(f"the adapter is for another model: it has a {len(b)} x {a.shape[1]} layer {name}")
+            raise UserError(_misfit(model, name, len(b), a.shape[1]))
         change = (b @ a).to(layer.weight.device) * (adapter.alpha / adapter.rank)
         layer.weight.copy_((layer.weight.float() + change).to(layer.weight.dtype))
+
+
+def _misfit(model: Model, name: str, outputs: int, inputs: int) -> str:
+    """Why an adapter's layer does not go with the model, and what to do."""
+    module = dict(model.lm.named_modules()).get(name)
+    if isinstance(module, nn.Linear):
+        sizes = f"{module.out_features} x {module.in_features}"
+        return f"layer {name} is {outputs} x {inputs} in the adapter and {sizes} in the model: give the model it is for"
+    if module is None:
+        return f"the model has no layer {name}: give the model that it was trained on as model.path"
+    return (
+        f"it changes {name}, which is no linear layer but a {type(module).__name__}: merge it with PEFT"
+        " (merge_and_unload()), and give the result as model.path"
+    )
 
 
 def _linear(model: Model, name: str) -> nn.Linear | None:

@@ -58,6 +58,11 @@ def check_targets(model: Model, config: LoraConfig) -> None:
         UserError: a target names no layer of the model, or the rank does not go with the init.
     """
     found = {name.rpartition(".")[2] for name, m in model.lm.named_modules() if isinstance(m, nn.Linear | nn.Embedding)}
+    if any(type(m).__name__ == "Conv1D" for m in model.lm.modules()):
+        raise UserError(
+            f"lora.enabled: this model ({model.lm.config.model_type}) has Conv1D layers in the place of linear ones, on"
+            " which no adapter is trained here: set lora.enabled=false to train all weights, or give another model"
+        )
     if missing := sorted(set(config.targets) - found):
         raise UserError(
             f"lora.targets: the model has no layer named {', '.join(missing)}; it has {', '.join(sorted(found))}"
@@ -124,8 +129,8 @@ def check_base(folder: Path, base_dir: Path, by_peft: bool = False) -> frozenset
         raise UserError(f"the adapter in {folder} is damaged, copy or make it again: {error}") from error
     if base and base[0] != fingerprint(base_dir):
         raise UserError(
-            f"the adapter in {folder} is for another base: it was trained on {base[1]}, and model.path leads to"
-            f" {base_dir}"
+            f"the adapter in {folder} is for another base than {base_dir}: give the one that it was trained on,"
+            f" model.path={base[1]}"
         )
     return layers
 

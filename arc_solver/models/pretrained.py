@@ -180,6 +180,9 @@ def _rename_ids(lm: Any) -> None:
             module.vocab_size = VOCABULARY
 
 
+OTHERS = "give another model, such as Qwen2.5, Qwen3, Llama or SmolLM"
+
+
 def _tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
@@ -187,8 +190,15 @@ def _tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # of many kinds; all of them mean these files
-        first = first_line(error)
-        raise UserError(f"the tokenizer in {folder} cannot be read: {first}") from error
+        files = [file.name for file in sorted(folder.glob("tokenizer*")) if file.name != "tokenizer_config.json"]
+        if not files:
+            raise UserError(
+                f"there is no tokenizer in {folder}: copy tokenizer.json and tokenizer_config.json of the model there"
+            ) from error
+        raise UserError(
+            f"the tokenizer in {folder} cannot be read from {', '.join(files)} ({first_line(error)}): give a checkpoint"
+            " that has a whole tokenizer.json"
+        ) from error
 
 
 def _ids(tokenizer: Any, text: str) -> tuple[int, ...]:
@@ -214,7 +224,10 @@ def _check_windows(lm: Any, path: str) -> None:
     every = "sliding_attention" if window < getattr(config, "max_position_embeddings", math.inf) else "full_attention"
     kinds = set(getattr(config, "layer_types", None) or [every])
     if kinds != {"full_attention"}:
-        raise UserError(f"{path} has layers of {', '.join(sorted(kinds))}: only full attention can be trained packed")
+        raise UserError(
+            f"{path} has layers of {', '.join(sorted(kinds))}, and only full attention can be trained on packed"
+            f" sequences: {OTHERS}"
+        )
     if getattr(config, "attn_logit_softcapping", None):  # too weak to show in the short sequences that are compared
         raise UserError(f"{path} caps its attention scores (attn_logit_softcapping), which packed attention does not")
     if "longrope" in str(getattr(config, "rope_parameters", None)):
@@ -238,7 +251,7 @@ def check_attention(lm: Any, path: str, length: int = 48) -> None:
         why = first_line(error)
     if why:
         kind = lm.config.model_type
-        raise UserError(f"{path}: this architecture ({kind}) cannot be trained on packed sequences: {why}")
+        raise UserError(f"{path}: this architecture ({kind}) cannot be trained on packed sequences ({why}): {OTHERS}")
 
 
 @torch.no_grad()

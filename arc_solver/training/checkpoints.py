@@ -135,7 +135,13 @@ def load_states(
         states = torch.load(file, map_location="cpu", weights_only=True)
         optimizer_states = states["optimizers"]
     except Exception as error:  # a missing, cut or foreign file
-        raise UserError(f"the optimizer state in {file} cannot be read: {first_line(error)}") from None
+        kind = "adapter" if (checkpoint / "adapter").is_dir() else "model"
+        setting = "model.adapter" if kind == "adapter" else "model.path"
+        what = "is missing" if not file.exists() else f"is not whole ({first_line(error)})"
+        raise UserError(
+            f"the optimizer state {file} {what}: copy it again, or begin a new run from the weights beside it, with"
+            f" {setting}={checkpoint / kind}"
+        ) from None
     parallel.load_optimizer_states(model.lm, optimizers, optimizer_states, str(file), moments_only)
     if parallel.scaler and states["scaler"] and not moments_only:
         parallel.scaler.load_state_dict(states["scaler"])

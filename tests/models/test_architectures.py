@@ -90,7 +90,7 @@ SERVED: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
 BY_HAND = ("llama", "mistral", "qwen2", "qwen3")  # transformers runs the others
 
 # name -> the architecture, its settings, and what is said
-WINDOWS = "has layers of .*sliding_attention.*: only full attention can be trained packed"
+WINDOWS = "has layers of .*sliding_attention.*, and only full attention can be trained on packed"
 UNLIKE = "cannot be trained on packed sequences"
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "mistral-with-a-window": ("Mistral", {**COMMON, "sliding_window": 64}, WINDOWS),
