@@ -339,7 +339,7 @@ class AdaptConfig(OptimConfig):
     alpha: PositiveFloat = 32.0  # it is scaled by alpha / rank
     targets: Annotated[tuple[str, ...], Field(min_length=1)] = LINEAR_LAYERS  # layers that get an adapter, by name
     lr: PositiveFloat = 3e-3
-    steps: PositiveInt = 120
+    steps: PositiveInt = 240
     # never: all steps are taken. leave-one-out: a task stops early if in the first half of its steps nine of ten
     # held-out outputs come to be answered exactly before they are learnt, of the last four rounds of all demonstrations
     # and at least 12; it does after half as many steps again, in which the learning rate falls to 0.

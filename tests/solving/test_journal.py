@@ -176,7 +176,7 @@ def changed(**sections) -> Config:
 def test_what_would_mix_results_is_refused_by_name(tmp_path, rng):
     found = some_tasks(rng)
     opened(tmp_path, found).__exit__()
-    with pytest.raises(UserError, match=r"adapt\.steps=120, and now it is 7"):
+    with pytest.raises(UserError, match=r"adapt\.steps=240, and now it is 7"):
         opened(tmp_path, found, changed(adapt={"steps": 7}))
     with pytest.raises(UserError, match=r"run\.seed=0"):
         opened(tmp_path, found, changed(run={"seed": 1}))
