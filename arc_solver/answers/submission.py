@@ -127,7 +127,7 @@ def read_submission(file: Path, tasks: Sequence[Task] | None) -> Submission:
         return {i: _read_outputs(outputs, None, f"{file}: task {i}") for i, outputs in content.items()}
     wanted = {task.id: task for task in tasks}
     if content and not wanted.keys() & content.keys():
-        raise UserError(f"{file} answers none of these {len(wanted)} tasks: give the --tasks that it was made for")
+        raise UserError(f"{file} answers none of these {len(wanted)} tasks: it was made for others")
     if missing := sorted(wanted.keys() - content.keys()):
         raise UserError(
             f"{file}: no answer to {len(missing)} of {len(wanted)} tasks, e.g. {missing[0]};"

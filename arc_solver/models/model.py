@@ -331,6 +331,8 @@ def _why_not_loaded(folder: Path, error: Exception) -> str:
     kind = read_config(folder).get("model_type")
     if not kind:
         return f"config.json in {folder} names no model_type: copy it again from where the weights are from"
+    if isinstance(error, KeyError) and ATTENTION in said:
+        return f"{folder}: this architecture ({kind}) computes attention in a way of its own: give another model"
     if isinstance(error, KeyError) or "does not recognize this architecture" in said:
         from transformers import __version__
 

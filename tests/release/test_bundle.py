@@ -132,7 +132,7 @@ def test_weights_travel_apart_and_without_training_state(checkpoint, release, re
 
 
 def test_a_model_that_is_no_folder_is_one_sentence(releases):
-    with pytest.raises(UserError, match=r"model\.path=Qwen/Qwen2\.5-0\.5B is no folder with weights"):
+    with pytest.raises(UserError, match=r"there are no weights in model\.path=Qwen/Qwen2\.5-0\.5B: make them"):
         build(load_config(CPU, ["model.path=Qwen/Qwen2.5-0.5B"]), releases, ignore)
     assert not list(releases.glob(".part-*"))
 

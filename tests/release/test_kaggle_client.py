@@ -748,7 +748,8 @@ def test_no_client(tmp_path, server, there):
     """Not even a folder with its name, such as that of a checkout."""
     done = once(environment(server, tmp_path), before=f"import sys, types\nsys.modules['kaggle'] = {there}")
     assert (done.stdout, done.returncode) == ("", 2)
-    assert done.stderr == "error: bin/submit needs the kaggle client: pip install 'arc_solver[kaggle]'\n"
+    install = f"{sys.executable} -m pip install 'arc_solver[kaggle]'"
+    assert done.stderr == f"error: bin/submit needs the kaggle client: run {install}\n"
 
 
 def test_a_client_without_six(env):

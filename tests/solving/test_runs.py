@@ -179,7 +179,7 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(checkpoint, challenges)
     [
         (["--time-budget", "soon"], "'soon' is no duration: write it as 11h30m, 40m or 90s"),
         (["--time-budget", "3s"], "at least 20 s"),
-        (["--address", "auto"], 'run.address is for run.executor="ray"'),
+        (["--address", "auto"], "run.address (--address) is for a Ray cluster"),
         (["--executor", "threads"], "invalid choice"),
         (["--executor", "ray", "--address", "127.0.0.1:1"], "127.0.0.1:1"),
     ],

@@ -101,7 +101,7 @@ def test_the_whole_sentence_is_reproducible(checkpoint, challenges, tmp_path):
         (["adapt.typo=1"], "unknown setting adapt.typo"),
         (["adapt.targets=['nose']"], "no linear layer named nose"),
         (["nowhere.toml"], "does not exist"),
-        (["model.path=nowhere"], "holds no checkpoint"),
+        (["model.path=nowhere"], "there is no folder nowhere"),
         (["run.device=gpu"], "is no device"),
         (["--limit", "0"], "--limit is at least 1"),
         (["--limit", "few"], "invalid int value"),

@@ -295,14 +295,14 @@ def test_a_stage_is_what_its_sections_say_with_its_own_settings_on_top(tmp_path)
     assert load_config(file, ["stages.1.start=weights"]).stages[1].start == "weights"  # one line answers the question
     assert load_config(file, ["train.lr=0.25"]).stages[0].train.lr == 0.25
     for override, message in (
-        ("stages.2.start=weights", "counted from 0"),
+        ("stages.2.start=weights", "there is no stages.2 in the config file, which has stages.0 and stages.1"),
         ("stages.name=x", "say which one"),
         ('stages.1.name="a"', "same name"),
         ("stages.1.train.optimizer=adamw", "starts from the optimizer of 'a', which is muon"),
         ("stages.1.train.precision=fp16", r"train\.precision is one for all stages"),
         ("stages.1.start=moments", r"stages\.1\.start"),
         ("train.schedule=cosine", r"train\.keep_before_decay is for"),
-        ("stages.1.train.step=3", r"unknown setting stages\.1\.train\.step; known: optimizer".replace("; ", r".*; ")),
+        ("stages.1.train.step=3", r"did you mean stages\.1\.train\.steps\?"),
     ):
         with pytest.raises(UserError, match=message):
             load_config(file, [override])
@@ -322,5 +322,5 @@ def test_sources_of_two_stages_that_have_one_name_are_one_source():
 def test_what_is_no_section_is_one_sentence(text, tmp_path):
     file = tmp_path / "odd.toml"
     file.write_text(text)
-    with pytest.raises(UserError, match=r"setting (stages|train)"):
+    with pytest.raises(UserError, match=r"(stages|train)"):
         load_config(file)
