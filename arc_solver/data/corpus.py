@@ -86,10 +86,16 @@ class Partition:
 
 def make_partition(config: ValidationConfig, exclude: Sequence[str] = ()) -> Partition:
     """Draws `config.tasks` random tasks of a set: the same for the same seed, whatever the set's order."""
-    task_set = load_tasks(TasksConfig(spec=config.of))
+    try:
+        task_set = load_tasks(TasksConfig(spec=config.of))
+    except UserError as error:
+        raise UserError(f"validation.of: {error}") from None
     by_id = {task.id: task for task in task_set.tasks if task.id not in exclude}
     if config.tasks >= len(by_id):
-        raise UserError(f"validation.tasks={config.tasks} leaves none of the {len(by_id)} tasks of {config.of}")
+        raise UserError(
+            f"validation.tasks={config.tasks} leaves none of the {len(by_id)} tasks of {config.of}: give at most"
+            f" {len(by_id) - 1}"
+        )
     if unsolved := [i for i in by_id if i not in task_set.solutions]:
         raise UserError(
             f"{config.of} has no solution for {len(unsolved)} tasks, e.g. {unsolved[0]}: none to validate on"

@@ -14,6 +14,7 @@ import contextlib
 import math
 import os
 import random
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +29,8 @@ from ..errors import MachineError, UserError
 T = TypeVar("T")
 
 CHUNK = 1 << 20  # bytes of a download that are held at a time
-SIGN_IN = "run `kaggle auth login`, or make a token on kaggle.com/settings and follow what is said there"
+_CLIENT = Path(sys.executable).with_name("kaggle")
+SIGN_IN = f"run `{_CLIENT} auth login`, or make a token on kaggle.com/settings and follow what is said there"
 ADVICE = (  # a part of Kaggle's words in lower case, or the code of its answer: what helps
     ("session count", "wait until one of your running notebooks has ended, or stop it; then continue"),
     ("rules", "accept the rules on the competition's page, then continue"),

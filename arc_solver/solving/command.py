@@ -59,7 +59,9 @@ def _anywhere(config: Config) -> Config:
     """The config with whole paths, so that a run is continued, and its status read, from any folder."""
 
     def whole(path: str) -> str:
-        return str(Path(path).absolute()) if path and Path(path).exists() else path
+        in_archive = path and any(parent.is_file() for parent in Path(path).parents)
+        is_there = path and (in_archive or Path(path).exists())
+        return str(Path(path).absolute()) if is_there else path
 
     second = Path(config.run.submission)
     if not second.parent.is_dir():

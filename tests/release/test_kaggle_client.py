@@ -703,7 +703,7 @@ def test_a_token_that_cannot_be_checked_at_once(env, server):
 def test_no_credentials(env, server, token):
     done = once(without_key(env, **({"KAGGLE_API_TOKEN": token} if token else {})))
     assert (done.stdout, done.returncode) == ("", 2)
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "kaggle auth login" in done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "kaggle auth login`" in done.stderr
 
 
 @pytest.fixture
@@ -726,13 +726,13 @@ def test_a_sign_in_that_has_ended(browser, server, code):
     server.fault("GenerateAccessToken", "status", times=9, code=code, message="Ended")
     done = once(browser)
     assert (done.stdout, done.returncode) == ("", 2)
-    assert "kaggle auth login" in done.stderr and KEY not in done.stderr
+    assert "kaggle auth login`" in done.stderr and KEY not in done.stderr
 
 
 def test_a_key_that_is_not_accepted(env, server):
     done = once(env | {"KAGGLE_KEY": "wrong-key"}, "kaggle.dataset('ada/nothing')")
     assert (done.stdout, done.returncode) == ("", 2)
-    assert "kaggle auth login" in done.stderr and "wrong-key" not in done.stderr
+    assert "kaggle auth login`" in done.stderr and "wrong-key" not in done.stderr
 
 
 def test_verbose_shows_no_credentials(env, server):
