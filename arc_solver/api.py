@@ -4,6 +4,10 @@ README has an example of ten lines. Settings are words as on the command line, `
 has them all.
 """
 
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +23,7 @@ from .solving import adapt as adapting
 from .solving.adapt import Adaptation
 from .solving.command import default_run_dir
 from .solving.predict import predict as predict_task
-from .solving.solve import run
+from .solving.solve import INTERRUPTED, run
 
 
 def load_tasks(spec: str = "demo", **choice: Any) -> TaskSet:
@@ -85,10 +89,31 @@ def solve(tasks: TaskSet, *settings: str, out: str | Path = "") -> Submission:
 
     Raises:
         UserError: a setting is wrong, or the folder is of another run.
+        KeyboardInterrupt: it was interrupted; with the same `out` it goes on.
     """
     run_dir = Path(out) if out else default_run_dir(tasks)
-    run(load_config(None, settings), tasks, run_dir)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with _main_apart():
+            code = run(load_config(None, settings), tasks, run_dir)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if code == INTERRUPTED:
+        raise KeyboardInterrupt(f"the answers so far are in {run_dir}")
     return read_submission(run_dir / "submission.json", tasks.tasks)
+
+
+@contextmanager
+def _main_apart() -> Iterator[None]:
+    """Workers do not import the script that calls: they need nothing of it, and it would call again in each of them."""
+    main = sys.modules["__main__"]
+    kept = {name: getattr(main, name) for name in ("__file__", "__spec__") if hasattr(main, name)}
+    try:
+        main.__spec__ = None
+        vars(main).pop("__file__", None)
+        yield
+    finally:
+        vars(main).update(kept)
 
 
 def score(submission: Submission, tasks: TaskSet) -> Score:

@@ -564,6 +564,8 @@ def _read(file: Path) -> dict[str, Any]:
         text = file.read_text(encoding="utf-8-sig")  # Windows editors begin a file with a mark
         tree = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
     except FileNotFoundError:
+        if str(file).partition(".")[0] in Config.model_fields:
+            raise UserError(f"'{file}' has no value: settings are written section.key=value") from None
         raise UserError(f"config {file} does not exist; see configs/ for the ones that do") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
         if file.suffix not in (".toml", ".json"):

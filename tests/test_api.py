@@ -32,6 +32,23 @@ def test_the_example_in_the_readme(tmp_path, monkeypatch, capsys):
     assert isinstance(names["first"], np.ndarray)
 
 
+def test_a_script_may_call_it_without_a_guard(tmp_path):
+    """Workers must not run it again; afterwards the script is as it was."""
+    script = tmp_path / "mine.py"
+    script.write_text(
+        "import sys\nfrom arc_solver import load_tasks, score, solve\n"
+        "tasks = load_tasks('demo', limit=2)\n"
+        "found = solve(tasks, 'adapt.steps=2', 'predict.views=2', 'run.show=0', out=sys.argv[1])\n"
+        "assert all(len(grid) for outputs in found.values() for both in outputs for grid in both)\n"
+        "print('ended', __file__ == sys.modules['__main__'].__file__, score(found, tasks).outputs)\n"
+    )
+    words = [sys.executable, "-P", script, tmp_path / "run"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("ended") == 1 and done.stdout.endswith("ended True 2\n")
+    assert "fell back" not in done.stdout
+
+
 def as_lists(submission) -> dict:
     return {i: [[grid.tolist() for grid in both] for both in outputs] for i, outputs in submission.items()}
 

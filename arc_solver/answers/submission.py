@@ -120,6 +120,9 @@ def read_submission(file: Path, tasks: Sequence[Task] | None) -> Submission:
     maybe = (content, *content.values()) if isinstance(content, dict) else ()
     if any(isinstance(task, dict) and "train" in task for task in maybe):
         raise UserError(f"{file} holds tasks, not answers to them: give a submission.json")
+    some = next(iter(content.values()), None) if isinstance(content, dict) else None
+    if isinstance(some, list) and some and isinstance(some[0], list):
+        raise UserError(f"{file} holds solutions, not answers: give a submission.json")
     if not answers and content != {}:
         raise UserError(f"{file} is no submission: expected a JSON object, task id -> list of attempts")
     content = {safe_id(name): outputs for name, outputs in content.items()}

@@ -135,6 +135,8 @@ def read_tree(tree: FileTree, solutions_file: Path | None = None, outputs: bool 
     Raises:
         UserError: there are none, it is not clear which are meant, or one is bad.
     """
+    if "run.json" in tree and "config.json" in tree:
+        raise UserError(f"{tree.path} is the folder of a run, not tasks: --out {tree.path} continues it")
     leaves = tree.leaves()
     if len(leaves) > 1:  # what lies beside folders of tasks, such as traces of people who solved them, is none
         leaves = [leaf for leaf in leaves if _holds_tasks(leaf)] or leaves

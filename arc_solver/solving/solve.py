@@ -36,6 +36,7 @@ from ..puzzles import Task, TaskSet
 from ..puzzles.pictures import save_picture, task_picture
 from ..puzzles.task_files import smallest
 from ..rng import named_rng
+from ..training.parallel import require_packages
 from . import status
 from .adapt import group_by_length, max_group_size
 from .budget import Budget
@@ -56,6 +57,7 @@ WORKERS_IMPORT = (
     "transformers.modeling_utils",
 )
 LINE_S = 60.0  # between two lines on how it goes, where there is no terminal
+INTERRUPTED = 1  # exit code of a run that was asked to end
 INCOMPLETE = 3  # exit code of a run that ended as it should, but not with an answer of the adapted model to every task
 
 
@@ -253,6 +255,8 @@ def run(config: Config, task_set: TaskSet, run_dir: Path) -> int:
     console = Console()
     plain = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     device = pick_device(config.run.device)
+    if config.adapt.joint:
+        require_packages()
     require_ours(checkpoint_dir(config.model.path))  # else a process would be started in vain, and end seconds later
     in_processes = config.run.executor == "processes"
     context = start_preloading(WORKERS_IMPORT) if in_processes and device.type == "cpu" else SPAWN
@@ -301,7 +305,7 @@ def run(config: Config, task_set: TaskSet, run_dir: Path) -> int:
                 " goes on",
                 file=sys.stderr,
             )
-            return 1
+            return INTERRUPTED
     if config.adapt.joint:
         trained_on = read_training_data(Path(used.model.path))
     shown = _picture(task_set, journal, config, trained_on, summary)

@@ -31,6 +31,16 @@ from ..models import fast_dtype, pick_device
 from ..models.attention import packs_in_one_graph
 
 
+def require_packages() -> None:
+    """Refuses to begin without what training needs.
+
+    Raises:
+        UserError: a package is missing.
+    """
+    if missing := [name for name in ("accelerate", "peft", "tensorboard") if find_spec(name) is None]:
+        raise UserError(f"training needs {missing[0]}: run {install_command('arc_solver[train]')}")
+
+
 class ParallelContext:
     """This process's rank, device and precision in a training run, and the collective operations over all of them.
 
@@ -39,8 +49,7 @@ class ParallelContext:
     """
 
     def __init__(self, config: Config):
-        if missing := [name for name in ("accelerate", "peft", "tensorboard") if find_spec(name) is None]:
-            raise UserError(f"training needs {missing[0]}: run {install_command('arc_solver[train]')}")
+        require_packages()
         from accelerate import Accelerator
 
         device = pick_device(config.run.device)
