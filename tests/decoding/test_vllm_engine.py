@@ -65,7 +65,7 @@ def test_without_vllm_the_error_names_the_extra(tmp_path):
 @real
 def test_a_vllm_for_another_pytorch_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.12.1+cpu")
-    with pytest.raises(UserError, match=r"for PyTorch 2\.12\.1.*is for PyTorch 2\.13\.\d.*extra vllm"):
+    with pytest.raises(UserError, match=r"for PyTorch 2\.12\.1.*is for PyTorch 2\.13\.\d.*arc_solver\[vllm\]"):
         VLLMEngine(opinionated_model("Llama"), tmp_path, TINY)
 
 
