@@ -148,7 +148,9 @@ def test_weights_that_do_not_fill_the_model_are_refused(tmp_path):
     settings = json.loads((tmp_path / "config.json").read_text())
     for changed in ({"num_hidden_layers": 3}, {"intermediate_size": 80}):
         (tmp_path / "config.json").write_text(json.dumps({**settings, **changed}))
-        with pytest.raises(UserError, match=r"config\.json in .* (is wrong: .*layer_types|does not fit the weights)"):
+        with pytest.raises(
+            UserError, match=r"is wrong: .*layer_types|does not fit the weights|the number of layer types"
+        ):
             load_model(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(settings))
     weights = load((tmp_path / "model.safetensors").read_bytes())  # not mapped: the file is written anew
