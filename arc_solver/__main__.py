@@ -1,6 +1,5 @@
 """`arc-solver COMMAND ...`, or `python -m arc_solver COMMAND ...`: what `bin/COMMAND` is in a checkout."""
 
-import sys
 from importlib import import_module
 
 from .command import run_main
@@ -38,5 +37,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.argv[0] = "arc-solver"
     main()

@@ -175,12 +175,10 @@ def read_pairs(config: SourceConfig) -> dict[str, PairMaker]:
     folder named `tasks`, inside another: both names work, and so does the archive that it comes in.
     """
     path = Path(config.path)
-    if not path.exists() and not open_inside(path):
-        raise UserError(f"source '{config.label}': {path} does not exist: give a file, a folder or an archive of pairs")
     tasks: dict[str, PairMaker] = {}
     illegal: list[str] = []
     hurt = 0
-    for name, raw, where in _lists_of_pairs(path):
+    for name, raw, where in _lists_of_pairs(path, config.label):
         pairs, problems = legal_pairs(raw, f"{where}: task {name}", config.max_pairs or None)
         illegal += problems
         hurt += bool(problems)
@@ -196,9 +194,11 @@ def read_pairs(config: SourceConfig) -> dict[str, PairMaker]:
     return tasks
 
 
-def _lists_of_pairs(path: Path) -> Iterator[tuple[str, Any, str]]:
+def _lists_of_pairs(path: Path, label: str) -> Iterator[tuple[str, Any, str]]:
     """Task names, parsed lists and the files they are from. Of a folder one file at a time: they are large."""
     inside = None if path.exists() else open_inside(path)
+    if not inside and not path.exists():
+        raise UserError(f"source '{label}': {path} does not exist: give a file, a folder or an archive of pairs")
     if inside and inside[1]:
         yield json_stem(inside[1]), inside[0].load(inside[1]), inside[0].where(inside[1])
         return

@@ -159,7 +159,7 @@ def read_tree(tree: FileTree, solutions_file: Path | None = None, outputs: bool 
     for leaf, name in files:
         content, where = leaf.load(name), leaf.where(name)
         if not _is_task(content):
-            if not _other_kind(content) and any(_is_task(raw) for _, raw in _tasks_in(content, name, where)):
+            if not _other_kind(content) and _holds_task(content, name, where):
                 raise UserError(f"{where} holds many tasks, and lies among files of one task each: give it by itself")
             raise UserError(_no_task(content, where))
         raw_tasks.append((json_stem(name), content, where))
@@ -200,8 +200,7 @@ def _holds_tasks(leaf: FileTree) -> bool:
     """Whether the first file of a folder does."""
     try:
         name = leaf.json_files[0]
-        content = leaf.load(name)
-        return _is_task(content) or any(_is_task(raw) for _, raw in _tasks_in(content, name, leaf.where(name)))
+        return _holds_task(leaf.load(name), name, leaf.where(name))
     except UserError:  # said later, if that folder is meant
         return True
 
@@ -262,6 +261,11 @@ def read_file_of(tree: FileTree, name: str, solutions_file: Path | None = None, 
         if beside := next((other for other in usual if other in tree), None):
             solutions = read_solutions(tree.load(beside), tree.where(beside), tasks)
     return TaskSet(where, tasks, solutions)
+
+
+def _holds_task(content: Any, name: str, where: str) -> bool:
+    """Whether the content of a file is a task, or has one."""
+    return _is_task(content) or any(_is_task(raw) for _, raw in _tasks_in(content, name, where))
 
 
 def _is_task(content: Any) -> bool:

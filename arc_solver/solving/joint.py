@@ -46,20 +46,10 @@ def train_jointly(
         UserError: PEFT, accelerate or TensorBoard is missing.
         KeyboardInterrupt: it was asked to end; a checkpoint is kept.
     """
-    if not (run_dir / RECORD).exists():
-        _train(config, tasks, run_dir, device, deadline, say)
     model = config.model.model_copy(update={"path": str((run_dir / "joint" / "model").absolute()), "adapter": ""})
-    return config.model_copy(update={"model": model})
-
-
-def _train(
-    config: Config,
-    tasks: Sequence[Task],
-    run_dir: Path,
-    device: torch.device,
-    deadline: float,
-    say: Callable[[str], None],
-) -> None:
+    trained = config.model_copy(update={"model": model})
+    if (run_dir / RECORD).exists():
+        return trained
     from ..training.train import train  # imports Accelerate, which whoever solves without this stage may not have
 
     out_dir, share = run_dir / "joint", config.adapt.joint
@@ -78,6 +68,7 @@ def _train(
         say(f"joint stage: {most_s:.0f} s, its share of the time, left none for a step; the model is what it was")
     done = read_json(out_dir / "model" / "training.json")
     write_json(run_dir / RECORD, {name: done[name] for name in ("steps", "tokens", "minutes")})
+    return trained
 
 
 def joint_record(run_dir: Path) -> dict[str, Any] | None:
