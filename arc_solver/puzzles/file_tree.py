@@ -157,16 +157,13 @@ def open_inside(path: Path) -> tuple[FileTree, str] | None:
     tree = open_tree(outer) if outer else None
     if not outer or not tree:
         return None
-    *folders, last = path.relative_to(outer).parts
-    for name in folders:
+    names = path.relative_to(outer).parts
+    for i, name in enumerate(names):
         below = {folder.path.rpartition("/")[2]: folder for folder in tree.folders}
         if name not in below:
-            return None
+            return (tree, name) if i == len(names) - 1 and name in tree else None
         tree = below[name]
-    below = {folder.path.rpartition("/")[2]: folder for folder in tree.folders}
-    if last in below:
-        return below[last], ""
-    return (tree, last) if last in tree else None
+    return tree, ""
 
 
 def _zip(path: Path) -> Archive:

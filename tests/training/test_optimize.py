@@ -322,5 +322,5 @@ def test_sources_of_two_stages_that_have_one_name_are_one_source():
 def test_what_is_no_section_is_one_sentence(text, tmp_path):
     file = tmp_path / "odd.toml"
     file.write_text(text)
-    with pytest.raises(UserError, match=r"(stages|train)"):
+    with pytest.raises(UserError, match=r"(stages|train) \(config .*odd\.toml\)"):
         load_config(file)
