@@ -19,7 +19,8 @@ _called = "bin/"  # how commands are called here: see `run_main`
 
 def as_called(text: str) -> str:
     """A text with its commands as they are called here: bin/solve is `arc-solver solve` where a wheel is installed."""
-    return text if _called == "bin/" else re.sub(r"\bbin/(solve|score|train|submit|bench)\b", rf"{_called}\1", text)
+    commands = r"\bbin/(solve|score|train|submit|data|bench)\b"
+    return text if _called == "bin/" else re.sub(commands, rf"{_called}\1", text)
 
 
 class Parser(argparse.ArgumentParser):

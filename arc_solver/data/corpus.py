@@ -4,12 +4,15 @@ Held-out tasks are taken out of every source by id. Then the leak audit compares
 scored on, by id and by content; a run with overlap does not start unless the config says so.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..config import Config, SourceConfig, TasksConfig, ValidationConfig
 from ..errors import UserError
-from ..puzzles import TaskSet, load_tasks
+from ..puzzles import TaskSet, load_tasks, write_kaggle_files
+from ..puzzles.tasks import task_hash
 from ..rng import named_rng
 from .leaks import Overlap, TrainingData, find_overlaps, known_keys, training_data
 from .sources import Source, read_source
@@ -81,7 +84,7 @@ class Partition:
 
     config: ValidationConfig
     validation: TaskSet
-    rest: tuple[str, ...]
+    rest: TaskSet
 
 
 def make_partition(config: ValidationConfig, exclude: Sequence[str] = ()) -> Partition:
@@ -102,8 +105,27 @@ def make_partition(config: ValidationConfig, exclude: Sequence[str] = ()) -> Par
         )
     ids = sorted(by_id)
     chosen = sorted(ids[i] for i in named_rng(config.seed, "held-out tasks").permutation(len(ids))[: config.tasks])
-    kept = TaskSet(config.of, tuple(by_id[i] for i in chosen), {i: task_set.solutions[i] for i in chosen})
-    return Partition(config, kept, tuple(i for i in ids if i not in set(chosen)))
+    rest = [i for i in ids if i not in set(chosen)]
+    parts = (
+        TaskSet(config.of, tuple(by_id[i] for i in part), {i: task_set.solutions[i] for i in part})
+        for part in (chosen, rest)
+    )
+    return Partition(config, *parts)
+
+
+def write_partition(partition: Partition, folder: Path) -> None:
+    """Writes the held-out tasks and the others in Kaggle's format, and a manifest that says how they were drawn."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config, validation = partition.config, partition.validation
+    manifest = {
+        "of": config.of,
+        "seed": config.seed,
+        "validation": {task.id: task_hash(task, validation) for task in validation.tasks},
+        "rest": [task.id for task in partition.rest.tasks],
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    write_kaggle_files(validation, folder, "validation")
+    write_kaggle_files(partition.rest, folder, "training")
 
 
 def validation_source(partition: Partition) -> Source:

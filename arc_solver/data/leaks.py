@@ -9,6 +9,7 @@ then looks at the scored tasks' test pairs only, and says of how many tasks the 
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +66,7 @@ Keys = Mapping[str, set[str]]  # task id -> `pair_key` of the pairs that say wha
 
 
 def known_keys(source: Source) -> dict[str, set[str]]:
-    return {task_id: _keys(source.known_pairs(task_id)) for task_id in source.tasks}
+    return {task_id: pair_keys(source.known_pairs(task_id)) for task_id in source.tasks}
 
 
 def training_data(keys: Mapping[SourceConfig, Keys]) -> TrainingData:
@@ -113,7 +114,7 @@ def leak_audit(trained_on: TrainingData, scored: TaskSet) -> LeakAudit:
     for task in scored.tasks:
         test_pairs = solved_pairs(task, scored)
         unseen = _unseen_keys(task, test_pairs)
-        if _keys((*task.train, *test_pairs)) & trained_on.pair_keys or unseen & trained_on.demonstration_keys:
+        if pair_keys((*task.train, *test_pairs)) & trained_on.pair_keys or unseen & trained_on.demonstration_keys:
             by_content.append(task.id)
     ids = [task.id for task in scored.tasks]
     return LeakAudit(
@@ -142,7 +143,7 @@ def find_overlaps(keys: Mapping[SourceConfig, Keys], scored: Iterable[TaskSet]) 
     for task, test_pairs in _with_test_pairs(scored):
         ids[task.id] = task.id
         test_pair |= dict.fromkeys(_unseen_keys(task, test_pairs), task.id)
-        any_pair |= dict.fromkeys(_keys((*task.train, *test_pairs)), task.id)
+        any_pair |= dict.fromkeys(pair_keys((*task.train, *test_pairs)), task.id)
     found = []
     for source, tasks in keys.items():
         by_id, by_key = ({}, test_pair) if source.kind == "demonstrations" else (ids, any_pair)
@@ -153,6 +154,30 @@ def find_overlaps(keys: Mapping[SourceConfig, Keys], scored: Iterable[TaskSet]) 
     return found
 
 
+@dataclass(frozen=True)
+class Shared:
+    """A task of one set that is, or shares pairs with, a task of another."""
+
+    first: str
+    second: str
+    same_id: bool
+    pairs: int  # that both have, up to geometry and colours
+
+
+def shared_tasks(first: Keys, second: Keys) -> list[Shared]:
+    """Every two tasks of two sets that have the same id or share pairs, by id of the first."""
+    having: dict[str, list[str]] = {}
+    for task_id, keys in second.items():
+        for key in keys:
+            having.setdefault(key, []).append(task_id)
+    found = []
+    for task_id, keys in first.items():
+        common = Counter(other for key in keys for other in having.get(key, ()))
+        others = sorted(common.keys() | ({task_id} & second.keys()))
+        found += [Shared(task_id, other, other == task_id, common[other]) for other in others]
+    return sorted(found, key=lambda shared: (shared.first, shared.second))
+
+
 def _with_test_pairs(scored: Iterable[TaskSet]) -> Iterator[tuple[Task, tuple[Pair, ...]]]:
     for found in scored:
         for task in found.tasks:
@@ -161,10 +186,11 @@ def _with_test_pairs(scored: Iterable[TaskSet]) -> Iterator[tuple[Task, tuple[Pa
 
 def _unseen_keys(task: Task, test_pairs: Sequence[Pair]) -> set[str]:
     """Keys of the test pairs that are not, recoloured, among the task's own demonstrations. Some tasks ask that."""
-    return _keys(test_pairs) - _keys(task.train)
+    return pair_keys(test_pairs) - pair_keys(task.train)
 
 
-def _keys(pairs: Iterable[Pair]) -> set[str]:
+def pair_keys(pairs: Iterable[Pair]) -> set[str]:
+    """`pair_key` of all pairs that have one."""
     return {key for pair in pairs if (key := pair_key(pair))}
 
 

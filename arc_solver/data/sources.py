@@ -30,7 +30,7 @@ from ..errors import UserError, install_command
 from ..files import sha256
 from ..puzzles import MAX_SIDE, Grid, Pair, Task, TaskSet, freeze, load_tasks, read_json, safe_id
 from ..puzzles.file_tree import json_stem, open_inside, open_tree
-from ..puzzles.task_files import BUILT_IN
+from ..puzzles.task_files import BUILT_IN, ListsOfPairs
 from ..puzzles.tasks import legal_pairs
 from ..rng import named_rng
 from .counting import COUNTING_TASKS
@@ -151,10 +151,29 @@ def solved_pairs(task: Task, task_set: TaskSet) -> tuple[Pair, ...]:
 
 
 @cache
-def task_pairs(spec: str) -> Mapping[str, tuple[Pair, ...]]:
+def task_pairs(spec: str) -> Mapping[str, Sequence[Pair]]:
     """All pairs of a task set, test pairs included: task id -> pairs."""
-    task_set = load_tasks(TasksConfig(spec=spec))
-    return {task.id: task.train + solved_pairs(task, task_set) for task in task_set.tasks}
+    return pairs_of(load_tasks(TasksConfig(spec=spec)))
+
+
+def read_set(spec: str) -> TaskSet | Mapping[str, Sequence[Pair]]:
+    """Tasks, or lists of pairs by task id, whatever a SPEC of `--tasks` names.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return load_tasks(TasksConfig(spec=spec))
+    except ListsOfPairs:
+        lists = read_source(SourceConfig(kind="pairs", path=spec, name=spec))
+        return {task_id: lists.known_pairs(task_id) for task_id in lists.tasks}
+
+
+def pairs_of(found: TaskSet | Mapping[str, Sequence[Pair]]) -> Mapping[str, Sequence[Pair]]:
+    """All pairs of what `read_set` read, test pairs included as far as they are known: task id -> pairs."""
+    if isinstance(found, TaskSet):
+        return {task.id: task.train + solved_pairs(task, found) for task in found.tasks}
+    return found
 
 
 def read_tasks(config: SourceConfig) -> dict[str, PairMaker]:

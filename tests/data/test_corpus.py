@@ -28,6 +28,10 @@ def held_out(partition: Partition) -> set[str]:
     return {task.id for task in partition.validation.tasks}
 
 
+def rest_of(corpus: Corpus) -> set[str]:
+    return {task.id for task in corpus.partition.rest.tasks}
+
+
 @pytest.fixture
 def small_set(tmp_path) -> Path:
     """Thirty tasks of random grids: three demonstrations and a test pair."""
@@ -57,14 +61,14 @@ def test_by_default_20_training_tasks_are_held_out(default_corpus, arc):
     assert len(chosen) == 20
     assert chosen < training
     excluded = set(Config().audit.exclude)
-    assert set(default_corpus.partition.rest) == training - chosen - excluded
+    assert {task.id for task in default_corpus.partition.rest.tasks} == training - chosen - excluded
     assert ids_of(default_corpus) == [training - chosen - excluded] * 2
 
 
 def test_a_partition_is_seeded(small_set):
     first, again, other = (make_partition(ValidationConfig(of=str(small_set), tasks=10, seed=s)) for s in (0, 0, 1))
     assert held_out(first) == held_out(again) != held_out(other)
-    assert first.rest == again.rest
+    assert first.rest.digest == again.rest.digest
 
 
 def test_a_partition_does_not_depend_on_the_order(small_set, tmp_path):
@@ -76,7 +80,7 @@ def test_a_partition_does_not_depend_on_the_order(small_set, tmp_path):
         return task.id, [grid_key(pair.input) for pair in task.train]
 
     assert [order(t) for t in sets[0].validation.tasks] == [order(t) for t in sets[1].validation.tasks]
-    assert sets[0].rest == sets[1].rest
+    assert sets[0].rest.digest == sets[1].rest.digest
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -85,9 +89,10 @@ def test_a_partition_is_disjoint_and_complete(small_set, seed):
     partition = make_partition(ValidationConfig(of=str(small_set), tasks=7, seed=seed), exclude)
     chosen = held_out(partition)
     assert len(chosen) == 7 == len(partition.validation.solutions)
-    assert not chosen & set(partition.rest)
-    assert len(partition.rest) == len(set(partition.rest))
-    assert chosen | set(partition.rest) == {f"task{i:02}" for i in range(30)} - set(exclude)
+    rest = [task.id for task in partition.rest.tasks]
+    assert not chosen & set(rest)
+    assert len(rest) == len(set(rest))
+    assert chosen | set(rest) == {f"task{i:02}" for i in range(30)} - set(exclude)
 
 
 def test_every_task_may_be_held_out(small_set):
@@ -143,7 +148,7 @@ def test_held_out_tasks_are_in_no_source_of_any_stage(small_set, tmp_path):
     rest = {f"task{i:02}" for i in range(30)} - held_out(corpus.partition) - {"task01"}
     assert len(rest) in (21, 22)
     tasks, counting, demonstrations, pairs = ids_of(corpus)
-    assert tasks == demonstrations == pairs == rest == set(corpus.partition.rest)
+    assert tasks == demonstrations == pairs == rest == rest_of(corpus)
     assert corpus.trained_on.ids == rest | counting
     assert corpus.trained_on.demonstrated == rest
     assert leak_audit(corpus.trained_on, corpus.partition.validation).passed
@@ -157,7 +162,7 @@ def test_the_default_config_passes_the_audit(default_corpus, arc):
     assert leak_audit(default_corpus.trained_on, arc["evaluation"]).passed
     assert leak_audit(default_corpus.trained_on, default_corpus.partition.validation).passed
     trained = leak_audit(default_corpus.trained_on, arc["training"])
-    assert set(trained.by_id) == set(trained.by_content) == set(default_corpus.partition.rest)
+    assert set(trained.by_id) == set(trained.by_content) == rest_of(default_corpus)
 
 
 def test_training_on_the_evaluation_set_is_refused():
@@ -221,7 +226,7 @@ def test_copies_under_another_id_are_found():
     words = ["audit.exclude=[]", 'corpus.sources=[{kind="tasks", path="arc-agi-1/training"}]']
     corpus = make_corpus(config(*words, "audit.overlap=exclude"))
     assert {(o.task_id, o.scored_id) for o in corpus.overlaps} == COPIES
-    assert ids_of(corpus) == [set(corpus.partition.rest) - {i for i, _ in COPIES}]
+    assert ids_of(corpus) == [rest_of(corpus) - {i for i, _ in COPIES}]
     assert {i for i, _ in COPIES} == set(Config().audit.exclude)
 
 

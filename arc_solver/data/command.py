@@ -1,0 +1,278 @@
+"""`bin/data`: its words, and what they ask for."""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ..command import Parser, as_called, require_new_dir, user_path
+from ..config import AuditConfig, TasksConfig, ValidationConfig
+from ..errors import MachineError, UserError
+from ..files import sha256
+from ..puzzles import TaskSet, load_tasks
+from ..puzzles.task_files import BUILT_IN
+from .corpus import make_partition, write_partition
+from .generate import write_re_arc
+from .leaks import pair_keys, shared_tasks
+from .published import GITHUB, PUBLISHED, PublishedSet, get
+from .sources import pairs_of, read_set
+from .statistics import statistics
+
+SHARED = 3  # exit code of an audit that found something
+SHOWN = 20  # of what an audit found
+LINE_S = 30.0  # between two lines where there is no terminal for a bar
+
+
+def main(arguments: list[str]) -> int:
+    args = _parser().parse_args(arguments)
+    code: int = args.run(args)
+    return code
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="bin/data", description="Task sets: get them, know them, part them, make them, compare them.")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], what: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, prog=f"{parser.prog} {name}", help=what, description=f"{what}.")
+        made.set_defaults(run=run)
+        return made
+
+    fetch = command("get", _get, "bring a public set here, checked against its repository")
+    fetch.add_argument("name", metavar="NAME", help=f"{', '.join(PUBLISHED)}; see bin/data list")
+    fetch.add_argument("--out", type=user_path, default="data", metavar="DIR", help="where to; default data")
+    fetch.add_argument("--archive", type=user_path, metavar="FILE", help="a copy that you got in another way")
+    fetch.add_argument("--mirror", default=GITHUB, metavar="URL", help=f"with the paths of {GITHUB}, the default")
+
+    listed = command("list", _list, "the public sets that are known: size, licence, overlap with evaluation sets")
+    listed.add_argument("--out", type=user_path, default="data", metavar="DIR", help="where they are looked for")
+
+    part = command("partition", _partition, "draw tasks for validation; both parts as Kaggle's files")
+    part.add_argument("--of", required=True, metavar="SPEC", help="the set that is parted")
+    part.add_argument("--tasks", required=True, type=int, metavar="N", help="for validation; the others for training")
+    part.add_argument("--seed", type=int, default=0, metavar="S", help="of the draw: validation.seed of bin/train")
+    part.add_argument("--out", required=True, type=user_path, metavar="DIR")
+
+    make = command("make", _make, "generate pairs of RE-ARC's rules, which are the ARC-AGI-1 training tasks")
+    make.add_argument("kind", choices=["re-arc"], metavar="re-arc")
+    make.add_argument("--as", dest="form", choices=["pairs", "tasks"], default="pairs", help="default pairs")
+    make.add_argument("--pairs", type=int, metavar="N", help="of each rule; default 1000, or 5 as tasks")
+    make.add_argument("--difficulty", type=_range, default="0:1", metavar="LOW:HIGH", help="within 0:1, the default")
+    make.add_argument("--seed", type=int, default=0, metavar="S")
+    make.add_argument("--processes", type=int, default=os.cpu_count(), metavar="N", help="default: one a core")
+    make.add_argument("--out", required=True, type=user_path, metavar="FILE", help=".json or .json.gz")
+
+    stats = command("stats", _stats, "tokens, sizes, colours, and how much fits a context")
+    audit = command("audit", _audit, "tasks that two sets share, by id or by pairs; exit code 3 if there are any")
+    digest = command("hash", _hash, "what tells a set from others: digest of its tasks, sha256 of its file")
+    for name in ("first", "second"):
+        audit.add_argument(name, metavar="SPEC")
+    for each in (stats, digest):
+        each.add_argument(
+            "spec", metavar="SPEC", help="as --tasks of bin/solve, or a file or folder of pairs as RE-ARC's"
+        )
+    for each in (listed, stats, audit, digest):
+        each.add_argument("--json", action="store_true")
+    return parser
+
+
+def _range(text: str) -> tuple[float, float]:
+    try:
+        low, high = map(float, text.split(":"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no range such as 0:0.5") from None
+    if not 0 <= low <= high <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not within 0:1")
+    return low, high
+
+
+@contextmanager
+def _bar(console: Console, what: str) -> Iterator[Callable[[str, int, int | None], None]]:
+    """Context manager: shows how a thing goes on; where there is no terminal, as a line now and then.
+
+    What it gives takes a unit, how many of it are done, and of how many, if that is known.
+    """
+    columns = (TextColumn(what), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    said = time.monotonic()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        lines: dict[str, TaskID] = {}
+
+        def tell(unit: str, done: int, of: int | None) -> None:
+            nonlocal said
+            if unit == "bytes":
+                text = f"{done / 1e6:,.1f}{f' of {of / 1e6:,.1f}' if of else ''} MB"
+            else:
+                text = f"{done:,}{f' of {of:,}' if of else ''} {unit}"
+            if unit not in lines:
+                lines[unit] = bar.add_task(text)
+            bar.update(lines[unit], description=text, completed=done, total=of)
+            if not console.is_terminal and time.monotonic() > said + LINE_S:
+                said = time.monotonic()
+                console.print(f"{what}: {text}", highlight=False, soft_wrap=True)
+
+        yield tell
+
+
+# ---- public sets ---------------------------------------------------------------------------------------------------
+
+
+def _get(args: argparse.Namespace) -> int:
+    if args.name not in PUBLISHED:
+        built_in = f"{args.name} comes with arc_solver: give it to --tasks; " if args.name in BUILT_IN else ""
+        raise UserError(f"{built_in or f'there is no set {args.name!r}: '}bin/data get knows {', '.join(PUBLISHED)}")
+    wanted, console = PUBLISHED[args.name], Console(stderr=True)
+    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    with _bar(console, f"getting {wanted.name}") as tell:
+        path, is_new = get(wanted, args.out, tell, say, args.archive, args.mirror.rstrip("/"))
+    state = "is in" if is_new else "was in"
+    print(f"{wanted.name} {state} {path}: {wanted.what}; {wanted.licence}, {wanted.repository} at {wanted.commit[:8]}")
+    print(_use(wanted, path))
+    return 0
+
+
+def _use(wanted: PublishedSet, path: Path) -> str:
+    """How to use a set that is here."""
+    if wanted.kind == "pairs":
+        return f'to train on it: a source with kind = "pairs" and path = "{path}" (docs/training.md)'
+    folders = [f"{path}/{part}" for part in wanted.parts] or [str(path)]
+    return "\n".join(f"to solve it: bin/solve --tasks {folder}" for folder in folders)
+
+
+def _list(args: argparse.Namespace) -> int:
+    here = {name: (args.out / known.becomes).exists() for name, known in PUBLISHED.items()}
+    if args.json:
+        print(json.dumps([{**asdict(known), "here": here[name]} for name, known in PUBLISHED.items()], indent=1))
+        return 0
+    print(f"{', '.join(BUILT_IN)}\n  come with arc_solver: as they stand, for --tasks")
+    for name, known in PUBLISHED.items():
+        where = f"here: {args.out / known.becomes}" if here[name] else as_called(f"to get it: bin/data get {name}")
+        print(f"{name}\n  {known.what}\n  {known.licence}, {known.repository} at {known.commit[:8]}")
+        print(f"  in common with the evaluation sets: {known.overlap}\n  {where}")
+    return 0
+
+
+# ---- sets that are made --------------------------------------------------------------------------------------------
+
+
+def _partition(args: argparse.Namespace) -> int:
+    require_new_dir(args.out)
+    if args.tasks < 1:
+        raise UserError(f"--tasks is at least 1, got {args.tasks}")
+    never = AuditConfig().exclude
+    partition = make_partition(ValidationConfig(of=args.of, tasks=args.tasks, seed=args.seed), never)
+    try:
+        write_partition(partition, args.out)
+    except OSError as error:
+        raise MachineError(f"{args.out} cannot be written: {error.strerror}") from None
+    for name, part in (("validation", partition.validation), ("training", partition.rest)):
+        print(f"{args.out}/{name}_challenges.json and {name}_solutions.json: {len(part.tasks)} tasks of {args.of}")
+    if left_out := [task.id for task in load_tasks(TasksConfig(spec=args.of)).tasks if task.id in never]:
+        print(f"in neither: {', '.join(left_out)}, which share pairs with evaluation tasks (audit.exclude)")
+    print(
+        f"to hold the same out of a training: validation.of={args.of} validation.tasks={args.tasks}"
+        f" validation.seed={args.seed}"
+    )
+    return 0
+
+
+def _make(args: argparse.Namespace) -> int:
+    least, usual = (1, 1000) if args.form == "pairs" else (2, 5)
+    count = usual if args.pairs is None else args.pairs
+    if count < least or args.processes < 1:
+        raise UserError(f"--pairs is at least {least} and --processes at least 1")
+    if not args.out.name.endswith((".json", ".json.gz")):
+        raise UserError(f"--out {args.out}: give a name that ends in .json or .json.gz")
+    if args.out.exists():
+        raise UserError(f"{args.out} exists: give another --out, or remove it")
+    try:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        with _bar(Console(stderr=True), "making RE-ARC") as tell:
+            settings = (args.form, count, args.difficulty, args.seed, args.processes)
+            made = write_re_arc(args.out, *settings, partial(tell, "rules"))
+    except OSError as error:
+        raise MachineError(f"{args.out} cannot be written: {error.strerror or error}") from None
+    print(f"{args.out}: {made:,} pairs, sha256 {sha256(args.out)}")
+    print(f'to train on it: a source with kind = "{args.form}" and path = "{args.out}" (docs/training.md)')
+    return 0
+
+
+# ---- sets that are there -------------------------------------------------------------------------------------------
+
+
+def _stats(args: argparse.Namespace) -> int:
+    found = read_set(args.spec)
+    told = statistics(found)
+    if args.json:
+        print(json.dumps(asdict(told)))
+        return 0
+    is_lists = not isinstance(found, TaskSet)
+    kind = "tasks, as lists of pairs" if is_lists else "tasks"
+    unknown = f", and {told.unsolved:,} test inputs whose outputs are not known" if told.unsolved else ""
+    print(f"{args.spec}: {told.tasks:,} {kind}; {told.pairs:,} pairs{unknown}")
+    table = Table("", *("least", "median", "most"), box=SIMPLE, header_style="")
+    for name, spread in told.spreads.items():
+        table.add_row(name, *(f"{value:,.10g}" for value in (spread.least, spread.median, spread.most)))
+    Console().print(table)
+    print(f"the output has the shape of its input: {told.same_shape:.0%} of the pairs")
+    print("cells by colour: " + ", ".join(f"{colour}: {share:.1%}" for colour, share in enumerate(told.colours)))
+    what = "pairs of median length that fit" if is_lists else "tasks that fit, with their longest answer,"
+    print(f"{what} a context of " + ", ".join(f"{context:,} tokens: {fit:,}" for context, fit in told.fits.items()))
+    return 0
+
+
+def _audit(args: argparse.Namespace) -> int:
+    specs = (args.first, args.second)
+    sets = [pairs_of(read_set(spec)) for spec in specs]
+    of = sum(map(len, sets))
+    keys: list[dict[str, set[str]]] = []
+    with _bar(Console(stderr=True), "comparing") as tell:
+        for lists in sets:
+            keys.append({})
+            for task_id, pairs in lists.items():
+                keys[-1][task_id] = pair_keys(pairs)
+                tell("tasks", sum(map(len, keys)), of)
+    shared = shared_tasks(*keys)
+    if args.json:
+        print(json.dumps({"sets": specs, "tasks": [*map(len, sets)], "shared": [*map(asdict, shared)]}))
+        return SHARED if shared else 0
+    by_id = sum(each.same_id for each in shared)
+    ids = [{getattr(each, side) for each in shared} for side in ("first", "second")]
+    print(
+        f"{len(ids[0])} of the {len(sets[0])} tasks of {args.first} are in {args.second}, as {len(ids[1])} of its"
+        f" {len(sets[1])}: {by_id} by id, {sum(each.pairs > 0 for each in shared)} by pairs that are the same up to"
+        " geometry and colours"
+    )
+    for each in shared[:SHOWN]:
+        how = [*["the same id"] * each.same_id, *[f"{each.pairs} shared pairs"] * (each.pairs > 0)]
+        print(f"  {each.first} and {each.second}: {' and '.join(how)}")
+    if len(shared) > SHOWN:
+        print(f"  and {len(shared) - SHOWN} more: --json has all of them")
+    return SHARED if shared else 0
+
+
+def _hash(args: argparse.Namespace) -> int:
+    found = read_set(args.spec)
+    file = Path(args.spec).expanduser()
+    of_file = sha256(file) if args.spec not in BUILT_IN and file.is_file() else None
+    tasks = found if isinstance(found, TaskSet) else None
+    told = {"set": args.spec, "tasks": len(pairs_of(found)), "digest": tasks and tasks.digest, "sha256": of_file}
+    if args.json:
+        print(json.dumps(told))
+        return 0
+    if tasks:
+        print(f"digest {tasks.digest}: of {len(tasks.tasks)} tasks, their grids and known solutions, as scores say it")
+    if of_file:
+        print(f"sha256 {of_file}: of the file, as a source of bin/train has it")
+    if not tasks and not of_file:
+        raise UserError(f"{args.spec} is a folder of lists of pairs: only its archive or a single file has a sha256")
+    return 0
