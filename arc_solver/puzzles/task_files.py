@@ -334,8 +334,8 @@ def _other_kind(content: Any) -> str:
 
 
 def write_kaggle_files(task_set: TaskSet, folder: Path, stem: str) -> None:
-    """Writes tasks in Kaggle's format, `<stem>_challenges.json`, and the solutions that are known beside them."""
-    challenges = {task.id: challenge(task) for task in task_set.tasks}
+    """Writes tasks by id in Kaggle's format, `<stem>_challenges.json`, and the solutions that are known beside them."""
+    challenges = {task.id: challenge(task) for task in sorted(task_set.tasks, key=lambda task: task.id)}
     solutions = {i: [grid.tolist() for grid in task_set.solutions[i]] for i in challenges if i in task_set.solutions}
     for name, content in (("challenges", challenges), ("solutions", solutions)):
         if content:
