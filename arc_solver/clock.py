@@ -31,8 +31,10 @@ def command_age_s() -> float:
 
 
 def format_duration(seconds: float) -> str:
-    """A duration rounded for reading, in seconds or minutes."""
-    return f"{max(1, round(seconds))} s" if seconds < 90 else f"{round(seconds / 60)} minutes"
+    """A duration rounded for reading, in seconds, minutes or hours."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{round(seconds / 60)} minutes" if seconds < 2.5 * 3600 else f"{seconds / 3600:.3g} h"
 
 
 def duration_s(text: str) -> float:

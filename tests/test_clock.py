@@ -89,3 +89,4 @@ def test_all_processes_have_the_time_of_the_main_one():
 
 def test_durations_as_they_are_said():
     assert [format_duration(s) for s in (0.2, 40, 89, 95, 600)] == ["1 s", "40 s", "89 s", "2 minutes", "10 minutes"]
+    assert [format_duration(3600 * h) for h in (1, 2.4, 11.5, 14)] == ["60 minutes", "144 minutes", "11.5 h", "14 h"]
