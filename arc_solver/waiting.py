@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
 from .clock import format_duration
 from .command import Say
@@ -28,6 +29,7 @@ from .command import Say
 QUIET_S = 5.0  # without a word are enough where no row can be seen
 LINE_S = 60.0  # between two lines on the same thing there
 BAR = 24  # columns
+QUOTED = 60  # characters of another program's line
 
 T = TypeVar("T")
 
@@ -52,7 +54,12 @@ class Wait:
         """Seconds to its end, as far as that is known."""
         if not math.isnan(self.ends):
             return max(0.0, self.ends - time.monotonic())
-        return max(0.0, self.elapsed_s * (self.total - self.done) / self.done) if self.total and self.done else None
+        known = 0 < self.done < self.total
+        return self.elapsed_s * (self.total - self.done) / self.done if known else None
+
+    def quote(self, line: str) -> None:
+        """Notes what another program says."""
+        self.note = line.strip()[:QUOTED]
 
     def over(self, parts: Iterable[T]) -> Iterator[T]:
         """The parts; each counts as done when the next is asked for."""
@@ -95,7 +102,7 @@ class Reporter:
         for wait in tuple(self.waits):
             bar = ProgressBar(wait.total or None, wait.done, BAR, not wait.total, animation_time=time.monotonic())
             eta = "" if wait.eta_s is None else f"ETA {_clock(wait.eta_s)}"
-            rows.add_row(wait.what, bar, wait.note, _clock(wait.elapsed_s), eta)
+            rows.add_row(Text(wait.what), bar, Text(wait.note), _clock(wait.elapsed_s), eta)
         return rows
 
     @contextmanager

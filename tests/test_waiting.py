@@ -37,7 +37,7 @@ def test_a_log_file_has_a_line_now_and_then():
             pass
         while len(lines) < 3 or "3 of 3" not in lines[-1]:
             time.sleep(0.001)
-    assert lines[0].startswith("reading ... ") and lines[-1] == "reading ... 3 of 3, 1 s so far, ETA 1 s"
+    assert lines[0].startswith("reading ... ") and lines[-1] == "reading ... 3 of 3, 1 s so far"
     count = len(lines)
     time.sleep(0.01)
     assert len(lines) == count, "it goes on after its end"
@@ -53,13 +53,13 @@ def test_what_is_done_soon_has_no_line_in_a_log_file():
 def test_a_terminal_has_a_row_for_each_until_it_is_done():
     say = terminal()
     with waiting(say, "training") as outer:
-        outer.note = "step 7"
+        outer.quote("step 7 of [lora]\n")
         with pytest.raises(ValueError), waiting(say, "validating", total=2) as inner:
             next(parts := inner.over(range(2)))
             next(parts)
             say("a line")
             first, second = shown(say).splitlines()
-            assert "training" in first and "step 7" in first and "0:00" in first
+            assert "training" in first and "step 7 of [lora]" in first and "0:00" in first
             assert "validating" in second and "1 of 2" in second and "ETA 0:00" in second
             raise ValueError
         assert "training" in shown(say) and "validating" not in shown(say)
