@@ -37,6 +37,13 @@ def format_duration(seconds: float) -> str:
     return f"{round(seconds / 60)} minutes" if seconds < 2.5 * 3600 else f"{seconds / 3600:.3g} h"
 
 
+def format_guess(seconds: float) -> str:
+    """A guess of a duration, as round as a guess is."""
+    steps = ((20, 5), (90, 10), (600, 60), (3600, 300), (9000, 600), (math.inf, 1800))
+    step = next(step for limit, step in steps if seconds < limit)
+    return format_duration(step * max(1, round(seconds / step)))
+
+
 def duration_s(text: str) -> float:
     """Seconds of a duration such as 11h30m, 40m, 1.5h or 90s.
 

@@ -27,6 +27,7 @@ from .clock import format_duration
 from .command import Say
 
 QUIET_S = 5.0  # without a word are enough where no row can be seen
+IMPORTING_S = 1.5  # the same, for what is imported first
 LINE_S = 60.0  # between two lines on the same thing there
 BAR = 24  # columns
 QUOTED = 60  # characters of another program's line

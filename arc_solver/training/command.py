@@ -12,9 +12,7 @@ from ..clock import command_age_s
 from ..command import Parser, user_path
 from ..config import load_config
 from ..errors import UserError
-from ..waiting import Reporter, waiting
-
-IMPORTING_S = 1.5  # without a word where no row is seen; PyTorch takes some seconds
+from ..waiting import IMPORTING_S, Reporter, waiting
 
 
 def main(arguments: list[str]) -> int:
