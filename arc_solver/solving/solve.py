@@ -291,9 +291,10 @@ def run(config: Config, task_set: TaskSet, run_dir: Path) -> int:
             journal = stack.enter_context(begin()) if config.adapt.joint else None
             used = train_jointly(config, chosen, run_dir, device, deadline, plain) if journal else config
             make, address = partial(make_worker, used, neighbours=count), config.run.address or None
-            executor = stack.enter_context(make_executor(config.run.executor, make, count, address, context))
-            signal.signal(signal.SIGTERM, signal.default_int_handler)  # once more: Ray has put its own there
-            journal = journal or stack.enter_context(begin())
+            with waiting(plain, "preparing the run"):  # Ray is started, the weights are hashed
+                executor = stack.enter_context(make_executor(config.run.executor, make, count, address, context))
+                signal.signal(signal.SIGTERM, signal.default_int_handler)  # once more: Ray has put its own there
+                journal = journal or stack.enter_context(begin())
             plain(
                 f"{_count(len(task_set.tasks), 'task')} from {task_set.name};"
                 f" model of {parameters:,} parameters on {device} in {describe_precision(device)},"

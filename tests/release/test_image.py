@@ -285,7 +285,8 @@ def test_download_takes_the_wheels_of_the_image(folder, tmp_path, only_here):
     ]
     (tmp_path / "lock.txt").write_text(lock_of(folder))
     make_wheel(folder, "compiled", tag="cp311-cp311-manylinux_2_28_x86_64")
-    download(tmp_path / "lock.txt", tmp_path / "got", Wait("it"))
+    download(tmp_path / "lock.txt", tmp_path / "got", wait := Wait("it"))
+    assert wait.note.startswith("Successfully downloaded"), "what pip said last"
     assert sorted(file.name for file in (tmp_path / "got").iterdir()) == sorted(file.name for file in wanted)
 
 
