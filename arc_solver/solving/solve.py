@@ -55,7 +55,7 @@ WORKERS_IMPORT = (
     "transformers.models.auto.modeling_auto",
     "transformers.modeling_utils",
 )
-MEASURE_S = 0.8  # of adapting, before a guess is made of the whole
+MEASURE_S = 1.5  # of work, before a guess is made of the whole
 INTERRUPTED = 1  # exit code of a run that was asked to end
 INCOMPLETE = 3  # exit code of a run that ended as it should, but not with an answer of the adapted model to every task
 
@@ -142,7 +142,7 @@ class _Shown:
         wait.done = share = max(wait.done, scheduler.share_done)
         self.began = self.began or (now, share)
         began, before = self.began
-        if share > before:
+        if share > before and now - began >= MEASURE_S:
             left_s = (now - began) * (1 - share) / (share - before)
             wait.expect_end_in(min(left_s, self.deadline - now))
         done, tasks = len(scheduler.journal.statuses), len(scheduler.journal.task_set.tasks)
