@@ -31,8 +31,17 @@ def command_age_s() -> float:
 
 
 def format_duration(seconds: float) -> str:
-    """A duration rounded for reading, in seconds or minutes."""
-    return f"{max(1, round(seconds))} s" if seconds < 90 else f"{round(seconds / 60)} minutes"
+    """A duration rounded for reading, in seconds, minutes or hours."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{round(seconds / 60)} minutes" if seconds < 2.5 * 3600 else f"{seconds / 3600:.3g} h"
+
+
+def format_guess(seconds: float) -> str:
+    """A guess of a duration, as round as a guess is."""
+    steps = ((20, 5), (90, 10), (600, 60), (3600, 300), (9000, 600), (math.inf, 1800))
+    step = next(step for limit, step in steps if seconds < limit)
+    return format_duration(step * max(1, round(seconds / step)))
 
 
 def duration_s(text: str) -> float:

@@ -151,6 +151,7 @@ class Server:
         self.competitions = {COMPETITION}
         self.models: set[str] = set()
         self.left_today = 1
+        self.shows_notes = True  # of versions; a dataset's description is its first notes
         self.polls = 2  # after which a dataset is ready, a run has begun and later ended, and a submission is scored
         # What runs and submissions come to, in this order; when there is none left: COMPLETE, and a score.
         self.run_endings: deque[tuple[str, str]] = deque()  # status, message
@@ -254,6 +255,7 @@ class Server:
 
     def _get_dataset(self, owner_slug: str, dataset_slug: str) -> dict[str, Any]:
         dataset = self._dataset(owner_slug, dataset_slug)
+        shown = {} if self.shows_notes else {"description": "", "versions": []}
         return {
             "ref": f"{owner_slug}/{dataset_slug}",
             "title": dataset.title,
@@ -265,7 +267,22 @@ class Server:
                 for number, version in reversed([*enumerate(dataset.versions, 1)])
             ],
             **({"isPrivate": True} if dataset.private else {}),
+            **shown,
         }
+
+    def _list_dataset_files(
+        self,
+        owner_slug: str,
+        dataset_slug: str,
+        dataset_version_number: int = 0,
+        page_size: int = 20,
+        page_token: str = "0",
+    ) -> dict[str, Any]:
+        version = self._dataset(owner_slug, dataset_slug).versions[dataset_version_number - 1]
+        begin, size = int(page_token), min(page_size, self.page)
+        files = [{"name": name, "totalBytes": len(content)} for name, content in sorted(version.files.items())]
+        more = {"nextPageToken": str(begin + size)} if begin + size < len(files) else {}
+        return {"datasetFiles": files[begin : begin + size], **more}
 
     def _get_dataset_status(self, owner_slug: str, dataset_slug: str) -> dict[str, Any]:
         version = self._dataset(owner_slug, dataset_slug).versions[-1]

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from arc_solver.clock import SPARE, RunClock, format_duration, process_age_s
+from arc_solver.clock import SPARE, RunClock, format_duration, format_guess, process_age_s
 
 
 def test_the_age_of_a_process():
@@ -89,3 +89,6 @@ def test_all_processes_have_the_time_of_the_main_one():
 
 def test_durations_as_they_are_said():
     assert [format_duration(s) for s in (0.2, 40, 89, 95, 600)] == ["1 s", "40 s", "89 s", "2 minutes", "10 minutes"]
+    guesses = ["5 s", "40 s", "2 minutes", "25 minutes", "120 minutes", "11.5 h"]
+    assert [format_guess(s) for s in (1, 42, 100, 1400, 7250, 41_000)] == guesses
+    assert [format_duration(3600 * h) for h in (1, 2.4, 11.5, 14)] == ["60 minutes", "144 minutes", "11.5 h", "14 h"]

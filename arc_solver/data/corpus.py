@@ -14,6 +14,7 @@ from ..errors import UserError
 from ..puzzles import TaskSet, load_tasks, write_kaggle_files
 from ..puzzles.tasks import task_hash
 from ..rng import named_rng
+from ..waiting import Wait
 from .leaks import Overlap, TrainingData, find_overlaps, known_keys, training_data
 from .sources import Source, read_source
 
@@ -31,8 +32,11 @@ class Corpus:
     unsolved: int = 0  # tasks to be scored on whose test outputs the audit could not compare with
 
 
-def make_corpus(config: Config) -> Corpus:
+def make_corpus(config: Config, wait: Wait | None = None) -> Corpus:
     """Reads all sources of all stages, takes out what is held out, and audits the rest.
+
+    Args:
+        wait: is kept up to date with what is being done.
 
     Raises:
         UserError: a source cannot be read, or tasks to be scored on are among the training tasks.
@@ -41,8 +45,14 @@ def make_corpus(config: Config) -> Corpus:
     partition = make_partition(config.validation, config.audit.exclude)
     kept_out = {task.id for task in partition.validation.tasks} | set(config.audit.exclude)
     configs = dict.fromkeys(source for stage in config.stages for source in stage.corpus.sources)
-    sources = {source: read_source(source).without(kept_out) for source in configs}
-    keys = {source: known_keys(sources[source]) for source in configs}
+    sources, keys = {}, {}
+    wait = wait or Wait("")
+    for source in configs:
+        wait.note = f"source {source.label}"
+        sources[source] = read_source(source).without(kept_out)
+        wait.note = f"leak audit of source {source.label}"
+        keys[source] = known_keys(sources[source])
+    wait.note = "leak audit"
     overlaps = find_overlaps(keys, [*scored, partition.validation])
     if overlaps and config.audit.overlap == "refuse":
         raise UserError(_refusal(overlaps, config))

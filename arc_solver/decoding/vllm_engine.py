@@ -205,12 +205,10 @@ class VLLMEngine:
 
     def step(self) -> list[Any]:
         """One forward pass. vLLM's outputs of requests that have something to report."""
-        outputs: list[Any] = []
         try:
-            outputs = self._llm.llm_engine.step()
-            return outputs
+            return self._llm.llm_engine.step()
         finally:
-            self.on_step(len(outputs))  # an id each; of prompts it says nothing
+            self.on_step(0)  # it is alive; a session says which ids went through
 
     def abort(self, names: Iterable[str]) -> None:
         self._llm.llm_engine.abort_request(list(names))
@@ -412,6 +410,7 @@ class VLLMSession:
                 self._abort(asked)
                 return
             self.cost.forward_steps += 1
+            before = self.cost.tokens
             for output in self._engine.step():
                 name = output.request_id
                 if name not in asked:
@@ -423,6 +422,7 @@ class VLLMSession:
                 if output.finished:
                     self._open.discard(name)
                 yield output
+            self._engine.on_step(self.cost.tokens - before)
 
     def _abort(self, names: Iterable[str]) -> None:
         names = self._open.intersection(names)

@@ -17,7 +17,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -33,7 +32,8 @@ from ..config import MACHINES, PACKAGE_DIR, Config, TasksConfig
 from ..errors import MachineError, UserError, first_line
 from ..files import git_commit, sha256, write_json
 from ..puzzles import read_json
-from .image import KAGGLE_DIR, download, read_image
+from ..waiting import Wait, waiting
+from .image import KAGGLE_DIR, download, read_image, run_pip
 
 CHECKOUT = PACKAGE_DIR.parent
 NOBODY = "your-account"  # stands for the owner until one is known
@@ -140,10 +140,13 @@ def _make(config: Config, folder: Path, cache: Path, say: Say) -> Release:
     for part, key, names in (("weights", "path", _WEIGHTS), ("adapter", "adapter", _ADAPTER)):
         if path := getattr(config.model, key):
             slugs[part] = f"{kaggle.name}-{part}"
-            _copy_weights(Path(path), folder / "datasets" / slugs[part], names, f"model.{key}")
+            with waiting(say, f"copying model.{key}={path}"):
+                _copy_weights(Path(path), folder / "datasets" / slugs[part], names, f"model.{key}")
     there = config.model_copy(update={"tasks": TasksConfig(), "model": config.model.model_copy(update=_NOWHERE)})
     write_json(wheels / "config.json", there.model_dump(mode="json", exclude={"kaggle"}))
     source = (KAGGLE_DIR / "notebook.py").read_text()
+    with waiting(say, "hashing what travels"):
+        files = dict(_hashes(folder / "datasets"))
     manifest = {
         "commit": git_commit(),
         "versions": {"arc_solver": __version__, **dict(sorted(map(_name_and_version, wheels.glob("*.whl"))))},
@@ -156,7 +159,7 @@ def _make(config: Config, folder: Path, cache: Path, say: Say) -> Release:
         "weights": slugs.get("weights", ""),
         "adapter": slugs.get("adapter", ""),
         "notebook": hashlib.sha256(source.encode()).hexdigest(),
-        "files": dict(_hashes(folder / "datasets")),
+        "files": files,
     }
     write_json(wheels / "manifest.json", manifest)
     for slug in slugs.values():
@@ -198,10 +201,11 @@ def _collect_wheels(lock: Path, folder: Path, cache: Path, say: Say) -> None:
     for make, source in ((partial(download, lock), lock.read_bytes()), (_own_wheel, _own_source())):
         kept = cache / hashlib.sha256(source).hexdigest()[:16]
         if not kept.exists():
-            say(f"getting the wheels of {lock.name}" if make is not _own_wheel else "building our wheel")
+            what = f"getting the wheels of {lock.name}" if make is not _own_wheel else "building our wheel"
+            say(what)
             kept.parent.mkdir(exist_ok=True)
-            with TemporaryDirectory(dir=cache) as name:
-                make(Path(name) / "wheels")
+            with TemporaryDirectory(dir=cache) as name, waiting(say, what) as wait:
+                make(Path(name) / "wheels", wait)
                 (Path(name) / "wheels").rename(kept)
         for file in sorted(kept.iterdir()):
             shutil.copyfile(file, folder / file.name)
@@ -219,7 +223,7 @@ def _own_source() -> bytes:
     return json.dumps([*package, *((name, sha256(CHECKOUT / name)) for name in _OURS)]).encode()
 
 
-def _own_wheel(folder: Path) -> None:
+def _own_wheel(folder: Path, wait: Wait) -> None:
     """The package as a wheel, of nothing but what the checkout has, with the same bytes for the same code."""
     with TemporaryDirectory() as name:
         source = Path(name)
@@ -230,7 +234,7 @@ def _own_wheel(folder: Path) -> None:
             path.chmod(0o755 if path.is_dir() else 0o644)
         pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--disable-pip-version-check"]
         env = {**os.environ, "SOURCE_DATE_EPOCH": EPOCH}
-        done = subprocess.run([*pip, "-w", str(folder), name], env=env, umask=0o022, capture_output=True, text=True)
+        done = run_pip([*pip, "-w", str(folder), name], wait, env=env, umask=0o022)
         if done.returncode:
             raise MachineError(f"our wheel could not be built; pip said: {done.stderr.strip()[-1000:]}")
 

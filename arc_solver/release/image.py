@@ -23,7 +23,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from email.parser import BytesParser
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
+from typing import Any
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -34,6 +35,7 @@ from packaging.version import Version
 from ..command import run_main
 from ..config import PACKAGE_DIR
 from ..errors import MachineError, UserError, first_line
+from ..waiting import Wait
 
 KAGGLE_DIR = PACKAGE_DIR.parent / "kaggle"  # of the checkout
 IMAGE_FILE = KAGGLE_DIR / "image.txt"
@@ -213,7 +215,23 @@ def _needed(wheel: Wheel, extras: frozenset[str]) -> Iterator[Requirement]:
 # ---- locks ----------------------------------------------------------------------------------------------------------
 
 
-def download(lock: Path, folder: Path) -> None:
+def run_pip(command: Sequence[str], wait: Wait, **how: Any) -> subprocess.CompletedProcess[str]:
+    """Runs pip to its end, and shows what it says meanwhile. `how`: arguments of `Popen`."""
+    pipe, said = subprocess.PIPE, []
+    with TemporaryFile("w+") as errors:
+        with subprocess.Popen(command, stdout=pipe, stderr=errors, text=True, **how) as process:
+            try:
+                for line in process.stdout or ():
+                    said.append(line)
+                    wait.quote(line)
+            except BaseException:
+                process.kill()
+                raise
+        errors.seek(0)
+        return subprocess.CompletedProcess(command, process.returncode, "".join(said), errors.read())
+
+
+def download(lock: Path, folder: Path, wait: Wait) -> None:
     """Fetches the wheels of a lock, as they are for the image, from where pip is set up to look.
 
     Raises:
@@ -223,7 +241,7 @@ def download(lock: Path, folder: Path) -> None:
     words += ["--only-binary=:all:", "--python-version", PYTHON, "--implementation", "cp"]
     words += [word for abi in ("cp312", "abi3", "none") for word in ("--abi", abi)]
     words += [word for platform in PLATFORMS for word in ("--platform", platform)]
-    done = subprocess.run([*words, "-r", str(lock), "-d", str(folder)], capture_output=True, text=True)
+    done = run_pip([*words, "-r", str(lock), "-d", str(folder)], wait)
     if done.returncode:
         raise MachineError(f"the wheels of {lock.name} could not be downloaded; pip said: {_end(done.stderr)}")
 

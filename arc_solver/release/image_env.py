@@ -14,7 +14,8 @@ from packaging.utils import canonicalize_name
 
 from ..command import Say
 from ..errors import MachineError
-from .image import IMAGE_FILE, read_image
+from ..waiting import Wait, waiting
+from .image import IMAGE_FILE, read_image, run_pip
 
 IMAGE_PYTHON = (3, 12)
 NEEDED = (
@@ -47,10 +48,11 @@ def make_image_env(
     if stamp.exists() and python.exists() and (made := json.loads(stamp.read_text()))["asked"] == asked:
         return python, tuple(made["differences"])
     say(f"making {folder}, which stands for Kaggle's image; this takes some minutes")
-    base, differences = _choose_base(newer, fixed)
-    output_of([base, "-m", "venv", "--clear", str(folder)], f"{base} cannot make a virtual environment")
-    _install(python, needed, fixed, versions, folder / "versions.txt")
-    differences += _version_differences(_installed(python), needed, versions)
+    with waiting(say, f"making {folder}") as wait:
+        base, differences = _choose_base(newer, fixed, wait)
+        output_of([base, "-m", "venv", "--clear", str(folder)], f"{base} cannot make a virtual environment")
+        _install(python, needed, fixed, versions, folder / "versions.txt", wait)
+        differences += _version_differences(_installed(python), needed, versions)
     stamp.write_text(json.dumps({"asked": asked, "differences": differences}))
     return python, tuple(differences)
 
@@ -67,13 +69,13 @@ def _image_base() -> str | None:
     return None
 
 
-def _choose_base(newer: str | None, fixed: Mapping[str, str]) -> tuple[str, list[str]]:
+def _choose_base(newer: str | None, fixed: Mapping[str, str], wait: Wait) -> tuple[str, list[str]]:
     """The Python to use, and how it differs from the image's."""
     wanted, running = "{}.{}".format(*IMAGE_PYTHON), "{}.{}".format(*sys.version_info)
     if newer is None:
         return sys.executable, [f"Python {running} instead of {wanted}, which is not found here"]
     had = ["--python-version", wanted, "--target", "/nowhere", "--no-deps", *_pinned(fixed)]
-    if fixed and sys.version_info[:2] != IMAGE_PYTHON and _pip(sys.executable, "--dry-run", *had).returncode:
+    if fixed and sys.version_info[:2] != IMAGE_PYTHON and _pip(wait, sys.executable, "--dry-run", *had).returncode:
         why = f"for which {' '.join(_pinned(fixed))} is not to be had"
         return sys.executable, [f"Python {running} instead of {wanted}, {why}"]
     return newer, []
@@ -83,30 +85,35 @@ def _pinned(versions: Mapping[str, str]) -> list[str]:
     return [f"{name}=={version}" for name, version in versions.items()]
 
 
-def _pip(python: str | Path, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--only-binary=:all:"]
-    return _done([*command, *words])
+def _pip(wait: Wait, python: str | Path, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--only-binary=:all:"]
+    return run_pip([*command, *words], wait, env=_own_environment())
 
 
 def _install(
-    python: Path, needed: Sequence[str], fixed: Mapping[str, str], versions: Mapping[str, str], constraints: Path
+    python: Path,
+    needed: Sequence[str],
+    fixed: Mapping[str, str],
+    versions: Mapping[str, str],
+    constraints: Path,
+    wait: Wait,
 ) -> None:
     """Installs what is needed: all as in the image if that goes together, else as many as can be, the first first."""
     others = [name for name in needed if name not in fixed]
     constraints.write_text("\n".join(_pinned({k: v for k, v in versions.items() if not TORCH.fullmatch(k)})))
-    if not _pip(python, *_pinned(fixed), *others, "--constraint", str(constraints)).returncode:
+    if not _pip(wait, python, *_pinned(fixed), *others, "--constraint", str(constraints)).returncode:
         return
     listed = {name: versions[name] for name in others if name in versions}
     free = [name for name in others if name not in listed]
-    if not _pip(python, *_pinned({**fixed, **listed}), *free).returncode:
+    if not _pip(wait, python, *_pinned({**fixed, **listed}), *free).returncode:
         return
     chosen = dict(fixed)
     for name in (name for name in others if name in versions):
         tried = {**chosen, name: versions[name]}
         rest = [other for other in others if other not in tried]
-        if not _pip(python, "--dry-run", *_pinned(tried), *rest).returncode:
+        if not _pip(wait, python, "--dry-run", *_pinned(tried), *rest).returncode:
             chosen = tried
-    result = _pip(python, *_pinned(chosen), *(name for name in others if name not in chosen))
+    result = _pip(wait, python, *_pinned(chosen), *(name for name in others if name not in chosen))
     if result.returncode:
         raise MachineError(f"pip could not install what stands for Kaggle's image: {_last(result.stderr)}")
 
@@ -141,8 +148,11 @@ def output_of(command: Sequence[str], failed: str) -> str:
 
 
 def _done(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # of whoever calls, and no part
-    return subprocess.run(command, capture_output=True, text=True, env=env)
+    return subprocess.run(command, capture_output=True, text=True, env=_own_environment())
+
+
+def _own_environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # of whoever calls, and no part
 
 
 def _last(text: str) -> str:

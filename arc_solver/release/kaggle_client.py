@@ -169,6 +169,13 @@ class Kaggle:
         notes = found.description if version <= 1 or not notes else notes
         return Dataset(ref, version, said.status.name, notes, found.is_private)
 
+    def dataset_files(self, ref: str, version: int) -> dict[str, int]:
+        """The sizes in bytes of a version's files, by name. Of their content Kaggle says nothing."""
+        owner, slug = _parts(ref)
+        fields = {"owner_slug": owner, "dataset_slug": slug, "dataset_version_number": version, "page_size": 200}
+        pages = self._pages(f"the files of dataset {ref} v{version}", "datasets", "list_dataset_files", **fields)
+        return {file.name: file.total_bytes for page in pages for file in page.dataset_files or []}
+
     def create_dataset(
         self, ref: str, title: str, licence: str, folder: Path, notes: str, private: bool = True
     ) -> None:

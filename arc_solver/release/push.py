@@ -7,6 +7,7 @@ description.
 """
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -17,10 +18,12 @@ from tempfile import mkdtemp
 from typing import Any
 
 from ..answers import read_submission
+from ..clock import format_duration
 from ..command import Say
 from ..errors import MachineError, UserError
 from ..files import write_json
 from ..puzzles import Task, read_json
+from ..waiting import Wait, waiting
 from .bundle import NOBODY, NOT_DATA, Release, dataset_content
 from .kaggle_client import Dataset, Kaggle, KaggleSubmission, OutcomeUnknown, Refused
 
@@ -39,22 +42,25 @@ class PollPolicy:
     limit_s: float = 14 * 3600.0  # for a run or a score: 12 h, and the queue
     first_s: float = 5.0  # between two looks; half as much again after each
     longest_s: float = 60.0
+    line_s: float = 300.0  # between two lines that say what is waited for, where no row is seen
+    unnamed_s: float = 300.0  # in which a dataset that is ready may yet show its notes; then its files are looked at
 
-    def polls(self, what: str) -> Iterator[None]:
-        """Yields once for each poll, with growing pauses, until the limit.
+    def polls(self, what: str, say: Say) -> Iterator[Wait]:
+        """Yields once for each poll, with growing pauses, until the limit; shows that it is waited for meanwhile.
 
         Raises:
             TimedOut: it took too long.
         """
-        begun, pause = time.monotonic(), self.first_s
-        while True:
-            yield
-            if time.monotonic() - begun + pause > self.limit_s:
-                raise TimedOut(
-                    f"{what} is not done after {self.limit_s:.0f} s: give the same command again to go on waiting"
-                )
-            time.sleep(pause)
-            pause = min(self.longest_s, 1.5 * pause)
+        most, pause = format_duration(self.limit_s), self.first_s
+        with waiting(say, f"waiting for {what}, {most} at most", quiet_s=self.line_s, line_s=self.line_s) as wait:
+            while True:
+                yield wait
+                if wait.elapsed_s + pause > self.limit_s:
+                    raise TimedOut(
+                        f"{what} is not done after {self.limit_s:.0f} s: give the same command again to go on waiting"
+                    )
+                time.sleep(pause)
+                pause = min(self.longest_s, 1.5 * pause)
 
 
 class State:
@@ -122,7 +128,8 @@ class Pusher:
             )
         if found and found.status != "FAILED":
             found = self._ready(ref)  # a version is refused while the one before is worked on
-        if found and notes in found.notes and found.status == "READY":
+        known = (self.state["datasets"] or {}).get(ref)
+        if found and found.status == "READY" and (notes in found.notes or known == _pushed(found, notes)):
             self.say(f"dataset {ref} v{found.version} has this content")
         elif self.dry_run:
             self.say(f"would {'make a version of' if found else 'create'} dataset {ref}: {_size(folder)}")
@@ -144,21 +151,31 @@ class Pusher:
                     private,
                 )
             self._once(send, lambda: self._is_later(ref, before, notes), f"dataset {ref}")
-            found = self._ready(ref, notes)
+            found = self._ready(ref, notes, folder, before)
             self.say(f"dataset {ref} v{found.version} is ready")
-        self.state.update(datasets={**(self.state["datasets"] or {}), ref: {"version": found.version, "notes": notes}})
+        self.state.update(datasets={**(self.state["datasets"] or {}), ref: _pushed(found, notes)})
 
     def _is_later(self, ref: str, version: int, notes: str) -> bool:
         found = self.kaggle.dataset(ref)
         return bool(found and found.version > version and notes in found.notes)
 
-    def _ready(self, ref: str, notes: str = "") -> Dataset:
-        """The dataset, once its current version is ready; and is the one with these notes, which may show late."""
-        shown = "READY"
-        for _ in self.waiting.polls(f"dataset {ref}"):
+    def _ready(self, ref: str, notes: str = "", folder: Path | None = None, before: int = 0) -> Dataset:
+        """The dataset, once its current version is ready; and is the one with these notes, which may show late.
+
+        Args:
+            folder: what was sent with the notes; where they never show, Kaggle's files are compared with it.
+            before: the version that was the current one then.
+        """
+        shown, ready_s = "READY", math.inf
+        for wait in self.waiting.polls(f"dataset {ref}", self.say):
             found = self.kaggle.dataset(ref)
             if found and found.status == "READY" and notes in found.notes:
                 return found
+            is_ready = bool(found and found.status == "READY")
+            wait.note = "ready, without its notes" if is_ready else ""
+            ready_s = min(ready_s, wait.elapsed_s) if is_ready else math.inf
+            if found and folder and wait.elapsed_s - ready_s >= self.waiting.unnamed_s:
+                return self._with_our_files(found, folder, before)
             if found and found.status != shown:
                 shown = found.status
                 self.say(f"dataset {ref}: {_words(shown)}")
@@ -168,6 +185,24 @@ class Pusher:
                 )
         raise AssertionError("the looks do not end")
 
+    def _with_our_files(self, found: Dataset, folder: Path, before: int) -> Dataset:
+        """The dataset, if its version is new and its files are ours as far as Kaggle tells: by name and size."""
+        name, late = f"dataset {found.ref} v{found.version}", format_duration(self.waiting.unnamed_s)
+        self.say(f"{name} is ready, and after {late} does not show what it was sent with: looking at its files")
+        theirs, ours = self.kaggle.dataset_files(found.ref, found.version), _sizes(folder)
+        if found.version > before and theirs == ours:
+            self.say(
+                f"{name} is newer than what was there before, and has our {len(ours)} files by name and size; Kaggle"
+                " does not tell their content, which the notebook checks before it uses one"
+            )
+            return found
+        others = sorted({file for file, _ in theirs.items() ^ ours.items()})
+        why = f"other files than were sent: {', '.join(others)}" if others else "the version that was there before"
+        raise MachineError(
+            f"{name} is ready with {why}; look at https://www.kaggle.com/datasets/{found.ref}, then give the same"
+            " command again, which sends the files once more"
+        )
+
     def _once(self, send: Callable[[], Any], is_there: Callable[[], bool], what: str) -> Any:
         """Sends what must not be there twice. Where the answer got lost, it is looked for before it is sent again."""
         for _ in range(2):
@@ -175,7 +210,7 @@ class Pusher:
                 return send()
             except OutcomeUnknown as unsure:
                 self.say(f"{unsure}; looking for {what}")
-                for _, _ in zip(range(3), self.waiting.polls(what), strict=False):  # it may show late
+                for _, _ in zip(range(3), self.waiting.polls(what, self.say), strict=False):  # it may show late
                     if is_there():
                         return None
         raise MachineError(f"Kaggle's answers about {what} got lost twice: give the same command again, it looks first")
@@ -232,8 +267,9 @@ class Pusher:
         """
         ref, version = self._pushed()
         shown = ""
-        for _ in self.waiting.polls(f"the run of {ref} v{version}"):
+        for wait in self.waiting.polls(f"the run of {ref} v{version}", self.say):
             status, why = self.kaggle.run_status(ref, version)
+            wait.note = _words(status)
             if status != shown:
                 self.say(f"run of {ref} v{version}: {_words(status)}")
                 shown = status
@@ -357,7 +393,7 @@ class Pusher:
             number = send()
         except OutcomeUnknown as unsure:  # it is scarce: it is looked for, and never sent again without being asked to
             self.say(f"{unsure}; looking for the submission")
-            for _, _ in zip(range(3), self.waiting.polls("the submission"), strict=False):
+            for _, _ in zip(range(3), self.waiting.polls("the submission", self.say), strict=False):
                 if found := self._entered(version):
                     return found
             raise MachineError(
@@ -369,8 +405,9 @@ class Pusher:
 
     def _scored(self, number: int) -> KaggleSubmission:
         shown = ""
-        for _ in self.waiting.polls(f"submission {number}"):
+        for wait in self.waiting.polls(f"the score of submission {number}", self.say):
             found = self.kaggle.submission(number)
+            wait.note = _words(found.status)
             if found.status != shown:
                 self.say(f"submission {number}: {_words(found.status)}")
                 shown = found.status
@@ -393,8 +430,17 @@ def _words(status: str) -> str:
     return status.lower().replace("_", " ")
 
 
+def _pushed(found: Dataset, notes: str) -> dict[str, Any]:
+    """What state.json has of a dataset."""
+    return {"version": found.version, "notes": notes}
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {file.name: file.stat().st_size for file in folder.iterdir() if file.name not in NOT_DATA}
+
+
 def _size(folder: Path) -> str:
-    sizes = [file.stat().st_size for file in folder.iterdir() if file.name not in NOT_DATA]
+    sizes = _sizes(folder).values()
     return f"{len(sizes)} files, {sum(sizes) / 1e6:.1f} MB"
 
 

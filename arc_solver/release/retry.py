@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from ..errors import MachineError, UserError
+from ..waiting import Wait, waiting
 
 T = TypeVar("T")
 
@@ -140,14 +141,15 @@ class RetryingSender:
         Returns:
             token: of a file that Kaggle has whole.
         """
-        upload = _Upload(file, begin, self.policy)
-        while True:
-            before = upload.at
-            try:
-                return self.send_idempotent(f"file {file.name}", upload.attempt)
-            except Unreachable:
-                if upload.at <= before:
-                    raise
+        with waiting(self.say, f"uploading {file.name}", file.stat().st_size) as wait:
+            upload = _Upload(file, begin, self.policy, wait)
+            while True:
+                before = upload.at
+                try:
+                    return self.send_idempotent(f"file {file.name}", upload.attempt)
+                except Unreachable:
+                    if upload.at <= before:
+                        raise
 
     def download(self, what: str, url: str, target: Path, largest: int) -> int:
         """Writes a file under another name, then renames it: it is there whole, or not at all.
@@ -162,8 +164,8 @@ class RetryingSender:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             number, part = tempfile.mkstemp(prefix=".part-", dir=target.parent)
-            with os.fdopen(number, "wb") as stream:
-                self.send_idempotent(what, lambda: _receive(url, stream, largest, self.policy.silence_s))
+            with os.fdopen(number, "wb") as stream, waiting(self.say, f"fetching {what}") as wait:
+                self.send_idempotent(what, lambda: _receive(url, stream, largest, self.policy.silence_s, wait))
                 size = stream.tell()
             os.replace(part, target)
             return size
@@ -227,8 +229,8 @@ class _Upload:
     has arrived (308 and a Range), and the rest is PUT.
     """
 
-    def __init__(self, file: Path, begin: Callable[[], tuple[str, str]], policy: RetryPolicy) -> None:
-        self.file, self.size, self._begin, self._policy = file, file.stat().st_size, begin, policy
+    def __init__(self, file: Path, begin: Callable[[], tuple[str, str]], policy: RetryPolicy, wait: Wait) -> None:
+        self.file, self.size, self._begin, self._policy, self._wait = file, file.stat().st_size, begin, policy, wait
         self.at = 0  # bytes that Kaggle has
         self._token = self._url = ""
 
@@ -259,7 +261,8 @@ class _Upload:
         with self.file.open("rb") as stream:
             stream.seek(self.at)
             where = {"Content-Range": f"bytes {self.at}-{self.size - 1}/{self.size}"} if self.at else {}
-            answer = self._put(stream if self.size else b"", where)  # of an empty stream requests knows no length
+            content = _Counted(stream, self._wait)
+            answer = self._put(content if self.size else b"", where)  # of an empty stream requests knows no length
         if answer.status_code == 308:
             raise RequestFailed("it arrived in part")
 
@@ -275,7 +278,26 @@ class _Upload:
         return answer
 
 
-def _receive(url: str, stream: BinaryIO, largest: int, silence_s: float) -> None:
+class _Counted:
+    """A file that says how much of it was read, which is little more than what has been sent."""
+
+    def __init__(self, stream: BinaryIO, wait: Wait) -> None:
+        self._stream, self._wait = stream, wait
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._stream.read(size)
+        self._wait.done = self._stream.tell()
+        self._wait.note = f"{self._wait.done / 1e6:.1f} of {self._wait.total / 1e6:.1f} MB"
+        return data
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(lambda: self.read(CHUNK), b"")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _receive(url: str, stream: BinaryIO, largest: int, silence_s: float, wait: Wait) -> None:
     import requests
 
     stream.seek(0)
@@ -287,6 +309,7 @@ def _receive(url: str, stream: BinaryIO, largest: int, silence_s: float) -> None
             if stream.tell() + len(chunk) > largest:
                 raise _TooLarge
             stream.write(chunk)
+            wait.note = f"{stream.tell() / 1e6:.1f} MB"
 
 
 def _failure(answer: Any) -> RequestFailed:

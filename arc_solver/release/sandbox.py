@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import MachineError
+from ..waiting import Wait
 
 SYSTEM = ("bin", "sbin", "lib", "lib32", "lib64", "libx32", "usr", "etc", "nix", "sys")  # where there are such folders
 PIP_FILES = ("/etc/pip.conf", "/etc/xdg/pip/pip.conf")  # they would tell of packages that the real machine has not
@@ -34,6 +35,8 @@ NAMESPACES = ("unshare", "--mount", "--net", "--pid", "--ipc", "--fork", "--kill
 USER_NAMESPACE = ("--user", "--map-root-user")
 LOOK_S = 0.1  # between looks at whether the command has ended
 MEASURE_S = 1.0  # between looks at its memory, which cost some milliseconds for each GiB
+SHOW_S = 1.0  # between looks at its log from outside
+TAIL = 4096  # bytes of that, in which the last line is looked for
 STUCK_S = 120.0  # in which the sandbox must come up and end, besides the command's time
 
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -97,12 +100,14 @@ def run_inside(
     seconds: float,
     memory_gib: float | None,
     log: Path,
+    wait: Wait,
 ) -> CommandResult:
     """Runs a command in the sandbox to its end, or kills it there with all that it started.
 
     Args:
         memory_gib: of all its processes together; None = what there is.
         log: file for what it prints.
+        wait: shows the last line of that.
 
     Raises:
         MachineError: the sandbox could not be made.
@@ -114,25 +119,43 @@ def run_inside(
         plan.write_text(json.dumps({**content, "seconds": seconds, "memory_gib": memory_gib}))
         # should we be killed, it is too
         inside = ["setpriv", "--pdeathsig", "KILL", *namespaces(), sys.executable, "-P", "-m", __name__, str(plan)]
-        _wait_for(inside, seconds + STUCK_S, log)
+        _wait_for(inside, seconds + STUCK_S, log, wait)
         if not verdict.exists() or not verdict.read_text():
             raise MachineError(f"the sandbox could not be made, or was killed: {log.read_text()[-1000:].strip()}")
         return CommandResult(**json.loads(verdict.read_text()))
 
 
-def _wait_for(command: Sequence[str], seconds: float, log: Path) -> None:
+def _wait_for(command: Sequence[str], seconds: float, log: Path, wait: Wait) -> None:
     """Runs a command that ends by itself; it is killed if it does not, or if we are interrupted."""
     with log.open("w") as output:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
-            process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            raise MachineError(f"the sandbox has not ended after {seconds:.0f} s; see {log}") from None
+            until = time.monotonic() + seconds
+            while not _has_ended(process, SHOW_S):
+                if time.monotonic() > until:
+                    raise MachineError(f"the sandbox has not ended after {seconds:.0f} s; see {log}")
+                wait.quote(_last_line(log))
         finally:
             process.kill()
             process.wait()
+
+
+def _has_ended(process: subprocess.Popen[bytes], within_s: float) -> bool:
+    try:
+        process.wait(within_s)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
+def _last_line(file: Path) -> str:
+    """Of a file that is being written, which may be long; "" as long as there is none."""
+    with file.open("rb") as stream:
+        stream.seek(max(0, file.stat().st_size - TAIL))
+        lines = stream.read().decode(errors="replace").strip().splitlines()
+    return lines[-1] if lines else ""
 
 
 # ---- inside ----

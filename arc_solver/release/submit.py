@@ -18,6 +18,7 @@ from ..data import leak_audit, read_training_data
 from ..errors import MachineError, UserError
 from ..files import lock
 from ..puzzles import TaskSet, load_tasks
+from ..waiting import Reporter, waiting
 from .bundle import Release, build
 from .check import Report, check
 from .image_env import NEEDED, make_image_env
@@ -33,16 +34,13 @@ SHOWN = "arc-agi-1/training", "arc-agi-1/evaluation"  # tasks of the rehearsed c
 CLOCK = 1 / 240  # of the rehearsed scored run: 12 h become 3 minutes
 LEAST_S = 60.0  # of a rehearsed scored run: starting takes some of it, and is not scaled
 KAGGLE_GIB = 30.0  # memory of a machine without GPUs or with two T4
+UNNAMED_S, UNNAMED_POLLS = 300.0, 60  # in which a ready dataset may yet show its notes: the shorter of the two
 FAILED, LATE = 3, 4  # exit codes: a dry run that failed; Kaggle takes longer than we wait
 
 
 def main(arguments: list[str]) -> int:
     args = _parse(arguments)
-    console = Console(stderr=args.json)
-
-    def say(line: str) -> None:
-        console.print(f"[{time.strftime('%H:%M:%S')}] {line}", markup=False, highlight=False, soft_wrap=True)
-
+    say = Reporter(Console(stderr=args.json), lambda: time.strftime("[%H:%M:%S] "))
     try:
         outcome = _status(args) if args.config == "status" else _steps(args, say)
     except (UserError, MachineError) as error:
@@ -136,7 +134,8 @@ def _steps(args: Any, say: Say) -> dict[str, Any]:
 
 
 def _check(release: Release, config: Config, args: Any, say: Say) -> dict[str, Any]:
-    report = _checked(release, config)
+    with waiting(say, "checking all files of the release"):
+        report = _checked(release, config)
     for line in str(report).splitlines():
         say(line)
     return {"check": report.to_json()}
@@ -152,7 +151,8 @@ def _checked(release: Release, config: Config) -> Report:
 def _rehearse(release: Release, config: Config, args: Any, say: Say) -> dict[str, Any]:
     """Twice, as Kaggle would: at the push, on tasks that are public; and when it is scored, on others."""
     began = time.monotonic()
-    _checked(release, config)
+    with waiting(say, "checking all files of the release"):
+        _checked(release, config)
     if duration_s(config.kaggle.time_budget) * args.clock < LEAST_S:
         raise UserError(f"--clock {args.clock} leaves {config.kaggle.time_budget} under {LEAST_S} s: give a larger one")
     ray = config.run.executor == "ray"
@@ -206,7 +206,8 @@ def _some(spec: str, count: int) -> TaskSet:
 
 
 def _push(release: Release, config: Config, args: Any, say: Say) -> dict[str, Any]:
-    _checked(release, config)
+    with waiting(say, "checking all files of the release"):
+        _checked(release, config)
     if not State(release)["rehearsal"]:
         say(f"this was not rehearsed: bin/submit {release.folder} dry-run tells what would fail at Kaggle")
     tasks = list(load_tasks(TasksConfig(spec=args.tasks)).tasks) if args.tasks else None
@@ -225,7 +226,7 @@ def _submit(release: Release, config: Config, args: Any, say: Say) -> dict[str, 
 
 
 def _pusher(release: Release, config: Config, args: Any, say: Say) -> Pusher:
-    waiting = PollPolicy(args.timeout, args.poll)
+    waiting = PollPolicy(args.timeout, args.poll, unnamed_s=min(UNNAMED_S, UNNAMED_POLLS * args.poll))
     kaggle = connect(RetryPolicy(first_wait_s=min(1.0, waiting.first_s), limit_s=min(900.0, waiting.limit_s)), say)
     owner = config.kaggle.owner or kaggle.owner
     if owner != kaggle.owner:

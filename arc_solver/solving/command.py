@@ -8,11 +8,14 @@ import signal
 import time
 from pathlib import Path
 
+from rich.console import Console
+
 from ..answers import revote
 from ..command import Parser, add_task_arguments, task_overrides, user_path
 from ..config import Config, load_config
 from ..errors import UserError
 from ..puzzles import TaskSet, load_tasks
+from ..waiting import IMPORTING_S, Reporter, waiting
 from .run_config import saved_config
 
 _OF_RUN = ("seed", "time_budget", "submission", "smoke", "executor", "address")  # options that are settings of [run]
@@ -101,6 +104,7 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     config, out = parse(arguments)
     task_set = load_tasks(config.tasks)
-    from .solve import run
+    with waiting(Reporter(Console()), "starting", quiet_s=IMPORTING_S):
+        from .solve import run
 
     return run(config, task_set, out or default_run_dir(task_set))

@@ -22,7 +22,7 @@ from ..answers import Predictions
 from ..config import Config
 from ..puzzles import Task
 from .adapt import Adaptation, planned_steps
-from .budget import Budget, Work
+from .budget import TRAINING, Budget, Work
 from .executors import JobResult
 from .journal import Journal, TaskResult, TaskStatus
 from .worker import AdaptJob, Job, PredictJob, ResourceUsage
@@ -72,7 +72,8 @@ class Scheduler:
         self.ready: deque[Job] = deque()  # what follows from what was done
         left = [tuple(group) for group in groups if any(not journal.done(task.id) for task in group)]
         self.groups = deque(sorted(left, key=self._rank))
-        self.waiting = sum((work for group in left for work in self._work_of_group(group)), Work())  # not begun yet
+        self.planned = [sum(self._work_of_group(group), Work()) for group in left]  # of each group
+        self.waiting = sum(self.planned, Work())  # not begun yet
         self.all = self.waiting
         self.first = deque(self._of_cheap_pass())
         self.cheap_until = 0.0  # known once a worker is up and has ended a job
@@ -85,6 +86,16 @@ class Scheduler:
             if job.stage == "tasks":
                 left += (1 - self.shares.get(key, 0.0)) * self.budget.equivalent_tokens(self._work(job))
         return min(1.0, max(0.0, 1 - left / max(self.budget.equivalent_tokens(self.all), 1.0)))
+
+    def expected_s(self, s_per_trained_token: float) -> float:
+        """What all of it takes, if a token of training takes so long on a worker and no task stops early."""
+        s_per_asked = self.budget.s_per_predicted_token or s_per_trained_token / TRAINING
+        busy_s = [0.0] * self.budget.workers
+        for seconds in sorted(
+            (w.adapting * s_per_trained_token + w.asking * s_per_asked for w in self.planned), reverse=True
+        ):
+            busy_s[busy_s.index(min(busy_s))] += seconds
+        return max(busy_s)
 
     def jobs(self) -> Iterator[Job | None]:
         """What is to be done; None while that depends on what is being done."""

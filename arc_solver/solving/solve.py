@@ -18,14 +18,12 @@ from typing import Any
 import torch
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Task as BarTask
 from rich.rule import Rule
 from rich.text import Text
 
 from ..answers.submission import table_of
 from ..answers.vote import rank
-from ..clock import process_age_s
+from ..clock import format_guess, process_age_s
 from ..config import Config
 from ..data import TrainingData, leak_audit, read_training_data
 from ..decoding.engine_choice import check_engine, engine_kind
@@ -37,6 +35,7 @@ from ..puzzles.pictures import save_picture, task_picture
 from ..puzzles.task_files import smallest
 from ..rng import named_rng
 from ..training.parallel import require_packages
+from ..waiting import Reporter, Wait, waiting
 from . import status
 from .adapt import group_by_length, max_group_size
 from .budget import Budget
@@ -45,7 +44,7 @@ from .joint import joint_record, train_jointly
 from .journal import Journal, open_journal
 from .scheduler import FinishedTask, Scheduler
 from .status import Meter
-from .worker import Job, load_base, make_worker, prediction_groups
+from .worker import AdaptJob, Job, load_base, make_worker, prediction_groups
 
 # What of a time budget is kept for the end: for jobs that come a step late, the summary, and the end of all processes.
 MARGIN_S, MARGIN_SHARE = 4.0, 0.01
@@ -56,29 +55,25 @@ WORKERS_IMPORT = (
     "transformers.models.auto.modeling_auto",
     "transformers.modeling_utils",
 )
-LINE_S = 60.0  # between two lines on how it goes, where there is no terminal
+MEASURE_S = 1.5  # of work, before a guess is made of the whole
 INTERRUPTED = 1  # exit code of a run that was asked to end
 INCOMPLETE = 3  # exit code of a run that ended as it should, but not with an answer of the adapted model to every task
 
 
-def solve(scheduler: Scheduler, executor: Executor, deadline: float, console: Console) -> dict[str, Any]:
-    """Solves what is not solved yet, until `deadline` of `time.monotonic()`. The summary of the run."""
+def solve(scheduler: Scheduler, executor: Executor, deadline: float, console: Console, starting: str) -> dict[str, Any]:
+    """Solves what is not solved yet, until `deadline` of `time.monotonic()`. The summary of the run.
+
+    Args:
+        starting: what is waited for until the first job says something.
+    """
     journal, config = scheduler.journal, scheduler.config
     task_set = journal.task_set
     meter = Meter(executor.count, deadline, status.last_summary(journal.run_dir), joint_record(journal.run_dir))
-    with _progress_bar(console, deadline) as bar:
-        line = bar.add_task("solving", total=1.0, tasks_done=len(journal.statuses), tasks=len(task_set.tasks))
-        said = _NowAndThen(console, bar)
-
-        def show(job: Job | None = None, tokens: float = 0.0) -> None:
-            if job:
-                scheduler.note_progress(job, tokens)
-            # A new guess of what is left must not turn it back.
-            share = max(bar.tasks[0].completed, scheduler.share_done)
-            bar.update(line, completed=share, tasks_done=len(journal.statuses))
-            said.look()
-
-        executor.on_progress = show
+    say = Reporter(console)
+    say(_to_do(scheduler))
+    with waiting(say, starting, 1.0) as wait:
+        shown = _Shown(scheduler, say, wait, deadline)
+        executor.on_progress = shown.note
         for done in executor.map_unordered(scheduler.jobs(), until=deadline):
             meter.note(done)
             for finished in scheduler.handle_result(done):
@@ -88,7 +83,7 @@ def solve(scheduler: Scheduler, executor: Executor, deadline: float, console: Co
                     console.print(_task_line(finished, record), soft_wrap=True)
             journal.refresh_submission()
             meter.keep(journal, scheduler.share_done)
-            show()
+            shown.note()
     journal.rewrite_submission()
     summary = meter.summary(task_set, journal.statuses, scheduler.share_done)
     journal.write_summary(summary)
@@ -114,49 +109,63 @@ def _deadline(config: Config) -> float:
     return time.monotonic() - age_s + budget - margin_s
 
 
+def _to_do(scheduler: Scheduler) -> str:
+    """What there is to do, which how long it takes follows from."""
+    adapting, asking = scheduler.all
+    learning = f"up to {adapting:,.0f} tokens to learn from, " if adapting else ""
+    return f"to do: {learning}{asking:,.0f} tokens to ask"
+
+
 # ---- what the user sees --------------------------------------------------------------------------------------------
 
 
-class _TimeLeft(ProgressColumn):
-    """ETA from the share of the work that is done, and not after the deadline."""
+class _Shown:
+    """How far a run is, and once what it is likely to take: see `note`."""
 
-    def __init__(self, deadline: float):
-        super().__init__()
-        self.deadline = deadline
+    def __init__(self, scheduler: Scheduler, say: Reporter, wait: Wait, deadline: float):
+        self.scheduler, self.say, self.wait, self.deadline = scheduler, say, wait, deadline
+        self.began: tuple[float, float] | None = None  # the first sign of work: when, and the share that was done
+        self.first: dict[int, tuple[float, float]] = {}  # of each job that adapts: when it was heard of, and its tokens
+        self.is_guessed = False
 
-    def render(self, task: BarTask) -> Text:
-        if not task.completed or task.elapsed is None or not task.total:
-            return Text("ETA -:--")
-        left = task.elapsed * (task.total - task.completed) / task.completed
-        minutes, seconds = divmod(int(max(0.0, min(left, self.deadline - time.monotonic()))), 60)
-        return Text(f"ETA {minutes}:{seconds:02d}")
+    @property
+    def _may_stop_early(self) -> bool:
+        return self.scheduler.all.adapting > 0 and self.scheduler.config.adapt.stop != "never"
 
+    def note(self, job: Job | None = None, tokens: float = 0.0) -> None:
+        """A job that runs is so far, or one has ended."""
+        now, scheduler, wait = time.monotonic(), self.scheduler, self.wait
+        if job:
+            scheduler.note_progress(job, tokens)
+        self._guess(job, tokens, now)
+        # A new guess of what is left must not turn it back.
+        wait.done = share = max(wait.done, scheduler.share_done)
+        self.began = self.began or (now, share)
+        began, before = self.began
+        if share > before and now - began >= MEASURE_S:
+            left_s = (now - began) * (1 - share) / (share - before)
+            wait.expect_end_in(min(left_s, self.deadline - now))
+        done, tasks = len(scheduler.journal.statuses), len(scheduler.journal.task_set.tasks)
+        wait.what, wait.note = f"{done} of {tasks} tasks", f"{share:.0%} of the work"
 
-def _progress_bar(console: Console, deadline: float) -> Progress:
-    return Progress(
-        TextColumn("{task.description} {task.fields[tasks_done]}/{task.fields[tasks]}"),
-        BarColumn(),
-        TextColumn("{task.percentage:3.0f}%"),
-        TimeElapsedColumn(),
-        _TimeLeft(deadline),
-        console=console,
-    )
-
-
-class _NowAndThen:
-    """Where there is no terminal for a bar, such as in a log file, what it shows as a line, a minute apart."""
-
-    def __init__(self, console: Console, bar: Progress):
-        self.console, self.bar, self.since = console, bar, time.monotonic()
-
-    def look(self) -> None:
-        if self.console.is_terminal or time.monotonic() < self.since + LINE_S:
+    def _guess(self, job: Job | None, tokens: float, now: float) -> None:
+        """Says what all of it is likely to take, once adapting was measured for a moment or a first job has ended."""
+        if self.is_guessed:
             return
-        self.since = time.monotonic()
-        task = self.bar.tasks[0]
-        left = next(column for column in self.bar.columns if isinstance(column, _TimeLeft)).render(task)
-        done = f"{task.fields['tasks_done']} of {task.fields['tasks']} tasks, {task.percentage:.0f}% of the work"
-        self.console.print(f"{done}, {left}", highlight=False, soft_wrap=True)
+        scheduler, budget = self.scheduler, self.scheduler.budget
+        token_s = budget.s_per_trained_token or (0.0 if scheduler.all.adapting else budget.s_per_predicted_token)
+        if isinstance(job, AdaptJob) and not token_s:
+            since, before = self.first.setdefault(id(job), (now, tokens))
+            if now - since >= MEASURE_S and tokens > before:
+                token_s = (now - since) / (tokens - before)
+        if not token_s:
+            return
+        self.is_guessed = True
+        seconds, left_s = scheduler.expected_s(token_s), self.deadline - now
+        up_to, less = ("up to ", ", less where tasks stop early") if self._may_stop_early else ("", "")
+        what = f"{up_to}about {format_guess(seconds)}{less}" if seconds <= left_s else "all the time that there is"
+        each = f"each of {budget.workers} workers" if budget.workers > 1 else "one worker"
+        self.say(f"this takes {what}: {1 / token_s:,.0f} tokens/s of {each}, measured just now")
 
 
 def _log_record(finished: FinishedTask, task: Task, config: Config) -> dict[str, Any]:
@@ -253,14 +262,15 @@ def run(config: Config, task_set: TaskSet, run_dir: Path) -> int:
     """Solves the tasks in a run directory, new or continued, and shows what came of it. The command's exit code."""
     deadline = _deadline(config)
     console = Console()
-    plain = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    plain = Reporter(console)
     device = pick_device(config.run.device)
     if config.adapt.joint:
         require_packages()
     require_ours(checkpoint_dir(config.model.path))  # else a process would be started in vain, and end seconds later
     in_processes = config.run.executor == "processes"
     context = start_preloading(WORKERS_IMPORT) if in_processes and device.type == "cpu" else SPAWN
-    model, start_adapter = load_base(config, torch.device("cpu"))
+    with waiting(plain, "loading the model"):
+        model, start_adapter = load_base(config, torch.device("cpu"))
     most = 0
     if config.adapt.enabled:  # this refuses targets that the model lacks before any work is done
         adapter = start_adapter or fresh_adapter(model, config.adapt, named_rng(0))
@@ -281,9 +291,10 @@ def run(config: Config, task_set: TaskSet, run_dir: Path) -> int:
             journal = stack.enter_context(begin()) if config.adapt.joint else None
             used = train_jointly(config, chosen, run_dir, device, deadline, plain) if journal else config
             make, address = partial(make_worker, used, neighbours=count), config.run.address or None
-            executor = stack.enter_context(make_executor(config.run.executor, make, count, address, context))
-            signal.signal(signal.SIGTERM, signal.default_int_handler)  # once more: Ray has put its own there
-            journal = journal or stack.enter_context(begin())
+            with waiting(plain, "preparing the run"):  # Ray is started, the weights are hashed
+                executor = stack.enter_context(make_executor(config.run.executor, make, count, address, context))
+                signal.signal(signal.SIGTERM, signal.default_int_handler)  # once more: Ray has put its own there
+                journal = journal or stack.enter_context(begin())
             plain(
                 f"{_count(len(task_set.tasks), 'task')} from {task_set.name};"
                 f" model of {parameters:,} parameters on {device} in {describe_precision(device)},"
@@ -296,7 +307,9 @@ def run(config: Config, task_set: TaskSet, run_dir: Path) -> int:
             for file in journal.damaged:
                 plain(f"{file} could not be read and is solved again")
             chunks, budget = partial(prediction_groups, device=device), Budget(executor.count, deadline)
-            summary = solve(Scheduler(groups, chunks, config, journal, budget), executor, deadline, console)
+            starting = f"starting {_count(executor.count, 'worker')}{', vLLM takes minutes' * (kind == 'vllm')}"
+            scheduler = Scheduler(groups, chunks, config, journal, budget)
+            summary = solve(scheduler, executor, deadline, console, starting)
         except KeyboardInterrupt:
             if not journal:
                 raise

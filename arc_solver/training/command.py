@@ -1,14 +1,18 @@
 """`bin/train`: its words, and what they ask for. They are understood before PyTorch is imported."""
 
 import math
+import os
 import signal
 import sys
 import time
+
+from rich.console import Console
 
 from ..clock import command_age_s
 from ..command import Parser, user_path
 from ..config import load_config
 from ..errors import UserError
+from ..waiting import IMPORTING_S, Reporter, waiting
 
 
 def main(arguments: list[str]) -> int:
@@ -33,9 +37,11 @@ def main(arguments: list[str]) -> int:
     config = load_config(args.config, [*args.overrides, *seed])
     if not args.out and not args.plot_lr:
         raise UserError("--out is missing: give a folder for the log, the checkpoints and the model")
-    from .checkpoints import latest_checkpoint
-    from .report import plot_rates
-    from .train import train
+    say = Reporter(Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0"))
+    with waiting(say, "starting", quiet_s=IMPORTING_S):
+        from .checkpoints import latest_checkpoint
+        from .report import plot_rates
+        from .train import train
 
     if args.plot_lr:
         plot_rates(config, args.plot_lr)

@@ -1,40 +1,32 @@
-"""What an offline run leaves and shows while it goes: `log.jsonl`, TensorBoard event files, a progress bar.
+"""What an offline run leaves and shows while it goes: `log.jsonl`, TensorBoard event files, how far it is.
 
 Only the main process's log writes; the others' do nothing.
 """
 
 import json
 import math
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as ProgressBar
-
 from ..clock import format_duration
 from ..files import write_whole
+from ..waiting import LINE_S, Reporter, waiting
 from .checkpoints import Progress
 from .optimize import Step
-
-TELL_S = 60.0  # between lines where no bar can be seen
-QUIET_S = 5.0  # without a word are enough
-REFUSING_S = 20.0  # while a run may yet be refused: that is one sentence, and nothing before it
 
 
 class TrainingLog:
     """To be entered before the first step. Steps are counted over all stages."""
 
-    def __init__(self, out_dir: Path, progress: Progress, total_steps: int, max_s: float, console: Console, main: bool):
-        self.out_dir, self.progress, self.console, self.main = out_dir, progress, console, main
+    def __init__(self, out_dir: Path, progress: Progress, total_steps: int, max_s: float, say: Reporter, main: bool):
+        self.out_dir, self.progress, self.say, self.main = out_dir, progress, say, main
         self.total_steps, self.max_s = total_steps, max_s
         self.first_step, self.first_tokens, self.first_s = 0, 0, math.nan  # where the speed is counted from
-        self.told_s = -math.inf  # when the last plain line was
+        self.step_s = 0.0  # see `expect`
         self.stack = ExitStack()
 
     def __enter__(self) -> "TrainingLog":
@@ -45,11 +37,16 @@ class TrainingLog:
             self.file = self.stack.enter_context((self.out_dir / "log.jsonl").open("a", buffering=1))
             folder = self.out_dir / "tensorboard"
             self.board = self.stack.enter_context(SummaryWriter(str(folder), purge_step=self.progress.total_steps + 1))
-            self.bar = self.stack.enter_context(_progress_bar(self.console))
-            self.line = self.bar.add_task(
-                "train", total=self.total_steps, completed=self.progress.total_steps, text="starting"
-            )
+            step = self.progress.total_steps
+            self.wait = self.stack.enter_context(waiting(self.say, f"step {step}", self.total_steps, quiet_s=LINE_S))
+            self.wait.done = step
         return self
+
+    def expect(self, left_s: float, step_s: float) -> None:
+        """What the rest of the run and each of its steps are thought to take, until steps were measured."""
+        self.step_s = step_s
+        if self.main:
+            self.wait.expect_end_in(left_s)
 
     def __exit__(self, *error: type[BaseException] | BaseException | TracebackType | None) -> None:
         self.stack.__exit__(*error)  # type: ignore[arg-type]
@@ -71,9 +68,7 @@ class TrainingLog:
         for name, value in (scalars | {f"validation/{name}": value for name, value in measured.items()}).items():
             self.board.add_scalar(name, value, progress.total_steps)
         if measured:
-            self.console.print(
-                f"step {progress.total_steps} ({stage}): {format_metrics(measured)}, {progress.tokens:,} tokens"
-            )
+            self.say(f"step {progress.total_steps} ({stage}): {format_metrics(measured)}, {progress.tokens:,} tokens")
         self._show(step, speed)
 
     def finish(self, measured: Mapping[str, float]) -> None:
@@ -87,34 +82,19 @@ class TrainingLog:
         self.file.write(json.dumps(legal) + "\n")
 
     def _show(self, step: Step, speed: float) -> None:
-        """The bar; where it cannot be seen, a line at steps 1, 10, 100 ... and every minute."""
+        """How far it is. Where no row can be seen, steps 1, 2, 10, 100 ... have a line besides those now and then."""
         progress, done = self.progress, self.progress.total_steps
-        step_s = (step.elapsed_s - self.first_s) / max(1, done - self.first_step)
+        measured = done - self.first_step
+        step_s = (step.elapsed_s - self.first_s) / measured if measured else self.step_s
         left_s = max(0.0, min((self.total_steps - done) * step_s, self.max_s - step.elapsed_s))
-        known = "" if math.isnan(progress.validation_loss) else f"  validation {progress.validation_loss:.3f}"
-        self.bar.update(
-            self.line,
-            completed=done,
-            total=done + left_s / step_s if step_s else self.total_steps,
-            text=f"loss {progress.loss:.3f}{known}  {speed:,.0f} tokens/s",
-        )
-        due = done == self.first_step or math.log10(done).is_integer() or step.elapsed_s - self.told_s >= TELL_S
-        if due and not self.console.is_terminal:
-            self.told_s = step.elapsed_s
-            speed_and_end = f", {speed:,.0f} tokens/s, ETA {format_duration(left_s)}" if step_s else ""
-            self.console.print(f"step {done}: loss {step.loss:.4f}{speed_and_end}")
-
-
-@contextmanager
-def announce_if_slow(console: Console, what: str, quiet_s: float = QUIET_S) -> Iterator[None]:
-    """Context manager: prints what is being done if it takes longer than `quiet_s`."""
-    timer = threading.Timer(quiet_s, console.print, [f"{what} ..."])
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+        known = "" if math.isnan(progress.validation_loss) else f", validation {progress.validation_loss:.3f}"
+        tokens_s = f", {speed:,.0f} tokens/s" if measured else ""
+        wait = self.wait
+        wait.what, wait.note = f"step {done}", f"loss {progress.loss:.3f}{known}{tokens_s}"
+        wait.done, wait.total = done, done + left_s / step_s if step_s else self.total_steps
+        wait.expect_end_in(left_s)
+        if not self.say.console.is_terminal and (measured < 2 or math.log10(done).is_integer()):
+            self.say(f"step {done}: loss {step.loss:.4f}{tokens_s}, ETA {format_duration(left_s)}")
 
 
 def format_metrics(measured: Mapping[str, float]) -> str:
@@ -127,15 +107,3 @@ def _trim(file: Path, step: int) -> None:
         lines = [line for line in file.read_text().splitlines() if line.endswith("}")]
         kept = [line for line in lines if json.loads(line)["step"] <= step and '"finished"' not in line]
         write_whole(file, "".join(f"{line}\n" for line in kept))
-
-
-def _progress_bar(console: Console) -> ProgressBar:
-    return ProgressBar(
-        TextColumn("step {task.completed}"),
-        BarColumn(),
-        TextColumn("{task.fields[text]}"),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-        console=console,
-    )

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
@@ -29,6 +28,7 @@ from ..models.adapters import target_names
 from ..models.lora import merged_model
 from ..models.peft_format import CONFIG_FILE as ADAPTER_CONFIG
 from ..puzzles.pictures import loss_curve, rate_curve
+from ..waiting import Reporter
 from .card import TRAINING_FILE, earlier_runs, model_card
 from .checkpoints import latest_checkpoint
 from .log import format_metrics
@@ -50,35 +50,35 @@ class Plan:
     token_s: float  # of a forward pass that is not compiled, for each token
 
 
-def show_plan(config: Config, corpus: Corpus, model: Model, parallel: ParallelContext, console: Console) -> Plan:
+def show_plan(config: Config, corpus: Corpus, model: Model, parallel: ParallelContext, say: Reporter) -> Plan:
     """Prints what is about to happen."""
     trained = sum(p.numel() for p in model.lm.parameters() if p.requires_grad)
-    console.print(
+    say(
         f"{model.parameters_count:,} parameters, {trained:,} of them trained, on {parallel.device},"
         f" {parallel.precision}; {parallel.processes} process{'es' * (parallel.processes > 1)}"
     )
     if not target_names(model):
-        console.print("it has no linear layers that tasks could be adapted by: bin/solve will need adapt.enabled=false")
+        say("it has no linear layers that tasks could be adapted by: bin/solve will need adapt.enabled=false")
     for index, stage in enumerate(config.stages):
         weights = sum(source.config.weight for source in corpus.mixtures[index])
         mixture = ", ".join(
             f"{source.config.label} {source.config.weight / weights:.0%} ({len(source.tasks)} tasks)"
             for source in corpus.mixtures[index]
         )
-        console.print(f"stage {stage.name}: {stage.train.steps} steps; {mixture}")
+        say(f"stage {stage.name}: {stage.train.steps} steps; {mixture}")
         stream = stage_stream(config, corpus, index)
         draws = [stream[i] for i in range(100)]
         lengths = sorted(len(draw.sample) for draw in draws)
         dropped, skipped = sum(d.dropped > 0 for d in draws), sum(d.too_long for d in draws)
-        console.print(
+        say(
             f"  of 100 samples: median {lengths[50]} tokens, 90% up to {lengths[90]}, longest {lengths[-1]};"
             f" {dropped} lost demonstrations to fit into {stage.corpus.max_tokens}; {skipped} more draws were too long"
         )
     held_out = corpus.partition
-    console.print(f"validation on {len(held_out.validation.tasks)} held-out tasks of {held_out.config.of}")
-    console.print(_audited(corpus, config, model.trained_on))
+    say(f"validation on {len(held_out.validation.tasks)} held-out tasks of {held_out.config.of}")
+    say(_audited(corpus, config, model.trained_on))
     plan = _plan(config, corpus, model, parallel)
-    console.print(str(plan.memory))
+    say(str(plan.memory))
     return plan
 
 
@@ -141,11 +141,11 @@ def estimate_closing_times(run: Run, plan: Plan, import_s: float) -> None:
         clock.set_estimate("answers", ANSWERS_SHARE * clock.max_s)
     if clock.end_s["validation"] > VALIDATION_SHARE * clock.max_s:
         needed = format_duration(clock.end_s["validation"])
-        run.console.print(f"no validation: it would take {needed} of so short a run; fewer validation.tokens do less")
+        run.say(f"no validation: it would take {needed} of so short a run; fewer validation.tokens do less")
         clock.drop_part("validation")
 
 
-def save_results(run: Run, estimate: MemoryEstimate, console: Console) -> None:
+def save_results(run: Run, estimate: MemoryEstimate) -> None:
     """Writes the model and the adapter, with what a model card needs."""
     parallel, start, save = run.parallel, run.start, run.config.lora.save
     weights = parallel.weights(run.result.lm)
@@ -172,24 +172,24 @@ def save_results(run: Run, estimate: MemoryEstimate, console: Console) -> None:
         if run.progress.total_steps:
             loss_curve(run.out_dir / "log.jsonl", folder / "loss.png")
         write_whole(folder / "README.md", model_card(about, kind))
-    _show_results(run, estimate, peak, folders, console)
+    _show_results(run, estimate, peak, folders)
 
 
-def _show_results(run: Run, estimate: MemoryEstimate, peak: int, folders: Sequence[Path], console: Console) -> None:
+def _show_results(run: Run, estimate: MemoryEstimate, peak: int, folders: Sequence[Path]) -> None:
     caption = "too long: not even two pairs fitted; left out: found no room in a batch"
     table = Table("source", *(name.replace("_", " ") for name in COUNTS), caption=caption)
     for label, counts in run.progress.counts.items():
         table.add_row(label, *(f"{counts[name]:,}" for name in COUNTS))
-    console.print(table)
-    console.print(
+    run.say.console.print(table)
+    run.say(
         f"peak memory {gigabytes(peak)}, estimated {gigabytes(estimate.total)}; {run.progress.tokens:,} tokens in"
         f" {run.progress.spent_s / 60:.1f} minutes"
     )
     figures = {"validation_loss": run.progress.validation_loss, "accuracy": run.progress.accuracy}
     measured = {name: value for name, value in figures.items() if not math.isnan(value)}
-    console.print(f"{format_metrics(measured) or 'not validated'}; {' and '.join(map(str, folders))}")
+    run.say(f"{format_metrics(measured) or 'not validated'}; {' and '.join(map(str, folders))}")
     if run.progress.total_steps:
-        console.print(f"to solve tasks: {_solve_command(run, folders[-1])}")
+        run.say(f"to solve tasks: {_solve_command(run, folders[-1])}")
 
 
 def _solve_command(run: Run, result: Path) -> str:

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from ..clock import SPARE, RunClock
+from ..clock import SPARE, RunClock, format_duration
 from ..config import Config
 from ..data import NOTHING
 from ..data.corpus import Corpus
@@ -36,10 +35,12 @@ from ..models.lora import check_targets, combined_training_data, continue_lora
 from ..models.peft_format import check_adapter
 from ..models.pretrained import fetch_checkpoint, load_any
 from ..rng import named_rng
+from ..waiting import Reporter, Wait, waiting
 from .checkpoints import Progress, save_checkpoint
-from .log import announce_if_slow
 from .parallel import ParallelContext
 from .validate import Question, accuracy, accuracy_prompts, validation_batches, validation_loss
+
+REFUSING_S = 10.0  # without a word where no row is seen, while a run may yet be refused: that is one sentence
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +110,7 @@ class Run:
     progress: Progress
     clock: RunClock
     validation: Validation
-    console: Console
+    say: Reporter
     interrupts: Interrupts
     average: AveragedModel | None = None  # of the weights, if one is kept
 
@@ -124,7 +125,7 @@ class Run:
 
     def save_checkpoint(self, optimizers: Sequence[torch.optim.Optimizer], name: str = "") -> None:
         """See `checkpoints.save_checkpoint`."""
-        with self.clock.measuring("checkpoint"), announce_if_slow(self.console, "saving a checkpoint"):
+        with self.clock.measuring("checkpoint"), waiting(self.say, "saving a checkpoint"):
             self.progress.spent_s = self.clock.now_s()
             save_checkpoint(
                 self.out_dir,
@@ -148,16 +149,17 @@ class Run:
         if self.clock.has_time_for("validation", then):
             with (
                 self.clock.measuring("validation"),
-                announce_if_slow(self.console, "validating"),
+                waiting(self.say, "validating", len(self.validation.batches)) as wait,
                 self.parallel.autocast(),
             ):
-                measured["validation_loss"] = validation_loss(self._loss_of, self.validation.batches)
+                measured["validation_loss"] = validation_loss(self._loss_of, wait.over(self.validation.batches))
             self.progress.validation_loss = measured["validation_loss"]
         if answers and self.clock.has_time_for("answers", then):
-            with self.clock.measuring("answers"), announce_if_slow(self.console, "answering"), self.parallel.autocast():
-                right = self._accuracy()
+            asked = f"answering {len(self.validation.questions)} questions"
+            with self.clock.measuring("answers"), waiting(self.say, asked) as wait, self.parallel.autocast():
+                right = self._accuracy(wait)
             if math.isnan(right):
-                self.console.print("generated answers were cut short, and are not counted")
+                self.say("generated answers were cut short, and are not counted")
             else:
                 self.progress.accuracy = measured["accuracy"] = right
         return measured
@@ -166,19 +168,24 @@ class Run:
         through = self.average.module if self.average else self.module
         return packed_loss(self.result, batch, partial(self.result.logits, through=through), reduction="sum")
 
-    def _accuracy(self) -> float:
+    def _accuracy(self, wait: Wait) -> float:
         """Has the time for which there is room, as replies may be long: NaN if that is too short. Shards never part."""
         limited = self.clock.limited and not self.parallel.shards
         deadline = time.monotonic() + SPARE * self.clock.end_s["answers"] if limited else math.inf
         alone = self.parallel.processes == 1
+        if limited:
+            wait.what += f", for {format_duration(deadline - time.monotonic())} at most"
 
         def is_over() -> bool:
+            wait.done += 1
+            wait.note = f"step {wait.done:.0f}"
             return time.monotonic() >= deadline or (alone and self.interrupts.asked)
 
         return accuracy(self.result, self.validation.questions, self.config.predict.batch_tokens, is_over)
 
 
-def make_validation(config: Config, corpus: Corpus) -> Validation:
+def make_validation(config: Config, corpus: Corpus, wait: Wait) -> Validation:
+    wait.note = "drawing what is validated on"
     labels, batch_tokens = config.train.labels, max(config.train.batch_tokens, config.corpus.max_tokens)
     return Validation(
         validation_batches(corpus.partition, config.corpus, config.format, labels, batch_tokens),
@@ -209,7 +216,7 @@ def start_model(
     out_dir: Path,
     checkpoint: Path | None,
     parallel: ParallelContext,
-    console: Console,
+    say: Reporter,
     begin: Callable[[], None],
 ) -> TrainableModel:
     """The model to train. `begin` makes the run's folder; it is called before anything is written there.
@@ -226,18 +233,23 @@ def start_model(
                 f"the adapter in {config.model.adapter} is DoRA, which bin/solve and vLLM cannot use by itself: set"
                 " lora.save=merged"
             )
+    if config.model.path and not Path(config.model.path).exists() and not checkpoint:
+        # In a terminal the client of the hub draws bars of its own.
+        with waiting(say.plain, f"fetching {config.model.path} from the Hugging Face hub", quiet_s=REFUSING_S):
+            fetch_checkpoint(config.model.path)
     seed = int(named_rng(config.run.seed, "weights").integers(2**31))
-    if config.lora.enabled:
-        start = _start_lora(config, out_dir, checkpoint, parallel, console, seed, begin)
-    else:
-        start = TrainableModel(_start_weights(config, checkpoint, console, seed))
+    with waiting(say, "loading the model", quiet_s=REFUSING_S):
+        if config.lora.enabled:
+            start = _start_lora(config, out_dir, checkpoint, parallel, say, seed, begin)
+        else:
+            start = TrainableModel(_start_weights(config, checkpoint, say, seed))
     # What the weights have seen before counts too; where that is unknown, it stays unknown.
     seen = start.model.trained_on
     trained_on = corpus.trained_on | seen if seen else None
     return replace(start, model=Model(start.model.lm.to(parallel.device).train(), start.model.format, trained_on))
 
 
-def _start_weights(config: Config, checkpoint: Path | None, console: Console, seed: int) -> Model:
+def _start_weights(config: Config, checkpoint: Path | None, say: Reporter, seed: int) -> Model:
     if checkpoint:
         return load_model(checkpoint / "model")
     if not config.model.path:
@@ -247,7 +259,7 @@ def _start_weights(config: Config, checkpoint: Path | None, console: Console, se
     folder = fetch_checkpoint(config.model.path)
     model, cut = load_any(folder, config.model.path, config.format)
     if cut:
-        console.print(str(cut))
+        say(str(cut))
     return merge_saved_adapter(model, config.model.adapter, folder)
 
 
@@ -256,7 +268,7 @@ def _start_lora(
     out_dir: Path,
     checkpoint: Path | None,
     parallel: ParallelContext,
-    console: Console,
+    say: Reporter,
     seed: int,
     begin: Callable[[], None],
 ) -> TrainableModel:
@@ -271,7 +283,7 @@ def _start_lora(
     )
     check_targets(model, config.lora)
     if cut:
-        console.print(str(cut))
+        say(str(cut))
         base_dir = made
         begin()
         if parallel.is_main:
@@ -284,7 +296,7 @@ def _start_lora(
         return TrainableModel(model, attach_lora(model, config.lora, seed), base_dir)
     lora = continue_lora(model, adapter, base_dir)
     if not checkpoint:
-        console.print(f"the adapter in {adapter} is continued as it is: rank, alpha and targets of [lora] do not count")
+        say(f"the adapter in {adapter} is continued as it is: rank, alpha and targets of [lora] do not count")
         if remark := unverified_base_warning(adapter):
-            console.print(remark)
+            say(remark)
     return TrainableModel(replace(model, trained_on=combined_training_data(model.trained_on, adapter)), lora, base_dir)

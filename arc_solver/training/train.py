@@ -10,6 +10,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from ..errors import MachineError, UserError
 from ..files import write_json
 from ..models import packed_loss
 from ..models.model import recompute_activations
+from ..waiting import Reporter, waiting
 from .card import TRAINING_FILE
 from .checkpoints import (
     BEFORE_DECAY,
@@ -39,11 +41,11 @@ from .checkpoints import (
     load_progress,
     load_states,
 )
-from .log import REFUSING_S, TrainingLog, announce_if_slow
+from .log import TrainingLog
 from .optimize import Pace, Step, averaged, fit, make_optimizers
 from .parallel import CompileDecision, ParallelContext, compiled, decide_compile
 from .report import Plan, describe, estimate_closing_times, save_results, show_plan
-from .run import Interrupts, Run, make_validation, stage_stream, start_model
+from .run import REFUSING_S, Interrupts, Run, make_validation, stage_stream, start_model
 
 MOST_SHOWN = 100  # characters of two values in a message
 
@@ -73,24 +75,23 @@ def train(
         raise UserError(f"--max-minutes counts from the start of the run, which has spent {spent}: give more")
     fresh = not out_dir.exists()
     parallel = ParallelContext(config)
-    console = Console(stderr=True, quiet=not parallel.is_main, soft_wrap=True, highlight=False)
+    say = Reporter(Console(stderr=True, quiet=not parallel.is_main))
     try:
         clock = RunClock(began - progress.spent_s, max_s, parallel.broadcast)
-        with announce_if_slow(console, "reading the training data", REFUSING_S):
-            corpus = make_corpus(config)
-            validation = make_validation(config, corpus)
+        with waiting(say, "reading the training data", quiet_s=REFUSING_S) as wait:
+            corpus = make_corpus(config, wait)
+            validation = make_validation(config, corpus, wait)
             for index, stage in enumerate(config.stages):  # refuses what cannot be drawn before any work is done
                 BatchStream(stage_stream(config, corpus, index), stage.train.batch_tokens)
         begin = partial(_begin, config, corpus, out_dir, parallel)
         try:
-            with announce_if_slow(console, "loading the model", REFUSING_S):
-                start = start_model(config, corpus, out_dir, checkpoint, parallel, console, begin)
+            start = start_model(config, corpus, out_dir, checkpoint, parallel, say, begin)
         except UserError:
             if fresh and parallel.is_main:  # the same --out can be given again
                 shutil.rmtree(out_dir, ignore_errors=True)
             raise
-        with announce_if_slow(console, "trying the model, for the estimates"):
-            plan = show_plan(config, corpus, start.model, parallel, console)
+        with waiting(say, "trying the model, for the estimates"):
+            plan = show_plan(config, corpus, start.model, parallel, say)
         if config.train.checkpointing:
             recompute_activations(start.model.lm)
         module = parallel.wrap(start.model.lm)
@@ -106,14 +107,14 @@ def train(
             progress,
             clock,
             validation,
-            console,
+            say,
             interrupts,
             averaged(start.model.lm, config.train.ema),
         )
         estimate_closing_times(run, plan, entered - began)
         _train_stages(run, plan, checkpoint)
-        with announce_if_slow(console, "saving the results"):
-            save_results(run, plan.memory, console)
+        with waiting(say, "saving the results"):
+            save_results(run, plan.memory)
         if not progress.total_steps:
             raise UserError(
                 f"--max-minutes {max_s / 60:g} left no time for a single step; {out_dir} has what the run began with:"
@@ -192,7 +193,7 @@ def _train_stages(run: Run, plan: Plan, checkpoint: Path | None) -> None:
     progress, stages, clock = run.progress, run.config.stages, run.clock
     work = [s.train.steps * s.train.batches_per_step * s.train.batch_tokens for s in stages]
     steps = sum(stage.train.steps for stage in stages)
-    log = TrainingLog(run.out_dir, progress, steps, clock.max_s, run.console, run.parallel.is_main)
+    log = TrainingLog(run.out_dir, progress, steps, clock.max_s, run.say, run.parallel.is_main)
     with log, run.interrupts:
         for index in range(progress.stage, len(stages)):
             stage = stages[index]
@@ -212,12 +213,14 @@ def _train_stages(run: Run, plan: Plan, checkpoint: Path | None) -> None:
             left_s = min(clock.max_s - clock.now_s(), step_s * (stage.train.steps - progress.step))
             choice = decide_compile(run.model.lm, stage.train, run.parallel, left_s)
             pace = _pace(run, share, step_s, choice.seconds)
-            run.console.print(_announcement(choice, pace))
-            _train_stage(run, stage, _loss_of(run, choice), optimizers, pace, log)
+            run.say(_announcement(choice, pace))
+            expected_s = pace.first_s + step_s * (steps - progress.total_steps)
+            log.expect(min(expected_s, clock.max_s - clock.now_s()), step_s)
+            _train_stage(run, stage, choice, optimizers, pace, log)
             if not progress.step:
-                run.console.print(f"stage {stage.name}: there was no time for a step of it")
+                run.say(f"stage {stage.name}: there was no time for a step of it")
             if stage.train.keep_before_decay and not (run.out_dir / BEFORE_DECAY).exists():
-                run.console.print(f"stage {stage.name}: too short for a checkpoint before the decay")
+                run.say(f"stage {stage.name}: too short for a checkpoint before the decay")
             run.save_checkpoint(optimizers)
             if run.interrupts.asked:
                 raise KeyboardInterrupt
@@ -247,7 +250,7 @@ def _pace(run: Run, share: float, step_s: float, compile_s: float) -> Pace:
 def _train_stage(
     run: Run,
     stage: StageConfig,
-    loss_of: Callable[[Batch], Tensor],
+    choice: CompileDecision,
     optimizers: Sequence[torch.optim.Optimizer],
     pace: Pace,
     log: TrainingLog,
@@ -256,11 +259,18 @@ def _train_stage(
     stream = stage_stream(run.config, run.corpus, progress.stage)
     packed = BatchStream(stream, train.batch_tokens, train.batches_per_step)
     source = batches(packed, progress.step, train.loader_workers, parallel.process, parallel.processes)
+    loss_of = _loss_of(run, choice)
     asked = False  # in any process, to end
+    first, first_step = ExitStack(), progress.step  # what is waited for until the first step is done
 
     def backward_at(_: int) -> Tensor:
         nonlocal asked
-        mine = next(source)
+        if not pace.warm:
+            with waiting(run.say, "drawing the first batches"):
+                mine = next(source)
+            first.enter_context(waiting(run.say, _first_step(choice)))
+        else:
+            mine = next(source)
         counts_SC = np.sum([batch.counts_SC for batch in mine], axis=0)
         useful = (
             sum(batch.useful_tokens for batch in mine),
@@ -274,6 +284,9 @@ def _train_stage(
         return parallel.backward(loss_of, run.module, mine, targets)
 
     def after_step(step: Step) -> None:
+        if step.step == first_step + 1 and choice.pays:
+            run.say(f"compiled: the first step took {format_duration(step.elapsed_s - step.began_s)}")
+        first.close()
         interrupts.watch()
         if run.average:
             run.average.update_parameters(run.model.lm)
@@ -290,16 +303,17 @@ def _train_stage(
         if ending:
             raise KeyboardInterrupt
 
-    fit(
-        [p for p in run.model.lm.parameters() if p.requires_grad],
-        optimizers,
-        train,
-        backward_at,
-        first_step=progress.step,
-        pace=pace,
-        scaler=parallel.scaler,
-        after_step=after_step,
-    )
+    with first:
+        fit(
+            [p for p in run.model.lm.parameters() if p.requires_grad],
+            optimizers,
+            train,
+            backward_at,
+            first_step=first_step,
+            pace=pace,
+            scaler=parallel.scaler,
+            after_step=after_step,
+        )
 
 
 def _keep_before_decay(run: Run, optimizers: Sequence[torch.optim.Optimizer]) -> None:
@@ -322,6 +336,11 @@ def _announcement(choice: CompileDecision, pace: Pace) -> str:
     return f"not compiled: {choice.why}; a step takes about {format_duration(pace.step_s)}"
 
 
+def _first_step(choice: CompileDecision) -> str:
+    """What is waited for until anything is known of steps."""
+    return f"the first step, which compiles for about {format_duration(choice.seconds)}" if choice.pays else "a step"
+
+
 def _validated(run: Run) -> dict[str, float]:
     """What validation measures after a step, if it is due."""
     validation, steps = run.config.validation, run.progress.total_steps
@@ -342,7 +361,7 @@ def _end(run: Run, log: TrainingLog) -> None:
     measured = run.validate(asked, then=("results",))
     log.finish(measured)
     for figure in [name for name in ("validation_loss", *["accuracy"] * asked) if name not in measured]:
-        run.console.print(f"there was no time to measure the {figure.replace('_', ' ')} at the end")
+        run.say(f"there was no time to measure the {figure.replace('_', ' ')} at the end")
 
 
 def _count(progress: Progress, stream: SampleStream, counts_SC: np.ndarray) -> None:

@@ -5,7 +5,7 @@ by the config.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -54,12 +54,13 @@ def accuracy_prompts(partition: Partition, corpus: CorpusConfig, format: FormatC
 
 
 @torch.no_grad()
-def validation_loss(loss_of: Callable[[Batch], Tensor], fixed: Sequence[Batch]) -> float:
+def validation_loss(loss_of: Callable[[Batch], Tensor], fixed: Iterable[Batch]) -> float:
     """Mean cross entropy over all target ids of the batches, in nats: the same however they are packed.
 
     `loss_of` is the sum over a batch's target ids.
     """
-    return sum(loss_of(batch).item() for batch in fixed) / sum(batch.target_tokens for batch in fixed)
+    losses, targets = zip(*((loss_of(batch).item(), batch.target_tokens) for batch in fixed), strict=True)
+    return sum(losses) / sum(targets)
 
 
 def accuracy(

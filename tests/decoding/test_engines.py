@@ -141,9 +141,10 @@ def test_drafts_change_no_answer(llama):
 
 
 def test_costs_are_counted_and_what_is_known_costs_nothing(llama):
-    prompts = prompts_of(3)
+    prompts, told = prompts_of(3), []
     with llama.engine.open_session(prompts, [None] * 3) as session:
         assert session.cost.forward_steps == session.cost.tokens == session.cost.decoded == 0
+        llama.engine.on_step = told.append
         replies = session.generate([0, 1])
         cost = copy(session.cost)
         assert cost.forward_steps >= max(len(reply.ids) for reply in replies)
@@ -155,6 +156,7 @@ def test_costs_are_counted_and_what_is_known_costs_nothing(llama):
         session.generate([2])
         assert session.cost.forward_steps > cost.forward_steps
         assert session.cost.tokens > cost.tokens
+        assert sum(told) == session.cost.tokens, "what is told at every step is not what went through"
     assert [reply.ids for reply in again] == [reply.ids for reply in reversed(replies)]
     for (score,), reply in zip(scores[:2], replies, strict=True):
         assert score.log_probability == pytest.approx(reply.log_probability, abs=1e-3)

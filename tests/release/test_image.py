@@ -23,6 +23,7 @@ from arc_solver.release.image import (
     read_wheel,
     simulate,
 )
+from arc_solver.waiting import Wait
 
 LOCK, VLLM_LOCK = KAGGLE_DIR / "requirements.txt", KAGGLE_DIR / "requirements-vllm.txt"
 
@@ -284,7 +285,8 @@ def test_download_takes_the_wheels_of_the_image(folder, tmp_path, only_here):
     ]
     (tmp_path / "lock.txt").write_text(lock_of(folder))
     make_wheel(folder, "compiled", tag="cp311-cp311-manylinux_2_28_x86_64")
-    download(tmp_path / "lock.txt", tmp_path / "got")
+    download(tmp_path / "lock.txt", tmp_path / "got", wait := Wait("it"))
+    assert wait.note.startswith("Successfully downloaded"), "what pip said last"
     assert sorted(file.name for file in (tmp_path / "got").iterdir()) == sorted(file.name for file in wanted)
 
 
@@ -294,8 +296,8 @@ def test_download_refuses_another_content_and_another_platform(folder, tmp_path,
     lock.write_text(lock_of(folder))
     make_wheel(folder, "thing", requires=["more"])
     with pytest.raises(MachineError, match=r"lock\.txt could not be downloaded; pip said: .*(HASH|hash)"):
-        download(lock, tmp_path / "got")
+        download(lock, tmp_path / "got", Wait("it"))
     make_wheel(folder, "foreign", tag="cp313-cp313-manylinux_2_28_x86_64")
     lock.write_text(lock_of(folder))
     with pytest.raises(MachineError, match=r"No matching distribution found for foreign==1\.0"):
-        download(lock, tmp_path / "got")
+        download(lock, tmp_path / "got", Wait("it"))

@@ -1,6 +1,7 @@
 """The real client against the stand-in. It signs in when it is imported, so it has a process of its own."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -199,6 +200,14 @@ def test_datasets(ask, server, folder):
     }
     assert [len(each.files) for each in dataset.versions] == [2, 3]
     assert dataset.versions[1].files == files_of(folder)
+
+
+def test_the_files_of_a_version(ask, server, folder):
+    server.page = 1
+    ask(create(folder))
+    sizes = {name: len(content) for name, content in files_of(folder).items()}
+    assert ask(f"kaggle.dataset_files({WHEELS!r}, 1)").value == sizes
+    assert len(server.calls("ListDatasetFiles")) == len(sizes) == 2
 
 
 def test_notes_are_found_where_kaggle_lists_no_versions(ask, server, folder, monkeypatch):
@@ -681,6 +690,17 @@ def test_a_key(env, server):
     done = once(env)
     assert (done.stdout, done.stderr, done.returncode) == ("ada\n", "", 0)
     assert not server.journal
+
+
+def test_an_upload_shows_how_far_it_is(env, server, folder):
+    (folder / "large.whl").write_bytes(bytes(32_000_000))  # more than a connection holds that nobody reads from
+    server.fault("PUT", "none")  # of SHA256SUMS, which comes first
+    server.fault("PUT", "hang", seconds=0.3)
+    soon = "from arc_solver.waiting import waiting as w; w.__wrapped__.__kwdefaults__.update(quiet_s=0, line_s=0.001)"
+    done = once(env, create(folder), before=f"from pathlib import Path\n{soon}")
+    assert done.returncode == 0
+    assert re.search(r"^uploading large\.whl \.\.\. \d+\.\d of 32\.0 MB, 1 s so far, ETA", done.stderr, re.MULTILINE)
+    assert server.datasets[WHEELS].versions[0].files == files_of(folder)
 
 
 def test_a_token(env, server):

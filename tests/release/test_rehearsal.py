@@ -32,7 +32,8 @@ from arc_solver.release.rehearsal import (
     competition_files,
     rehearse,
 )
-from arc_solver.release.sandbox import USER_NAMESPACE, namespaces
+from arc_solver.release.sandbox import USER_NAMESPACE, _wait_for, namespaces
+from arc_solver.waiting import Wait
 
 IMAGE = ("nbclient==0.10.2", "packaging==25.0")
 ANSWER = """
@@ -117,6 +118,21 @@ def write_notebook(file: Path, cells: list[str]) -> None:
     empty: dict[str, Any] = {"cell_type": "code", "metadata": {}, "outputs": [], "execution_count": None}
     content = [{**empty, "id": f"cell-{i}", "source": source} for i, source in enumerate(cells)]
     file.write_text(json.dumps({"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": content}))
+
+
+def test_the_last_line_of_a_log_is_shown(tmp_path, monkeypatch):
+    """The command ends once that was seen."""
+
+    class Ending(Wait):
+        def quote(self, line: str) -> None:
+            super().quote(line)
+            if line == "2 of 2 tasks":
+                (tmp_path / "end").touch()
+
+    monkeypatch.setattr("arc_solver.release.sandbox.SHOW_S", 0.001)
+    script = f"echo 1 of 2 tasks; echo 2 of 2 tasks; until [ -e {tmp_path}/end ]; do sleep 0.01; done"
+    _wait_for(["sh", "-c", script], 60, tmp_path / "log.txt", wait := Ending("it"))
+    assert wait.note == "2 of 2 tasks"
 
 
 def write_wheel(folder: Path, name: str, version: str, needs: Sequence[str] = ()) -> None:

@@ -14,6 +14,7 @@ from kaggle_server import CLIENTS, COMPETITION, KEY, SIGNATURE, Request, Server,
 from arc_solver.config import load_config
 from arc_solver.release.bundle import CHECKOUT, Release, build
 from arc_solver.release.check import check
+from arc_solver.release.push import PollPolicy
 
 NAME = "arc-solver-cpu"
 OWNED = f"ada/{NAME}"
@@ -341,6 +342,43 @@ def test_what_takes_too_long_is_waited_for_later(command, server):
     server.polls = 2
     command("push")
     assert made(server) == {"versions": 1, "notebooks": 1, "submissions": 0}
+
+
+def test_a_wait_says_what_for_and_how_long():
+    said: list[str] = []
+    policy = PollPolicy(limit_s=14 * 3600.0, first_s=0.001, line_s=0.001)
+    for wait in policy.polls("the run of ada/it v1", said.append):
+        wait.note = "running"
+        if any("running" in line for line in said):
+            break
+    assert "waiting for the run of ada/it v1, 14 h at most ... running, 1 s so far" in said
+
+
+def test_a_dataset_that_never_shows_its_notes_is_known_by_its_files(command, server):
+    server.shows_notes, server.page = False, 2
+    said = command("push")
+    files = len(server.datasets[f"{OWNED}-wheels"].versions[0].files)
+    assert "is ready, and after 1 s does not show what it was sent with: looking at its files" in said
+    assert f"v1 is newer than what was there before, and has our {files} files by name and size" in said
+    assert "v1 has this content" in command("push")
+    assert made(server) == {"versions": 1, "notebooks": 1, "submissions": 0}
+
+
+@pytest.mark.parametrize("case", ["other size", "missing", "old version"])
+def test_a_dataset_without_its_notes_and_with_other_files_is_not_taken(case, command, server):
+    server.polls, files_of = 0, server._files
+    if case == "old version":
+        command("push")
+        (command.release.folder / "state.json").unlink()
+        server._create_dataset_version = lambda **body: {}  # which Kaggle takes, and nothing comes of it
+    server.shows_notes = False
+    if case != "old version":
+        server._files = lambda files: (files_of(files) if case == "other size" else {}) | {"config.json": b"{}"}
+    said = command("push", expect=1)
+    says = {"other size": "other files than were sent: config.json", "missing": "requirements.lock"}
+    assert says.get(case, "is ready with the version that was there before") in said
+    assert f"https://www.kaggle.com/datasets/{OWNED}-wheels, then give the same command again" in said
+    assert len(server.notebooks) == (case == "old version")
 
 
 def test_ctrl_c_says_how_to_go_on(command, server):

@@ -16,7 +16,7 @@ from arc_solver.models.adapters import Adapter
 from arc_solver.models.hardware import pick_device
 from arc_solver.puzzles.tasks import Pair, Task, TaskSet
 from arc_solver.solving.adapt import Adaptation, group_by_length
-from arc_solver.solving.budget import Budget
+from arc_solver.solving.budget import Budget, Work
 from arc_solver.solving.executors import InProcess, JobResult
 from arc_solver.solving.journal import Journal, open_journal
 from arc_solver.solving.scheduler import FinishedTask, Scheduler
@@ -105,6 +105,20 @@ def stands(journal) -> dict[str, tuple]:
 
 def events(journal) -> list[dict]:
     return [json.loads(line) for line in (journal.run_dir / "log.jsonl").read_text().splitlines()]
+
+
+def test_what_all_of_it_is_likely_to_take(tmp_path):
+    """Groups of 14, 8 and 6 seconds on two workers."""
+    with journal_of(tmp_path, some_tasks(5)) as journal:
+        groups = group_by_length(journal.task_set.tasks, CONFIG.adapt, CPU)
+        scheduler = Scheduler(groups, lambda tasks: prediction_groups(tasks, CPU), CONFIG, journal, Budget(2))
+        assert sum(scheduler.planned, Work()) == scheduler.all and len(scheduler.planned) == len(groups)
+        scheduler.planned = [Work(adapting=3), Work(6, 3), Work(adapting=4)]
+        assert scheduler.expected_s(2.0) == 14.0
+        scheduler.budget.record(Work(asking=10), 100.0)
+        assert scheduler.expected_s(2.0) == 42.0
+        scheduler.planned = []
+        assert scheduler.expected_s(2.0) == 0.0
 
 
 GOOD = ("tasks", True, None, True)

@@ -1,8 +1,10 @@
 """The whole sentence: on a toy model through the real command, and a tiny model that learns five tasks by heart."""
 
+import io
 import json
 import os
 import pickle
+import re
 import signal
 import time
 
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from forked import is_alive, output_of
+from rich.console import Console
 from small_runs import small
 from solve_runs import start, start_anew
 from toys import TOY, flip_task, hasty, random_adapter, write_challenges
@@ -24,8 +27,9 @@ from arc_solver.puzzles.encode import encode_sample
 from arc_solver.puzzles.task_files import load_tasks, smallest
 from arc_solver.puzzles.tasks import Pair, TaskSet
 from arc_solver.rng import named_rng
-from arc_solver.solving.command import default_run_dir
+from arc_solver.solving.command import default_run_dir, main
 from arc_solver.solving.predict import predict
+from arc_solver.solving.solve import _Shown
 from arc_solver.solving.worker import AdaptJob, PredictJob, Worker
 from arc_solver.training.optimize import fit, make_optimizers
 from arc_solver.training.train import train
@@ -90,6 +94,8 @@ def test_the_whole_sentence_is_reproducible(checkpoint, challenges, tmp_path):
     for text in ("(pass@1)", "Wilson", found.digest, "leak audit passed", "seed 0", "4 tasks"):
         assert text in shown
     assert "seed 1" in shown_other
+    assert re.search(r"to do: up to [\d,]+ tokens to learn from, [\d,]+ tokens to ask", shown)
+    assert re.search(r"up to about \d+ \w+, less where tasks stop early: [\d,]+ tokens/s of each of 2 workers", shown)
     assert len(json.loads((tmp_path / "c" / "submission.json").read_text())) == 2
 
 
@@ -132,6 +138,36 @@ def test_an_engine_that_cannot_serve_the_model_is_refused_before_any_work(checkp
     assert "use engine.kind=torch" in errors
     assert "Traceback" not in errors
     assert not (tmp_path / "run").exists()
+
+
+def test_how_far_a_run_is_can_be_seen_in_a_terminal(checkpoint, challenges, tmp_path, monkeypatch):
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=150)
+    monkeypatch.setattr("arc_solver.solving.solve.Console", lambda: terminal)
+    monkeypatch.setattr("arc_solver.solving.solve.MEASURE_S", 0.0)
+    note = _Shown.note
+
+    def drawn(self, *what):
+        note(self, *what)
+        terminal.print(self.say)  # as the terminal sees it a moment later
+
+    monkeypatch.setattr(_Shown, "note", drawn)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        words = [
+            "--tasks",
+            challenges,
+            "--out",
+            tmp_path / "run",
+            "--executor",
+            "inprocess",
+            f"model.path={checkpoint}",
+        ]
+        assert main([*map(str, words), *QUICK]) == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    shown = terminal.file.getvalue()
+    assert "loading the model" in shown and "starting 1 worker" in shown
+    assert re.search(r"0 of 4 tasks .* \d+% of the work", shown) and re.search(r"[123] of 4 tasks .* ETA \d", shown)
 
 
 def test_a_killed_main_process_leaves_no_workers(checkpoint, challenges, tmp_path):

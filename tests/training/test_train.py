@@ -1,8 +1,10 @@
 """The offline run, from outside and from inside: resume, stages, LoRA, logs, and what goes wrong."""
 
+import io
 import json
 import math
 import pkgutil
+import re
 import resource
 import shutil
 import signal
@@ -15,6 +17,7 @@ import pytest
 import torch
 from checkpoints import make_checkpoint
 from forked import output_of
+from rich.console import Console
 from small_runs import finish, log, small, start_training, weights, write_config
 from toys import KILLS, TOY
 
@@ -428,7 +431,7 @@ def test_a_run_that_is_ended_before_its_first_step_says_so(tmp_path, monkeypatch
     words = [str(write_config(small(), tmp_path)), "--out", str(tmp_path / "a")]
     for name in (signal.SIGINT, signal.SIGTERM):
         with monkeypatch.context() as patch:
-            patch.setattr("arc_solver.training.train.make_corpus", lambda _, name=name: signal.raise_signal(name))
+            patch.setattr("arc_solver.training.train.make_corpus", lambda *_, name=name: signal.raise_signal(name))
             assert main(words) == 1
         assert capsys.readouterr().err.endswith("interrupted; no step was saved\n")
     assert signal.getsignal(signal.SIGTERM) == before
@@ -479,11 +482,33 @@ def test_logs_and_figures(tmp_path, capfd):
         "too long",
         "counting",
         "step 1: loss",
+        "step 2: loss",
+        "ETA ",
     )
     for line in (*said, "not compiled: train.compile=no"):
         assert line in shown, line
     manifest = json.loads((tmp_path / "a" / "partition" / "manifest.json").read_text())
     assert len(manifest["validation"]) == 20
+
+
+def test_what_a_run_is_busy_with_is_shown_in_a_terminal(tmp_path, monkeypatch):
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=120)
+    monkeypatch.setattr("arc_solver.training.train.Console", lambda **_: terminal)
+    monkeypatch.setattr("arc_solver.training.train.compiled", lambda logits_of: logits_of)
+    answers = {"tokens": 1000, "every": 3, "accuracy_every": 6, "accuracy_prompts": 2}
+    train(small(validation=answers, train={"compile": "yes"}), tmp_path / "a")
+    shown = terminal.file.getvalue()
+    rows = ("reading the training data", "loading the model", "trying the model", "drawing the first batches")
+    rows += (
+        "the first step, which compiles for about 16 s",
+        "validating",
+        "answering 2 questions",
+        "saving a checkpoint",
+    )
+    for row in (*rows, "saving a checkpoint", "saving the results", "compiled: the first step took"):
+        assert row in shown, row
+    assert "step 1: loss" not in shown, "which the row says"
+    assert re.search(r"step 3 .* loss \d\.\d+, .*tokens/s.* ETA 0:0", shown)
 
 
 def test_validation_loss_does_not_depend_on_packing_or_order():
