@@ -76,3 +76,12 @@ def test_one_command_for_all():
         assert line.startswith("error: ")
         assert "arc-solver" in line
         assert "bin/" not in line
+
+
+def test_a_users_own_path_is_no_call_of_a_command(tmp_path):
+    """Where commands are called arc-solver, only calls are: not what a path has in it."""
+    for words in (["solve", "--tasks", "/me/bin/train/x.json"], ["solve", "model.path=~/bin/train"]):
+        _, said = output_of(Forked("arc_solver", words, cwd=tmp_path), 2)
+        assert "/bin/train" in said and "arc-solver" not in said
+    _, said = output_of(Forked("arc_solver", ["solve", "model.path=bin/train"], cwd=tmp_path), 2)
+    assert "(arc-solver train configs/" in said
