@@ -94,7 +94,7 @@ def test_a_task_without_an_answer_is_no_pass():
     ("change", "said"),
     [
         (lambda c: c.pop("bb"), "no answer to 1 of 2 tasks, e.g. bb"),
-        (lambda c: c.update(zz=[]), "1 tasks that --tasks does not hold, e.g. 'zz'"),
+        (lambda c: c.update(zz=[]), "1 task that --tasks does not hold, e.g. 'zz'"),
         (lambda c: c["aa"].pop(), "task aa: expected a list of 2 answers.*got 1"),
         (lambda c: c["aa"][1].pop("attempt_2"), "task aa, test input 1: expected exactly"),
         (lambda c: c["aa"][1].update(attempt_2=[]), "attempt_2: expected a grid"),
