@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..config import Config, SourceConfig, TasksConfig, ValidationConfig
-from ..errors import UserError
-from ..puzzles import TaskSet, load_tasks
+from ..errors import UserError, counted
+from ..puzzles import NotThere, TaskSet, load_tasks
 from ..rng import named_rng
 from .leaks import Overlap, TrainingData, find_overlaps, known_keys, training_data
 from .sources import Source, read_source
@@ -38,7 +38,7 @@ def make_corpus(config: Config) -> Corpus:
     partition = make_partition(config.validation, config.audit.exclude)
     kept_out = {task.id for task in partition.validation.tasks} | set(config.audit.exclude)
     configs = dict.fromkeys(source for stage in config.stages for source in stage.corpus.sources)
-    sources = {source: read_source(source).without(kept_out) for source in configs}
+    sources = {source: _read(source).without(kept_out) for source in configs}
     keys = {source: known_keys(sources[source]) for source in configs}
     overlaps = find_overlaps(keys, [*scored, partition.validation])
     if overlaps and config.audit.overlap == "refuse":
@@ -53,6 +53,13 @@ def make_corpus(config: Config) -> Corpus:
     mixtures = tuple(tuple(sources[source] for source in stage.corpus.sources) for stage in config.stages)
     unsolved = sum(task.id not in found.solutions for found in scored for task in found.tasks)
     return Corpus(mixtures, partition, training_data(keys), tuple(overlaps), unsolved)
+
+
+def _read(config: SourceConfig) -> Source:
+    try:
+        return read_source(config)
+    except NotThere as error:
+        raise UserError(f"source '{config.label}': {error}") from None
 
 
 def _scored_on(spec: str) -> TaskSet:
@@ -92,13 +99,15 @@ def make_partition(config: ValidationConfig, exclude: Sequence[str] = ()) -> Par
         raise UserError(f"validation.of: {error}") from None
     by_id = {task.id: task for task in task_set.tasks if task.id not in exclude}
     if config.tasks >= len(by_id):
+        most = f"give at most {len(by_id) - 1}" if len(by_id) > 1 else "give another set as validation.of"
         raise UserError(
-            f"validation.tasks={config.tasks} leaves none of the {len(by_id)} tasks of {config.of}: give at most"
-            f" {len(by_id) - 1}"
+            f"validation.tasks={config.tasks} leaves none of the {counted(len(by_id), 'task')} of {config.of} to train"
+            f" on: {most}"
         )
     if unsolved := [i for i in by_id if i not in task_set.solutions]:
         raise UserError(
-            f"{config.of} has no solution for {len(unsolved)} tasks, e.g. {unsolved[0]}: none to validate on"
+            f"validation.of: {config.of} has no solution for {counted(len(unsolved), 'task')}, e.g. {unsolved[0]}, and"
+            " only with one can a task be validated on: give a set that has all"
         )
     ids = sorted(by_id)
     chosen = sorted(ids[i] for i in named_rng(config.seed, "held-out tasks").permutation(len(ids))[: config.tasks])

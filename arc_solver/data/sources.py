@@ -77,7 +77,7 @@ def read_source(config: SourceConfig) -> Source:
     tasks = {i: maker for i, maker in tasks.items() if i not in quarantined}
     if not tasks and quarantined:
         raise UserError(
-            f"the quarantine of source '{config.label}' leaves none of its {len(quarantined)} tasks: shorten it, or"
+            f"the quarantine of source '{config.label}' leaves none of its tasks ({len(quarantined)}): shorten it, or"
             " leave the source out"
         )
     if not tasks:

@@ -57,6 +57,10 @@ class Batch:
         return int((self.labels_T != IGNORE).sum())
 
 
+class NoRoom(UserError):
+    """The longest sample that is allowed is shorter than all that a source gives."""
+
+
 @dataclass(frozen=True, eq=False)
 class DrawnSample:
     """A sample with the source it was drawn from, and what was dropped or rejected on the way."""
@@ -111,7 +115,7 @@ class SampleStream(Dataset[DrawnSample]):
                 kept -= 1
             if tokens(pairs[:kept], self.format) <= room:
                 return DrawnSample(self._encode(pairs[:kept], imitates), s, len(pairs) - kept, too_long)
-        raise UserError(
+        raise NoRoom(
             f"corpus.max_tokens={self.config.max_tokens} is too small for source '{config.label}': 1000 samples"
             " of it in a row were longer"
         )

@@ -96,15 +96,19 @@ def test_every_task_may_be_held_out(small_set):
 
 
 def test_partitions_that_cannot_be(small_set, tmp_path):
-    with pytest.raises(UserError, match=r"validation\.tasks=30 leaves none of the 30 tasks"):
+    with pytest.raises(UserError, match=r"validation\.tasks=30 leaves none of the 30 tasks.*give at most 29"):
         make_partition(ValidationConfig(of=str(small_set), tasks=30))
     with pytest.raises(UserError, match="leaves none of the 29 tasks"):
         make_partition(ValidationConfig(of=str(small_set), tasks=29), ("task00",))
     tasks = json.loads(small_set.read_text())
+    single = tmp_path / "single.json"
+    single.write_text(json.dumps({"task05": tasks["task05"]}))
+    with pytest.raises(UserError, match=r"none of the 1 task .* give another set as validation\.of"):
+        make_partition(ValidationConfig(of=str(single), tasks=1))
     del tasks["task05"]["test"][0]["output"]
     unsolved = tmp_path / "unsolved.json"
     unsolved.write_text(json.dumps(tasks))
-    with pytest.raises(UserError, match=f"{unsolved} has no solution for 1 tasks, e.g. task05"):
+    with pytest.raises(UserError, match=f"{unsolved} has no solution for 1 task, e.g. task05"):
         make_partition(ValidationConfig(of=str(unsolved), tasks=5))
     assert len(held_out(make_partition(ValidationConfig(of=str(unsolved), tasks=5), ("task05",)))) == 5
 
