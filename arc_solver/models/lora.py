@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..config import LoraConfig
-from ..data import TrainingData
+from ..data import TrainingData, read_training_data
 from ..errors import UserError
 from .adapters import Adapter, attach_adapters, load_adapter, merge
 from .model import DATA_FILE, Model, fingerprint, load_model
@@ -236,10 +236,5 @@ def combined_training_data(base: TrainingData | None, folder: Path) -> TrainingD
     Raises:
         UserError: what the adapter says cannot be read.
     """
-    file = folder / DATA_FILE
-    if base is None or not file.is_file():
-        return None
-    try:
-        return base | TrainingData.from_json(json.loads(file.read_text()))
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} is damaged, copy or make it again: {error}") from error
+    own = read_training_data(folder) if base else None
+    return base | own if base and own else None

@@ -199,10 +199,15 @@ def layer_alphas(folder: Path, settings: Mapping[str, Any], ranks: Mapping[str, 
     for name, rank in ranks.items():
         said = _of_layer(folder, settings, "rank_pattern", name, settings.get("r", 8))
         alpha = _of_layer(folder, settings, "alpha_pattern", name, settings.get("lora_alpha", 8))
-        if said != rank or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+        if said != rank:
             raise UserError(
                 f"the adapter in {folder} is damaged, copy or make it again: the weights of {name} are of rank {rank},"
-                f" and {CONFIG_FILE} says rank {said} and alpha {alpha}"
+                f" and {CONFIG_FILE} says rank {said}"
+            )
+        if not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+            raise UserError(
+                f"the adapter in {folder} has alpha {alpha} for {name} in {CONFIG_FILE}, and what scales its weights"
+                " must be a number above 0: write there what it was trained with"
             )
         alphas[name] = alpha * (math.sqrt(rank) if settings.get("use_rslora") else 1)
     return alphas

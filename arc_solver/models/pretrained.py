@@ -5,6 +5,7 @@ numbers and the two markers as the mean of their tokens' rows. On digits and new
 original's; softmax and head cost nothing any more; and nothing downstream knows that the model was ever another.
 """
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -57,9 +58,9 @@ def load_any(
     if is_ours(folder):
         model = load_model(folder, dtype=dtype)
         if model.format != format:
-            raise UserError(
-                f"{path} was trained with another [format] than the config's: {model.format!r}; give the same"
-            )
+            theirs, ours = model.format.model_dump(), format.model_dump()
+            words = [f"format.{key}={json.dumps(value)}" for key, value in theirs.items() if value != ours[key]]
+            raise UserError(f"{path} was trained with another [format] than the config's: set {' '.join(words)}")
         return model, None
     if format.positions != "token":
         raise UserError(f'{path} is a pretrained model, which knows token positions only: set format.positions="token"')

@@ -127,16 +127,24 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
     save_model(new_model(TOY, FormatConfig(), seed=0, trained_on=NOTHING), tmp_path)
     assert load_model(tmp_path).trained_on == NOTHING
     settings = json.loads((tmp_path / "config.json").read_text())
+    unknown = json.dumps({**settings, "arc_format": {"positions": "none"}})
+    data = r"training_data\.json is damaged: copy it again, or remove it"
     damages = {
-        "config.json": ("{", json.dumps({**settings, "arc_format": {"positions": "none"}})),
-        "training_data.json": ("{", '{"unknown": []}'),
-        "model.safetensors": ("version https://git-lfs.github.com/spec/v1", ""),
+        "config.json": {
+            "{": "damaged, copy or make",
+            unknown: '^[^\n]*arc_format.positions="none", which this version',
+        },
+        "training_data.json": {"{": data, '{"unknown": []}': data, "[]": data, '{"ids": 1, "pair_keys": []}': data},
+        "model.safetensors": {
+            "version https://git-lfs.github.com/spec/v1": r"model\.safetensors is a pointer of git",
+            "": "damaged, copy or make",
+        },
     }
     for name, contents in damages.items():
         whole = (tmp_path / name).read_bytes()
-        for content in contents:
+        for content, says in contents.items():
             (tmp_path / name).write_text(content)
-            with pytest.raises(UserError, match=r"damaged, copy or make|model\.safetensors is a pointer of git"):
+            with pytest.raises(UserError, match=f"{says}.*$"):
                 load_model(tmp_path)
         (tmp_path / name).write_bytes(whole)
     assert load_model(tmp_path).trained_on == NOTHING
