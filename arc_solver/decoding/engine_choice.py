@@ -71,8 +71,10 @@ def make_engine(model: Model, start: Adapter | None, config: Config, neighbours:
         return TorchEngine(model, config.predict.batch_tokens, _cache_bytes(model.device, neighbours))
     like = start or (fresh_adapter(model, config.adapt, named_rng(0)) if config.adapt.enabled else None)
     context = config.predict.max_tokens + longest_reply(model.format)
+    called = config.model.path or "the bundled model"
     if start or not config.model.adapter:
-        return VLLMEngine(model, checkpoint_dir(config.model.path), config.engine, like, context)
+        return VLLMEngine(model, checkpoint_dir(config.model.path), config.engine, like, context, called)
     with TemporaryDirectory(prefix="arc_solver-") as folder_name:  # vLLM reads a folder, and merged weights have none
         save_model(model, Path(folder_name))
-        return VLLMEngine(model, Path(folder_name), config.engine, like, context)
+        merged = f"{called} with {config.model.adapter}"
+        return VLLMEngine(model, Path(folder_name), config.engine, like, context, merged)

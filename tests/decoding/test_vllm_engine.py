@@ -77,7 +77,7 @@ def test_too_little_room_for_keys_and_values_is_the_users_to_change(tmp_path):
 def test_ranks_beyond_what_vllm_serves_are_refused(tmp_path):
     model = opinionated_model("Llama")
     like = fresh_adapter(model, AdaptConfig(rank=513), named_rng(0))
-    with pytest.raises(UserError, match="512 at most, and the adapters' is 513"):
+    with pytest.raises(UserError, match=r"512 at most, and the adapters' is 513: lower adapt\.rank"):
         VLLMEngine(model, tmp_path, TINY, like)
 
 
