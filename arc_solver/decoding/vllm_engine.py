@@ -481,9 +481,8 @@ def refusal(error: ValueError, model_dir: Path, called: str) -> str:
     said = error.errors()[0]["msg"].removeprefix("Value error, ") if isinstance(error, ValidationError) else str(error)
     said = (said.strip().splitlines() or [type(error).__name__])[0].rstrip(".").replace(str(model_dir), called)
     change = [ours for theirs, ours in OURS.items() if theirs in said.lower()]
-    return (
-        f"vLLM cannot serve {called} ({said}): {''.join(f'change {one}, or ' for one in change)}use engine.kind=torch"
-    )
+    remedy = f"change {' or '.join(change)}, or " if change else ""
+    return f"vLLM cannot serve {called} ({said}): {remedy}use engine.kind=torch"
 
 
 def import_vllm() -> Any:

@@ -284,3 +284,9 @@ def test_the_demonstrations_of_the_evaluation_set_may_be_trained_on():
     assert corpus.overlaps == ()
     assert len(corpus.trained_on.demonstrated) == 400
     assert corpus.trained_on.ids == frozenset()
+
+
+@pytest.mark.parametrize("kind", ["tasks", "demonstrations"])
+def test_a_source_that_is_not_there_is_named(kind):
+    with pytest.raises(UserError, match=r"^source 'mine': tasks 'nowhere' not found"):
+        make_corpus(load_config(None, [f"corpus.sources=[{{kind='{kind}', path='nowhere', name='mine'}}]"]))

@@ -88,6 +88,12 @@ def test_stock_transformers_reads_it(tmp_path, rng):
     torch.testing.assert_close(model.logits(ids, positions), expected, atol=1e-5, rtol=1e-4)
 
 
+def test_a_checkpoint_of_another_format_names_the_settings(tmp_path):
+    save_model(new_model(TOY, FormatConfig(positions="token", row_numbers=True), seed=0), tmp_path)
+    with pytest.raises(UserError, match=r'^mine .*: set format\.positions="token" format\.row_numbers=true$'):
+        load_any(tmp_path, "mine", FormatConfig())
+
+
 def test_tied_weights_are_saved_once(tmp_path):
     """In another precision too: two copies would be two matrices to some releases of transformers."""
     folder = make_checkpoint(tmp_path / "tied", "qwen2", tied=True)

@@ -237,7 +237,8 @@ SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"peft_type": None}, "names no peft_type"),
     ({"peft_type": "UNHEARD"}, "type UNHEARD, not LORA"),
     ({"r": 2}, "of rank 4, and adapter_config.json says rank 2"),
-    ({"lora_alpha": "many"}, "alpha many"),
+    ({"lora_alpha": "many"}, "has alpha many for"),
+    ({"lora_alpha": 0}, "has alpha 0 for .* must be a number above 0"),
     (
         {"target_modules": ["q_proj"]},
         r"weights for model\.layers\.0\.mlp\.down_proj, which is not among its target",
