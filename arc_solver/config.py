@@ -566,7 +566,8 @@ def _read(file: Path) -> dict[str, Any]:
     except FileNotFoundError:
         if str(file).partition(".")[0] in Config.model_fields:
             raise UserError(f"'{file}' has no value: settings are written section.key=value") from None
-        raise UserError(f"config {file} does not exist; see configs/ for the ones that do") from None
+        tasks = "" if file.suffix == ".toml" else f"; tasks are given as --tasks {file}"
+        raise UserError(f"config {file} does not exist; see configs/ for the ones that do{tasks}") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
         if file.suffix not in (".toml", ".json"):
             raise other from None

@@ -89,7 +89,10 @@ def continue_lora(model: Model, folder: Path, base_dir: Path) -> Any:
             raise ValueError(f"{min(foreign)} is in one of them only")
     except Exception as error:  # PEFT raises many kinds; all of them mean these files
         *_, last = (str(error).strip() or type(error).__name__).splitlines()  # the first of several is a headline
-        raise UserError(f"the adapter in {folder} does not fit the model in {base_dir}: {last.strip()}") from error
+        raise UserError(
+            f"the adapter in {folder} does not fit the model in {base_dir} ({last.strip().rstrip('.')}): give the model"
+            " that it was trained on as model.path"
+        ) from error
     return lora
 
 
@@ -126,7 +129,9 @@ def check_base(folder: Path, base_dir: Path, by_peft: bool = False) -> frozenset
             content = json.loads(file.read_text())
             base = content["fingerprint"], content["path"]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"the adapter in {folder} is damaged, copy or make it again: {error}") from error
+        raise UserError(
+            f"the adapter in {folder} is damaged, copy or make it again: {BASE_FILE} does not say what it is for"
+        ) from error
     if base and base[0] != fingerprint(base_dir):
         raise UserError(
             f"the adapter in {folder} is for another base than {base_dir}: give the one that it was trained on,"

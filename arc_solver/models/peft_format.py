@@ -176,7 +176,10 @@ def _check_targets(folder: Path, targets: Any, layers: Iterable[str]) -> None:
             else:
                 named = targets is None or any(f".{layer}".endswith(f".{target}") for target in targets)
         except (TypeError, re.error) as error:
-            raise UserError(f"the adapter in {folder} has target_modules that cannot be read: {error}") from error
+            raise UserError(
+                f"the adapter in {folder} has target_modules={json.dumps(targets)} in {CONFIG_FILE}, and must have a"
+                " list of layers' names there, or one regular expression: copy or make it again"
+            ) from error
         if not named:
             raise UserError(
                 f"the adapter in {folder} is damaged, copy or make it again: it has weights for {layer}, which is not"
@@ -219,4 +222,7 @@ def _of_layer(folder: Path, settings: Mapping[str, Any], pattern: str, name: str
         patterns = (settings.get(pattern) or {}).items()
         return next((value for key, value in patterns if re.match(rf"(.*\.)?({key})$", name)), usual)
     except (AttributeError, re.error) as error:
-        raise UserError(f"the adapter in {folder} has a {pattern} that cannot be read: {error}") from error
+        raise UserError(
+            f"the adapter in {folder} has {pattern}={json.dumps(settings[pattern])} in {CONFIG_FILE}, and must have"
+            " regular expressions of layers' names there, each with a number: copy or make it again"
+        ) from error

@@ -155,7 +155,9 @@ def _rows_count(lm: Any, path: str) -> int:
     """How many ids embedding and head both have rows for."""
     embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
     if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
-        raise UserError(f"{path}: this architecture ({lm.config.model_type}) has no plain embedding and head to cut")
+        raise UserError(
+            f"{path}: this architecture ({lm.config.model_type}) has no plain embedding and head to cut: {OTHERS}"
+        )
     return min(len(embedding.weight), len(head.weight))
 
 
@@ -205,7 +207,7 @@ def _tokenizer(folder: Path) -> Any:
 def _ids(tokenizer: Any, text: str) -> tuple[int, ...]:
     ids = tuple(tokenizer(text, add_special_tokens=False).input_ids)
     if not ids:
-        raise UserError(f"the checkpoint's tokenizer reads nothing in {text!r}: it cannot be cut to digits")
+        raise UserError(f"the checkpoint's tokenizer reads nothing in {text!r}, and cannot be cut to digits: {OTHERS}")
     return ids
 
 
@@ -213,7 +215,9 @@ def _only_id(tokenizer: Any, text: str) -> int:
     """The id of a one-character text. Some tokenizers put a token for the word's beginning before it."""
     ids = _ids(tokenizer, text)
     if tokenizer.decode([ids[-1]]) != text:
-        raise UserError(f"the checkpoint's tokenizer has no token for {text!r} alone: it cannot be cut to digits")
+        raise UserError(
+            f"the checkpoint's tokenizer has no token for {text!r} alone, so it cannot be cut to digits: {OTHERS}"
+        )
     return ids[-1]
 
 
@@ -230,7 +234,9 @@ def _check_windows(lm: Any, path: str) -> None:
             f" sequences: {OTHERS}"
         )
     if getattr(config, "attn_logit_softcapping", None):  # too weak to show in the short sequences that are compared
-        raise UserError(f"{path} caps its attention scores (attn_logit_softcapping), which packed attention does not")
+        raise UserError(
+            f"{path} caps its attention scores (attn_logit_softcapping), which packed attention does not: {OTHERS}"
+        )
     if "longrope" in str(getattr(config, "rope_parameters", None)):
         raise UserError(
             f"{path} has a rotary embedding that changes with the longest sequence of a batch (longrope), so one answer"

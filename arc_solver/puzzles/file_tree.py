@@ -269,7 +269,9 @@ def parse_json(content: bytes, file: str) -> Any:
         result = dict(items)
         if len(result) != len(items):
             keys = [key for key, _ in items]
-            raise UserError(f"{file}: '{next(k for k in keys if keys.count(k) > 1)}' appears twice")
+            raise UserError(
+                f"{file}: '{next(k for k in keys if keys.count(k) > 1)}' appears twice: remove one of the two"
+            )
         return result
 
     content = _unpacked(content, file)
@@ -288,8 +290,12 @@ def parse_json(content: bytes, file: str) -> Any:
                 f"{file} holds one JSON value a line, and its name says that it is one: rename it to end in .jsonl"
             ) from None
         raise UserError(f"{file} is not JSON: {error}") from None
-    except (ValueError, RecursionError):
-        raise UserError(f"{file} is not JSON: not UTF-8 text, or numbers or nesting beyond all measure") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{file} is not JSON: it is no UTF-8 text") from None
+    except RecursionError:
+        raise UserError(f"{file} is not JSON: its brackets are nested too deeply") from None
+    except ValueError:
+        raise UserError(f"{file} is not JSON: it has a number of thousands of digits") from None
 
 
 def _lines(text: str, file: str, unique: Any) -> list[Any]:

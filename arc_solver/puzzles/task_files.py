@@ -61,8 +61,8 @@ def load_tasks(config: TasksConfig, outputs: bool = True) -> TaskSet:
         tasks = smallest(tasks, config.limit)
     if config.sample > len(tasks):
         raise UserError(
-            f"tasks.sample (--sample) is {config.sample}, and there are {len(tasks)} to draw from: give at most"
-            " that, or leave it out for all"
+            f"tasks.sample (--sample) is {config.sample}, of only {counted(len(tasks), 'task')}: give at most that, or"
+            " leave it out for all"
         )
     if config.sample:
         tasks = sample(tasks, config.sample, config.sample_seed)
@@ -270,6 +270,8 @@ def read_file_of(tree: FileTree, name: str, solutions_file: Path | None = None, 
     if not outputs:
         return TaskSet(where, tasks, {})
     if solutions_file is not None:
+        if not solutions_file.exists() and open_inside(solutions_file):
+            raise UserError(f"{solutions_file} is in an archive: unpack it, and give the file as --solutions")
         if not solutions_file.exists():
             raise NotThere(
                 f"solutions {solutions_file} do not exist: give the file that belongs to the challenges",

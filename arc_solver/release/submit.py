@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from rich.console import Console
 
 from ..clock import duration_s
@@ -117,7 +118,7 @@ def _steps(args: Any, say: Say) -> dict[str, Any]:
         if args.overrides:
             raise UserError(f"{args.config} is built: settings are given with a config file instead")
         release = Release(Path(args.config))
-        config = Config.model_validate(release.manifest["config"])
+        config = _config_of(release)
     elif Path(args.config).is_dir():
         raise UserError(f"{args.config} is no folder that bin/submit built: give a config file, or runs/submit/NAME")
     else:
@@ -135,6 +136,15 @@ def _steps(args: Any, say: Say) -> dict[str, Any]:
     if not args.step:
         say(as_called(f"nothing was submitted; to enter: bin/submit {release.folder} submit --yes"))
     return outcome
+
+
+def _config_of(release: Release) -> Config:
+    try:
+        return Config.model_validate(release.manifest["config"])
+    except ValidationError:
+        raise UserError(
+            f"{release.folder} was built by another version of arc_solver: build it again from its config"
+        ) from None
 
 
 def _check(release: Release, config: Config, args: Any, say: Say) -> dict[str, Any]:

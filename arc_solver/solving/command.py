@@ -75,7 +75,7 @@ def _anywhere(config: Config) -> Config:
 
     second = Path(config.run.submission)
     if not second.parent.is_dir():
-        raise UserError(f"--submission {second}: there is no folder {second.parent}")
+        raise UserError(f"--submission {second}: there is no folder {second.parent}: make it, or give another")
     if config.run.submission and second.is_dir():
         raise UserError(f"--submission {second} is a folder: give a file, such as {second}/submission.json")
     run = config.run.model_copy(update={"submission": config.run.submission and str(second.absolute())})

@@ -35,7 +35,7 @@ VALIDATION = ValidationConfig(tasks=1, re_arc=False, tokens=2048, every=NEVER)  
 # What bin/train's sentences say, in the words of who runs bin/solve.
 IN_OUR_WORDS = {
     "continue with --resume": "give the same command again",
-    "lower lr, or use another precision": "lower adapt.joint_lr, or leave adapt.joint out",
+    "lower train.lr (train.muon_lr with Muon), or use another train.precision": "lower adapt.joint_lr",
 }
 
 

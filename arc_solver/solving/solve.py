@@ -199,12 +199,13 @@ def _task_line(finished: FinishedTask, record: dict[str, Any]) -> str:
     if result.predictions.candidates:
         parts.append(
             "; ".join(
-                f"attempts with {' and '.join(map(str, votes))} votes, of {counted(distinct, 'distinct answer')}"
+                f"attempts with {' and '.join(map(str, votes))} vote{'s' * (votes != [1])},"
+                f" of {counted(distinct, 'distinct answer')}"
                 for votes, distinct in zip(record["votes"], record["distinct"], strict=True)
             )
         )
     if cost := record["cost"]:
-        parts.append(f"{cost['forward_steps']} forward steps")
+        parts.append(counted(cost["forward_steps"], "forward step"))
         if cost["drafted"]:
             parts.append(f"{cost['accepted']} of {cost['decoded']} ids from drafts")
     if record["dropped"]:
@@ -301,7 +302,7 @@ def run(config: Config, task_set: TaskSet, run_dir: Path, remark: str = "") -> i
             if config.model.adapter and (base := unverified_base_warning(Path(config.model.adapter))):
                 plain(base)
             if journal.continued:
-                plain(f"continued: answered so far {len(journal.statuses)} of {counted(len(task_set.tasks), 'task')}")
+                plain(f"continued: {len(journal.statuses)} of {counted(len(task_set.tasks), 'task')} answered")
             for file in journal.damaged:
                 plain(f"{file} could not be read and is solved again")
             chunks, budget = partial(prediction_groups, device=device), Budget(executor.count, deadline)

@@ -77,7 +77,7 @@ def train(
     progress = load_progress(checkpoint) if checkpoint else Progress()
     if progress.spent_s >= max_s:
         spent = f"{progress.spent_s / 60:.1f}"
-        raise UserError(f"--max-minutes counts from the start of the run, which has spent {spent}: give more")
+        raise UserError(f"--max-minutes counts from the start of the run, which has spent {spent} of them: give more")
     fresh = not out_dir.exists()
     parallel = ParallelContext(config)
     console = Console(stderr=True, quiet=not parallel.is_main, soft_wrap=True, highlight=False)

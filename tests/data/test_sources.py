@@ -433,7 +433,7 @@ def test_a_generator_that_takes_too_long_is_asked_again(rng, caplog):
         while True:
             random.random()
 
-    with pytest.raises(RuntimeError, match=r"always_slow made no legal pair in 3 draws .*, 3 of which took too long"):
+    with pytest.raises(UserError, match=r"always_slow made no legal pair in 3 draws .*, 3 of which took too long: put"):
         re_arc_pair(always_slow, rng, (0.0, 1.0), 0.05)
 
 

@@ -244,9 +244,9 @@ SETTINGS: list[tuple[dict[str, Any], str]] = [
         r"weights for model\.layers\.0\.mlp\.down_proj, which is not among its target",
     ),
     ({"target_modules": ".*q_proj"}, "down_proj, which is not among its target_modules"),
-    ({"target_modules": "("}, "target_modules that cannot be read"),
-    ({"target_modules": 7}, "target_modules that cannot be read"),
-    ({"alpha_pattern": {"(": 2}}, "alpha_pattern that cannot be read"),
+    ({"target_modules": "("}, r'target_modules="\(" in adapter_config.json, and must have a list of'),
+    ({"target_modules": 7}, "target_modules=7 in adapter_config.json, and must have a list of"),
+    ({"alpha_pattern": {"(": 2}}, r'alpha_pattern={"\(": 2} in .*, and must have regular expressions of'),
 ]
 
 

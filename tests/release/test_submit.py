@@ -296,7 +296,7 @@ def test_the_output_is_checked_against_the_tasks_that_were_shown(command, server
     task = {"train": [{"input": GRID, "output": GRID}], "test": [{"input": GRID}]}
     for name in ("00000000", "11111111"):
         (tmp_path / f"{name}.json").write_text(json.dumps({name: task}))
-    assert "answers none of these 1 tasks: it was made for others" in command(
+    assert "answers none of the tasks that --tasks holds (1): it was made for others" in command(
         "push", "--tasks", str(tmp_path / "11111111.json"), expect=1
     )
     command("push", "--tasks", str(tmp_path / "00000000.json"))
