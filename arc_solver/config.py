@@ -564,10 +564,11 @@ def _read(file: Path) -> dict[str, Any]:
         text = file.read_text(encoding="utf-8-sig")  # Windows editors begin a file with a mark
         tree = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
     except FileNotFoundError:
+        if "=" in str(file):
+            raise UserError(f"'{file}' is a setting, and a config file comes first: see configs/ for some") from None
         if str(file).partition(".")[0] in Config.model_fields:
             raise UserError(f"'{file}' has no value: settings are written section.key=value") from None
-        tasks = "" if file.suffix == ".toml" else f"; tasks are given as --tasks {file}"
-        raise UserError(f"config {file} does not exist; see configs/ for the ones that do{tasks}") from None
+        raise UserError(f"config {file} does not exist; see configs/ for the ones that do") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
         if file.suffix not in (".toml", ".json"):
             raise other from None

@@ -116,7 +116,8 @@ def read_submission(file: Path, tasks: Sequence[Task] | None) -> Submission:
     if file.is_dir():
         raise UserError(f"{file} is a folder: give the submission.json in it")
     content = read_json(file)
-    answers = isinstance(content, dict) and any(isinstance(outputs, list) for outputs in content.values())
+    lists = [outputs for outputs in content.values() if isinstance(outputs, list)] if isinstance(content, dict) else []
+    answers = any(all(isinstance(both, dict) for both in outputs) for outputs in lists)
     maybe = (content, *content.values()) if isinstance(content, dict) else ()
     if any(isinstance(task, dict) and "train" in task for task in maybe):
         raise UserError(f"{file} holds tasks, not answers to them: give a submission.json")

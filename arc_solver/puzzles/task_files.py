@@ -108,8 +108,10 @@ def _read(config: TasksConfig, outputs: bool) -> TaskSet:
     try:
         path.stat()
     except OSError as error:
+        outer = next((parent for parent in path.parents if parent.is_file()), None)
+        why = f"{outer} has no {path.relative_to(outer)}" if outer else error.strerror
         raise NotThere(
-            f"tasks '{spec}' not found ({error.strerror}): give demo, arc-agi-1/training, arc-agi-1/evaluation, a"
+            f"tasks '{spec}' not found ({why}): give demo, arc-agi-1/training, arc-agi-1/evaluation, a"
             " Kaggle challenges file, a folder of <task id>.json files, one task file, or an archive of them",
             "tasks",
             spec,

@@ -146,4 +146,5 @@ def _done(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
 
 
 def _last(text: str) -> str:
-    return (text.strip().splitlines() or ["it says nothing"])[-1]
+    lines = text.strip().splitlines() or ["it says nothing"]
+    return next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1])  # pip's, before its notices

@@ -90,6 +90,12 @@ def test_a_task_without_an_answer_is_no_pass():
         score({"aa": SUBMISSION["aa"]}, SOLUTIONS)
 
 
+def test_another_file_of_a_run_is_no_submission(tmp_path):
+    (tmp_path / "summary.json").write_text(json.dumps({"tasks": 2, "expected": [1.0, 0.5, 2.0], "score": None}))
+    with pytest.raises(UserError, match=r"summary\.json is no submission: expected a JSON object"):
+        read_submission(tmp_path / "summary.json", TASKS)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

@@ -363,7 +363,7 @@ def test_paths_go_on_into_archives(tmp_path):
     assert named
     assert ids(load(named[1])) == ["bb"]
     assert ids(load(f"{unclear}/set/data/training/aa.json")) == ["aa"]
-    assert "not found" in refused(f"{unclear}/set/data/nothing")
+    assert f"not found ({unclear} has no set/data/nothing)" in refused(f"{unclear}/set/data/nothing")
 
 
 def test_what_lies_beside_folders_of_tasks(tmp_path):
