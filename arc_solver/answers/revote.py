@@ -155,7 +155,7 @@ def _problem(predictions: Predictions, task: Task) -> str:
         if key in seen:
             return "a grid is there twice"
         if len(candidate.log_probabilities) != len(views):
-            return f"{len(candidate.log_probabilities)} log-probabilities for {len(views)} views"
+            return f"{len(candidate.log_probabilities)} log-probabilities for {counted(len(views), 'view')}"
         if not all(isinstance(p, int | float) and -math.inf < p < 1e-3 for p in known):
             return "a log-probability is no number up to 0"
         for listed in (candidate.views, candidate.searched):
@@ -212,8 +212,8 @@ def _partly_scored(runs: Sequence[SavedRun]) -> str:
     if not (partly := sum(run.partly_scored for run in runs)):
         return ""
     return (
-        f"{partly} of {candidates} candidates were not scored in all views, as product has no use for it: what other"
-        " rules that weigh scores would choose, only a run with predict.score_all=true can tell"
+        f"{partly} of {counted(candidates, 'candidate')} not scored in all views, as product has no use for it: what"
+        " other rules that weigh scores would choose, only a run with predict.score_all=true can tell"
     )
 
 

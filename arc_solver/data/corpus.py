@@ -73,7 +73,8 @@ def _refusal(overlaps: Sequence[Overlap], config: Config) -> str:
     named = ", ".join(f"{o.task_id} of {o.source} with {o.scored_id}" for o in overlaps[:SHOWN])
     more = f" and {len(overlaps) - SHOWN} more" if len(overlaps) > SHOWN else ""
     return (
-        f"leak audit: {len(overlaps)} training tasks overlap with tasks to be scored or validated on ({named}{more});"
+        f"leak audit: {counted(len(overlaps), 'overlap')} of training tasks with those to be scored or validated on"
+        f" ({named}{more});"
         ' set audit.overlap="exclude" to leave them out, "allow" to train on them all the same, or audit.scored_on to'
         f" what you score on, now {list(config.audit.scored_on)}"
     )

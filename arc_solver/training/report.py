@@ -93,7 +93,9 @@ def _audited(corpus: Corpus, config: Config, trained_on: TrainingData | None) ->
     elif config.audit.overlap == "exclude":
         said = [f"leak audit passed: left out are {counted(len(ids), 'task')}, for being among {sets}"]
     else:
-        said = [f"leak audit: {len(ids)} training tasks are among {sets}, and the config allows it: no score is clean"]
+        said = [
+            f"leak audit: {counted(len(ids), 'training task')} among {sets}, as the config allows: no score is clean"
+        ]
     if seen := len(corpus.trained_on.demonstrated):
         said.append(f"of {counted(seen, 'task')} the demonstrations, not the test pairs, are trained on")
     if corpus.unsolved:

@@ -137,7 +137,7 @@ def test_bin_solve_passes_it_on(run_dir, capsys):
 
 def test_it_says_so_where_not_all_scores_are_known(run_dir, capsys):
     """Of rules that need them. Solving with such a rule, and without all scores, is refused."""
-    says = "1 of 12 candidates were not scored in all views"
+    says = "1 of 12 candidates not scored in all views"
     content = json.loads((run_dir / "tasks" / "aa.json").read_text())
     assert main(["--revote", str(run_dir), "vote.rule=kgmon"]) == 0
     assert "not scored in all views" not in capsys.readouterr().out

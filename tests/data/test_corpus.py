@@ -170,7 +170,7 @@ def test_training_on_the_evaluation_set_is_refused():
         make_corpus(config(words))
     said = str(caught.value)
     chosen = make_corpus(config(words, 'audit.overlap="allow"', "audit.scored_on=[]")).mixtures[0][0].tasks
-    assert said.startswith("leak audit: 9 training tasks overlap")
+    assert said.startswith("leak audit: 9 overlaps of training tasks with")
     assert sum(f"{i} of tasks arc-agi-1/evaluation with {i}" in said for i in chosen) == 5
     assert "and 4 more" in said
     for setting in ('audit.overlap="exclude"', '"allow"', "audit.scored_on", "['arc-agi-1/evaluation']"):
@@ -240,7 +240,7 @@ def test_validation_tasks_count_as_scored_ones(small_set, tmp_path):
         *(f"validation.of={small_set}", "validation.tasks=5", "validation.re_arc=false", "audit.scored_on=[]"),
         f'corpus.sources=[{{kind="tasks", path="{tmp_path}/copied.json"}}]',
     ]
-    with pytest.raises(UserError, match=rf"1 training tasks overlap .*\(copy of tasks .*copied\.json with {first}\)"):
+    with pytest.raises(UserError, match=rf"1 overlap of training tasks .*\(copy of tasks .*copied\.json with {first}\)"):
         make_corpus(config(*words))
     assert ids_of(make_corpus(config(*words, "audit.overlap=exclude"))) == [{"task00"} - held_out(partition)]
 
