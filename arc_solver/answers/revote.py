@@ -73,7 +73,12 @@ def read_run(run_dir: Path, overrides: Sequence[str] = ()) -> SavedRun:
         missing = "tasks/" if (run_dir / "config.json").is_file() else missing
         raise UserError(f"{run_dir} is no run of bin/solve, {missing} is missing: give what its --out was")
     # Whether all answers were scored is seen below; that is no reason not to try another rule.
-    config = load_config(None, [*_saved_words(run_dir / "config.json"), "predict.score_all=true", *overrides])
+    saved = [*_saved_words(run_dir / "config.json"), "predict.score_all=true"]
+    try:
+        config = load_config(None, [*saved, *overrides])
+    except UserError:
+        _require_this_version(run_dir, saved)
+        raise
     given = any(word.startswith(("tasks.spec=", "tasks.solutions=")) for word in overrides)
     task_set = load_tasks(config.tasks) if given else tasks_of_run(run_dir, config.tasks, may_move=True)
     predictions, failed = {}, 0
@@ -108,6 +113,13 @@ def tasks_of_run(run_dir: Path, config: TasksConfig, may_move: bool = False) -> 
         raise UserError(
             f"the {error.what} of {run_dir} are no longer at {error.place}: put them back{instead}"
         ) from None
+
+
+def _require_this_version(run_dir: Path, saved: Sequence[str]) -> None:
+    try:
+        load_config(None, saved)
+    except UserError as error:
+        raise UserError(f"{run_dir} was made by another version of arc_solver ({error}): use that one for it") from None
 
 
 def _saved_words(file: Path) -> list[str]:

@@ -257,6 +257,12 @@ def damage(change):
     return apply
 
 
+def of_another_version(run_dir):
+    content = json.loads((run_dir / "config.json").read_text())
+    content["vote"]["rule"] = "newest"
+    (run_dir / "config.json").write_text(json.dumps(content))
+
+
 def truncate(file):
     file.write_text(file.read_text()[:100])
 
@@ -283,6 +289,7 @@ def truncate(file):
         (damage(lambda c: c["candidates"].append(c["candidates"][0])), [], "a grid is there twice"),
         (lambda d: (d.parent / "toy_challenges.json").unlink(), [], "json: put them back, or give tasks.spec"),
         (lambda d: (d.parent / "toy_solutions.json").unlink(), ["--all-rules"], "give tasks.solutions=FILE"),
+        (of_another_version, [], "was made by another version of arc_solver .setting vote.rule: .*got 'newest'"),
         (lambda d: None, ["vote.rule=best"], "setting vote.rule: .*'votes', 'product'.*got 'best'"),
         (lambda d: None, ["--all-rules", "vote.rule=votes"], "leave vote.rule out"),
         (lambda d: None, ["predict.views=3"], "only vote.* and tasks.* can be set"),

@@ -240,7 +240,9 @@ def test_validation_tasks_count_as_scored_ones(small_set, tmp_path):
         *(f"validation.of={small_set}", "validation.tasks=5", "validation.re_arc=false", "audit.scored_on=[]"),
         f'corpus.sources=[{{kind="tasks", path="{tmp_path}/copied.json"}}]',
     ]
-    with pytest.raises(UserError, match=rf"1 overlap of training tasks .*\(copy of tasks .*copied\.json with {first}\)"):
+    with pytest.raises(
+        UserError, match=rf"1 overlap of training tasks .*\(copy of tasks .*copied\.json with {first}\)"
+    ):
         make_corpus(config(*words))
     assert ids_of(make_corpus(config(*words, "audit.overlap=exclude"))) == [{"task00"} - held_out(partition)]
 
