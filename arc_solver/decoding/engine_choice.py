@@ -12,7 +12,7 @@ from ..puzzles import longest_reply
 from ..rng import named_rng
 from .engine import Engine
 from .torch_engine import TorchEngine
-from .vllm_engine import VLLMEngine, check_positions, import_vllm
+from .vllm_engine import VLLMEngine, check_positions, import_vllm, rank_served
 
 # Below this many parameters a step of vLLM is mostly scheduling on the CPU, and lockstep decoding is no slower.
 PAYS_FROM = 300_000_000
@@ -47,6 +47,8 @@ def check_engine(model: Model, config: Config, device: torch.device) -> None:
     """
     if engine_kind(model, config, device)[0] == "vllm":
         check_positions(model.format)
+        if config.adapt.enabled and config.adapt.start == "fresh":
+            rank_served(config.adapt.rank)
         import_vllm()
 
 

@@ -91,7 +91,7 @@ class VLLMEngine:
             )
         self.layers = {n: tuple(m.weight.shape) for n, m in model.lm.named_modules() if isinstance(m, nn.Linear)}
         self.targets = {name.rpartition(".")[2] for name in like.weights} if like else set()
-        self.rank = _rank_served(like.rank) if like else 0
+        self.rank = rank_served(like.rank) if like else 0
         self.alphabet = _alphabet(model.format)
         self._vllm = import_vllm()
         self._selective = _selective(self._vllm)
@@ -465,7 +465,7 @@ def check_positions(format: FormatConfig) -> None:
         raise UserError("vLLM counts positions by itself and this model has grid positions: use engine.kind=torch")
 
 
-def _rank_served(rank: int) -> int:
+def rank_served(rank: int) -> int:
     """The least rank that vLLM makes room for that is no less than this one."""
     if rank > LORA_RANKS[-1]:
         most = LORA_RANKS[-1]

@@ -14,9 +14,9 @@ from plain_decoding import some_adapters as adapters_for
 from pydantic import BaseModel, ValidationError, model_validator
 from small_runs import small, write_config
 
-from arc_solver.config import AdaptConfig, Config, EngineConfig
+from arc_solver.config import AdaptConfig, Config, EngineConfig, load_config
 from arc_solver.decoding import vllm_engine
-from arc_solver.decoding.engine_choice import engine_kind, make_engine
+from arc_solver.decoding.engine_choice import check_engine, engine_kind, make_engine
 from arc_solver.decoding.torch_engine import TorchEngine
 from arc_solver.decoding.vllm_engine import VLLMEngine, refusal
 from arc_solver.errors import MachineError, UserError
@@ -80,6 +80,9 @@ def test_ranks_beyond_what_vllm_serves_are_refused(tmp_path):
     like = fresh_adapter(model, AdaptConfig(rank=513), named_rng(0))
     with pytest.raises(UserError, match=r"512 at most, and the adapters' is 513: lower adapt\.rank"):
         VLLMEngine(model, tmp_path, TINY, like)
+    config = load_config(None, ["engine.kind=vllm", "adapt.rank=513"])
+    with pytest.raises(UserError, match="512 at most"):  # before there is a run
+        check_engine(model, config, torch.device("cpu"))
 
 
 def test_a_refusal_names_its_cause_the_setting_and_the_users_model(tmp_path):
