@@ -4,6 +4,7 @@ README has an example of ten lines. Settings are words as on the command line, `
 has them all.
 """
 
+import json
 import signal
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from typing import Any
 from . import answers, models, puzzles
 from .answers import Predictions, Score
 from .answers.submission import Submission, read_submission
-from .config import TasksConfig, load_config
+from .config import load_config
 from .decoding.engine_choice import make_engine
 from .models import Adapter, Model, fast_dtype, pick_device
 from .puzzles import Attempts, Task, TaskSet
@@ -35,7 +36,8 @@ def load_tasks(spec: str = "demo", **choice: Any) -> TaskSet:
     Raises:
         UserError: there are none, or something in them is bad.
     """
-    return puzzles.load_tasks(TasksConfig(spec=spec, **choice))
+    words = [f"tasks.{key}={json.dumps(value, default=str)}" for key, value in {"spec": spec, **choice}.items()]
+    return puzzles.load_tasks(load_config(None, words).tasks)
 
 
 def load_model(path: str = "", device: str = "auto") -> Model:

@@ -15,12 +15,13 @@ Say = Callable[[str], None]  # takes a line for the person at the keyboard
 
 
 _called = "bin/"  # how commands are called here: see `run_main`
+# Not a part of a user's path, such as /home/me/bin/train/x.
+_CALL = re.compile(r"(?<![\w./~-])bin/(solve|score|train|submit|data|bench)(?![\w/-]|\.\w)")
 
 
 def as_called(text: str) -> str:
     """A text with its commands as they are called here: bin/solve is `arc-solver solve` where a wheel is installed."""
-    commands = r"\bbin/(solve|score|train|submit|data|bench)\b"
-    return text if _called == "bin/" else re.sub(commands, rf"{_called}\1", text)
+    return text if _called == "bin/" else _CALL.sub(rf"{_called}\1", text)
 
 
 class Parser(argparse.ArgumentParser):

@@ -564,6 +564,8 @@ def _read(file: Path) -> dict[str, Any]:
         text = file.read_text(encoding="utf-8-sig")  # Windows editors begin a file with a mark
         tree = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
     except FileNotFoundError:
+        if "=" in str(file):
+            raise UserError(f"'{file}' is a setting, and a config file comes first: see configs/ for some") from None
         if str(file).partition(".")[0] in Config.model_fields:
             raise UserError(f"'{file}' has no value: settings are written section.key=value") from None
         raise UserError(f"config {file} does not exist; see configs/ for the ones that do") from None
@@ -581,7 +583,8 @@ def _override(tree: dict[str, Any], word: str) -> None:
     path, equals, text = word.partition("=")
     *sections, key = path.split(".")
     if not (equals and sections and key and all(sections)):
-        raise UserError(f"'{word}' is not understood: settings are written section.key=value, e.g. run.seed=1")
+        what = (equals and _with_sections(word)) or "settings are written section.key=value, e.g. run.seed=1"
+        raise UserError(f"'{word}' is not understood: {what}")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -606,6 +609,13 @@ def _override(tree: dict[str, Any], word: str) -> None:
     if isinstance(place, list):
         raise UserError(f"'{word}': say which one, counted from 0, e.g. {'.'.join(sections)}.0.{key}=...")
     place[key] = value
+
+
+def _with_sections(word: str) -> str:
+    """What to say of a setting without its section; "" if no section has it."""
+    key, sections = word.partition("=")[0], Config.model_fields
+    has = [name for name in sections if key in getattr(sections[name].annotation, "model_fields", ())]
+    return f"it lacks its section, did you mean {' or '.join(f'{name}.{word}' for name in has)}?" if has else ""
 
 
 _SHOULD_BE = {  # pydantic's kinds of complaint, as one says them

@@ -16,6 +16,11 @@ def install_command(what: str) -> str:
     return f"{sys.executable} -m pip install '{what}'"
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things as one says it: 1 task, 1,200 tasks."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def first_line(error: Exception) -> str:
     """What a library's error says, short enough for one sentence."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

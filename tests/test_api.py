@@ -1,5 +1,6 @@
 """What a wheel gives: one command, and functions for a notebook."""
 
+import os
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from forked import Forked, output_of
 import arc_solver
 from arc_solver.__main__ import COMMANDS
 from arc_solver.answers.submission import read_submission
+from arc_solver.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 
@@ -76,3 +78,28 @@ def test_one_command_for_all():
         assert line.startswith("error: ")
         assert "arc-solver" in line
         assert "bin/" not in line
+
+
+def test_an_installed_wheel_says_what_to_call_in_a_checkout(tmp_path):
+    """Which is called bin/submit, whatever it is called here."""
+    (tmp_path / "arc_solver").symlink_to(Path(arc_solver.__file__).parent)
+    (tmp_path / "small.toml").write_text("")
+    words = [sys.executable, "-P", "-m", "arc_solver", "submit", "small.toml", "build"]
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(words, capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.endswith("clone the project, and call ./bin/submit there\n")
+
+
+def test_a_users_own_path_is_no_call_of_a_command(tmp_path):
+    """Where commands are called arc-solver, only calls are: not what a path has in it."""
+    for words in (["solve", "--tasks", "/me/bin/train/x.json"], ["solve", "model.path=~/bin/train"]):
+        _, said = output_of(Forked("arc_solver", words, cwd=tmp_path), 2)
+        assert "/bin/train" in said and "arc-solver" not in said
+    _, said = output_of(Forked("arc_solver", ["solve", "model.path=bin/train"], cwd=tmp_path), 2)
+    assert "(arc-solver train configs/" in said
+
+
+def test_a_choice_of_tasks_that_there_is_not_is_one_sentence():
+    with pytest.raises(UserError, match=r"^unknown setting tasks\.limt; did you mean tasks\.limit\?$"):
+        arc_solver.load_tasks("demo", limt=3)
+    assert len(arc_solver.load_tasks("demo", sample=3, sample_seed=1).tasks) == 3

@@ -44,7 +44,8 @@ def test_overrides():
         ("adapt.targets=q_proj", r"""give a list, such as 'adapt.targets=\["q_proj"\]'"""),
         ("run.time_budget=60", "'60' is no duration: write it as"),
         ("corpus.difficulty=[0.5, 0.1]", "corpus"),
-        ("seed=1", "section.key=value"),
+        ("seed=1", "did you mean run.seed=1 or validation.seed=1?"),
+        ("sede=1", "section.key=value"),
         ("run.seed", "section.key=value"),
     ],
 )
@@ -86,3 +87,8 @@ def test_named_rng_is_the_same_in_every_process():
     assert int(there) == here
     others = {int(named_rng(*key).integers(2**60)) for key in ((4, "task", "adapt"), (3, "task"), (3, "taskadapt"))}
     assert len(others | {int(here)}) == 4
+
+
+def test_a_setting_in_the_place_of_the_config_is_no_file_that_is_missing():
+    with pytest.raises(UserError, match=r"'train\.steps=3' is a setting, and a config file comes first"):
+        load_config("train.steps=3")

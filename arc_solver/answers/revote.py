@@ -22,9 +22,9 @@ from rich.table import Table
 from rich.text import Text
 
 from ..command import Parser, user_path
-from ..config import RULES_OF_FEW_SCORES, Config, VoteConfig, load_config
-from ..errors import UserError
-from ..puzzles import Task, TaskSet, grid_key, load_tasks, read_json
+from ..config import RULES_OF_FEW_SCORES, Config, TasksConfig, VoteConfig, load_config
+from ..errors import UserError, counted
+from ..puzzles import NotThere, Task, TaskSet, grid_key, load_tasks, read_json
 from ..puzzles.tasks import Solutions
 from .candidates import STAGES, Predictions
 from .comparison import Outputs, paired_difference
@@ -73,8 +73,14 @@ def read_run(run_dir: Path, overrides: Sequence[str] = ()) -> SavedRun:
         missing = "tasks/" if (run_dir / "config.json").is_file() else missing
         raise UserError(f"{run_dir} is no run of bin/solve, {missing} is missing: give what its --out was")
     # Whether all answers were scored is seen below; that is no reason not to try another rule.
-    config = load_config(None, [*_saved_words(run_dir / "config.json"), "predict.score_all=true", *overrides])
-    task_set = load_tasks(config.tasks)
+    saved = [*_saved_words(run_dir / "config.json"), "predict.score_all=true"]
+    try:
+        config = load_config(None, [*saved, *overrides])
+    except UserError:
+        _require_this_version(run_dir, saved)
+        raise
+    given = any(word.startswith(("tasks.spec=", "tasks.solutions=")) for word in overrides)
+    task_set = load_tasks(config.tasks) if given else tasks_of_run(run_dir, config.tasks, may_move=True)
     predictions, failed = {}, 0
     for task in task_set.tasks:
         files = [run_dir / stage / f"{task.id}.json" for stage in STAGES]
@@ -84,9 +90,36 @@ def read_run(run_dir: Path, overrides: Sequence[str] = ()) -> SavedRun:
             failed += content.get("fallback") == "placeholder"
     if not predictions:
         raise UserError(
-            f"{run_dir} has no candidates yet: none of its {len(task_set.tasks)} tasks of {task_set.name} is done"
+            f"{run_dir} has no candidates yet: none of its {counted(len(task_set.tasks), 'task')} of"
+            f" {task_set.name} is done"
         )
     return SavedRun(run_dir, config, task_set, predictions, failed)
+
+
+def tasks_of_run(run_dir: Path, config: TasksConfig, may_move: bool = False) -> TaskSet:
+    """The tasks of a run, from where its config says that they are.
+
+    Args:
+        may_move: another place may be given for them.
+
+    Raises:
+        UserError: they are not there any more, or something in them is bad.
+    """
+    try:
+        return load_tasks(config)
+    except NotThere as error:
+        word = {"tasks": "tasks.spec=SPEC", "solutions": "tasks.solutions=FILE"}[error.what]
+        instead = f", or give {word}, where they are now" if may_move else ""
+        raise UserError(
+            f"the {error.what} of {run_dir} are no longer at {error.place}: put them back{instead}"
+        ) from None
+
+
+def _require_this_version(run_dir: Path, saved: Sequence[str]) -> None:
+    try:
+        load_config(None, saved)
+    except UserError as error:
+        raise UserError(f"{run_dir} was made by another version of arc_solver ({error}): use that one for it") from None
 
 
 def _saved_words(file: Path) -> list[str]:
@@ -134,7 +167,7 @@ def _problem(predictions: Predictions, task: Task) -> str:
         if key in seen:
             return "a grid is there twice"
         if len(candidate.log_probabilities) != len(views):
-            return f"{len(candidate.log_probabilities)} log-probabilities for {len(views)} views"
+            return f"{len(candidate.log_probabilities)} log-probabilities for {counted(len(views), 'view')}"
         if not all(isinstance(p, int | float) and -math.inf < p < 1e-3 for p in known):
             return "a log-probability is no number up to 0"
         for listed in (candidate.views, candidate.searched):
@@ -163,7 +196,7 @@ def revote(run: SavedRun, console: Console) -> Path:
     lines = [f"{_name(run.config.vote)}: {file}"]
     if run.missing or run.failed:
         lines.append(
-            f"placeholders for {run.missing + run.failed} of {len(run.task_set.tasks)} tasks:"
+            f"placeholders for {run.missing + run.failed} of {counted(len(run.task_set.tasks), 'task')}:"
             f" {run.missing} not solved yet, {run.failed} failed"
         )
     if run.config.vote.rule not in RULES_OF_FEW_SCORES and (remark := _partly_scored([run])):
@@ -172,7 +205,7 @@ def revote(run: SavedRun, console: Console) -> Path:
         lines.append(f"score:    {_figures(score(submission, solutions))}")
         lines.append(f"coverage: {_figures(coverage(run.predictions, solutions))} have the right answer as a candidate")
         if unknown := len(run.task_set.tasks) - len(solutions):
-            lines.append(f"not scored: {unknown} tasks without a known solution")
+            lines.append(f"not scored: {counted(unknown, 'task')} without a known solution")
     else:
         lines.append("no score: the solutions are not known")
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
@@ -191,16 +224,14 @@ def _partly_scored(runs: Sequence[SavedRun]) -> str:
     if not (partly := sum(run.partly_scored for run in runs)):
         return ""
     return (
-        f"{partly} of {candidates} candidates were not scored in all views, as product has no use for it: what other"
-        " rules that weigh scores would choose, only a run with predict.score_all=true can tell"
+        f"{partly} of {counted(candidates, 'candidate')} not scored in all views, as product has no use for it: what"
+        " other rules that weigh scores would choose, only a run with predict.score_all=true can tell"
     )
 
 
 def _figures(result: Score) -> str:
-    return (
-        f"{result.tasks_solved} of {len(result.per_task)} tasks, {result.outputs_solved} of {result.outputs} outputs"
-        f" ({result.share_of_outputs:.1%})"
-    )
+    tasks, outputs = counted(len(result.per_task), "task"), counted(result.outputs, "output")
+    return f"{result.tasks_solved} of {tasks}, {result.outputs_solved} of {outputs} ({result.share_of_outputs:.1%})"
 
 
 # ---- comparing -----------------------------------------------------------------------------------------------------
@@ -254,7 +285,7 @@ def _title(runs: Sequence[SavedRun], tasks: int) -> Text:
     names = ", ".join(dict.fromkeys(run.task_set.name for run in runs))
     left_out = sum(len(run.task_set.tasks) for run in runs) - tasks
     rest = f"; {left_out} not solved yet or without a known solution" if left_out else ""
-    return Text(f"{tasks} tasks of {names}{rest}{'; priors: ' + ', '.join(priors) if priors else ''}")
+    return Text(f"{counted(tasks, 'task')} of {names}{rest}{'; priors: ' + ', '.join(priors) if priors else ''}")
 
 
 def main(arguments: list[str]) -> int:

@@ -18,10 +18,10 @@ from rich.table import Table
 
 from ..command import Parser, add_task_arguments, task_overrides, user_path
 from ..config import load_config
-from ..errors import UserError
+from ..errors import UserError, counted
 from ..files import write_whole
 from ..puzzles import Attempts, Grid, Task, TaskSet, load_tasks, read_json, safe_id, same_grid
-from ..puzzles.tasks import Solutions, make_grid
+from ..puzzles.tasks import Solutions, _shown, make_grid
 from .candidates import Predictions
 from .comparison import Outputs, paired_difference
 from .vote import NO_ANSWER
@@ -116,7 +116,8 @@ def read_submission(file: Path, tasks: Sequence[Task] | None) -> Submission:
     if file.is_dir():
         raise UserError(f"{file} is a folder: give the submission.json in it")
     content = read_json(file)
-    answers = isinstance(content, dict) and any(isinstance(outputs, list) for outputs in content.values())
+    lists = [outputs for outputs in content.values() if isinstance(outputs, list)] if isinstance(content, dict) else []
+    answers = any(all(isinstance(both, dict) for both in outputs) for outputs in lists)
     maybe = (content, *content.values()) if isinstance(content, dict) else ()
     if any(isinstance(task, dict) and "train" in task for task in maybe):
         raise UserError(f"{file} holds tasks, not answers to them: give a submission.json")
@@ -130,16 +131,16 @@ def read_submission(file: Path, tasks: Sequence[Task] | None) -> Submission:
         return {i: _read_outputs(outputs, None, f"{file}: task {i}") for i, outputs in content.items()}
     wanted = {task.id: task for task in tasks}
     if content and not wanted.keys() & content.keys():
-        raise UserError(f"{file} answers none of these {len(wanted)} tasks: it was made for others")
+        raise UserError(f"{file} answers none of the tasks that --tasks holds ({len(wanted)}): it was made for others")
     if missing := sorted(wanted.keys() - content.keys()):
         raise UserError(
-            f"{file}: no answer to {len(missing)} of {len(wanted)} tasks, e.g. {missing[0]};"
+            f"{file}: no answer to {len(missing)} of {counted(len(wanted), 'task')}, e.g. {missing[0]};"
             " if it answers a part of them, name it with --ids, --limit, or --sample and its --sample-seed"
         )
     if unknown := sorted(content.keys() - wanted.keys()):
         raise UserError(
-            f"{file}: answers to {len(unknown)} tasks that --tasks does not hold, e.g. {unknown[0]!r}; give --ids,"
-            " --limit or --sample only if it was made with that"
+            f"{file}: answers to {counted(len(unknown), 'task')} that --tasks does not hold, e.g. {unknown[0]!r}; give"
+            " --ids, --limit or --sample only if it was made with that"
         )
     return {
         task_id: _read_outputs(content[task_id], len(task.test), f"{file}: task {task_id}")
@@ -150,11 +151,14 @@ def read_submission(file: Path, tasks: Sequence[Task] | None) -> Submission:
 def _read_outputs(raw: Any, count: int | None, where: str) -> list[Attempts]:
     if not isinstance(raw, list) or len(raw) != (count or len(raw)):
         got = f"{len(raw)}" if isinstance(raw, list) else "no list"
-        raise UserError(f"{where}: expected a list of {count or 'the'} answers, one a test input, got {got}")
+        raise UserError(
+            f"{where}: expected a list of {counted(count, 'answer') if count else 'answers'}, one a test input, got"
+            f" {got}"
+        )
     outputs = []
     for i, both in enumerate(raw):
         if not isinstance(both, dict) or set(both) != set(ATTEMPTS):
-            raise UserError(f"{where}, test input {i}: expected exactly attempt_1 and attempt_2")
+            raise UserError(f"{where}, test input {i}: expected exactly attempt_1 and attempt_2, got {_shown(both)}")
         first, second = (make_grid(both[name], f"{where}, test input {i}, {name}") for name in ATTEMPTS)
         outputs.append((first, second))
     return outputs
@@ -218,7 +222,11 @@ def score_rows(first: Mapping[str, Any], both: Mapping[str, Any], covered: Mappi
     shown = {"one attempt (pass@1)": first, "two attempts (pass@2)": both, "any candidate (coverage)": covered}
     return [
         *(
-            (f"solved by {what}", "{tasks_solved} of {tasks} tasks, {outputs_solved} of {outputs} outputs".format(**s))
+            (
+                f"solved by {what}",
+                f"{s['tasks_solved']} of {counted(s['tasks'], 'task')},"
+                f" {s['outputs_solved']} of {counted(s['outputs'], 'output')}",
+            )
             for what, s in shown.items()
             if s
         ),
@@ -278,7 +286,8 @@ def main(arguments: list[str]) -> int:
     args = parser.parse_args(arguments)
     if len(args.submission) != (len(args.against) or 1):
         raise UserError(
-            f"{len(args.submission)} submissions and {len(args.against)} after --against: give one, or as many of both"
+            f"{counted(len(args.submission), 'submission')} and {len(args.against)} after --against: give one, or as"
+            " many of both"
         )
     task_set = load_tasks(load_config(None, task_overrides(args)).tasks)
     if args.against:
@@ -295,7 +304,7 @@ def _validate(file: Path, task_set: TaskSet, as_json: bool) -> int:
     print(
         json.dumps({"valid": True, "tasks": len(answers), "outputs": outputs})
         if as_json
-        else f"{file} is whole: two attempts for each of {outputs} outputs of {len(answers)} tasks"
+        else f"{file} is whole: two attempts for each output ({outputs}) of {counted(len(answers), 'task')}"
     )
     return 0
 
@@ -306,7 +315,10 @@ def _score(file: Path, task_set: TaskSet, as_json: bool) -> int:
     answers = read_submission(file, task_set.tasks)
     both, first = (rule(answers, task_set.solutions).to_json() for rule in (score, score_first))
     if unscored := len(task_set.tasks) - both["tasks"]:
-        print(f"note: {unscored} of {len(task_set.tasks)} tasks have no solution and are not scored", file=sys.stderr)
+        print(
+            f"note: not scored, for want of a solution: {unscored} of {counted(len(task_set.tasks), 'task')}",
+            file=sys.stderr,
+        )
     if as_json:
         print(json.dumps({**both, "pass@1": first, "data": task_set.data}))
         return 0
@@ -334,7 +346,7 @@ def _compare(ours: Sequence[Path], others: Sequence[Path], task_set: TaskSet, as
         about = {"tasks": len(task_set.solutions), "runs": len(ours), "data": task_set.data}
         print(json.dumps({"shares_of_outputs": shares, **asdict(change), **about}))
         return 0
-    runs = f"{len(ours)} run{'s' * (len(ours) > 1)} of each"
+    runs = f"{counted(len(ours), 'run')} of each"
     rows = [
         (
             "outputs solved, of all runs",

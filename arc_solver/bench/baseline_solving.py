@@ -32,7 +32,7 @@ from ..answers import Candidate, Predictions, choose_attempts, write_submission
 from ..answers.submission import Submission
 from ..command import Parser, run_main
 from ..config import AdaptConfig, Config, FormatConfig, PredictConfig, TasksConfig, VoteConfig, load_config
-from ..errors import UserError
+from ..errors import UserError, install_command
 from ..models import Model, fast_dtype, fresh_adapter, peak_memory, pick_device
 from ..models.adapters import peft_tensors
 from ..models.model import is_ours
@@ -301,7 +301,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of run, adapt and predict")
     args = parser.parse_intermixed_args(arguments)
     if any(find_spec(name) is None for name in LIBRARIES):
-        raise UserError("bin/bench solve compares with PEFT: pip install 'arc_solver[train]'")
+        raise UserError(f"bin/bench solve compares with PEFT: run {install_command('arc_solver[train]')}")
     config = load_config(None, args.overrides)
     tasks = load_tasks(TasksConfig(spec=args.tasks), outputs=False).tasks
     if args.threads:

@@ -28,7 +28,7 @@ import torch
 
 from ..command import Parser, run_main
 from ..config import AdaptConfig
-from ..errors import UserError
+from ..errors import UserError, install_command
 from ..models import peak_memory
 from ..puzzles import IGNORE
 
@@ -189,7 +189,7 @@ def _parser() -> Parser:
 def main(arguments: list[str]) -> int:
     args = _parser().parse_args(arguments)
     if any(find_spec(name) is None for name in LIBRARIES):
-        raise UserError("bin/bench train compares with TRL and PEFT: pip install 'arc_solver[bench]'")
+        raise UserError(f"bin/bench train compares with TRL and PEFT: run {install_command('arc_solver[bench]')}")
     samples = read_samples(args.samples)
     found, needed = len(samples["labels"]), args.steps * args.batch_size
     if found < needed or not 0 <= args.warm < args.steps:

@@ -3,24 +3,22 @@
 import argparse
 import json
 import os
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 from rich.box import SIMPLE
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ..command import Parser, as_called, require_new_dir, user_path
 from ..config import AuditConfig, TasksConfig, ValidationConfig
-from ..errors import MachineError, UserError
+from ..errors import MachineError, UserError, counted
 from ..files import sha256
 from ..puzzles import TaskSet, load_tasks
 from ..puzzles.task_files import BUILT_IN
+from ..waiting import Reporter, Wait, waiting
 from .corpus import make_partition, write_partition
 from .generate import write_re_arc
 from .leaks import pair_keys, shared_tasks
@@ -30,7 +28,6 @@ from .statistics import statistics
 
 SHARED = 3  # exit code of an audit that found something
 SHOWN = 20  # of what an audit found
-LINE_S = 30.0  # between two lines where there is no terminal for a bar
 
 
 def main(arguments: list[str]) -> int:
@@ -96,31 +93,13 @@ def _range(text: str) -> tuple[float, float]:
     return low, high
 
 
-@contextmanager
-def _bar(console: Console, what: str) -> Iterator[Callable[[str, int, int | None], None]]:
-    """Context manager: shows how a thing goes on; where there is no terminal, as a line now and then.
-
-    What it gives takes a unit, how many of it are done, and of how many, if that is known.
-    """
-    columns = (TextColumn(what), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    said = time.monotonic()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        lines: dict[str, TaskID] = {}
-
-        def tell(unit: str, done: int, of: int | None) -> None:
-            nonlocal said
-            if unit == "bytes":
-                text = f"{done / 1e6:,.1f}{f' of {of / 1e6:,.1f}' if of else ''} MB"
-            else:
-                text = f"{done:,}{f' of {of:,}' if of else ''} {unit}"
-            if unit not in lines:
-                lines[unit] = bar.add_task(text)
-            bar.update(lines[unit], description=text, completed=done, total=of)
-            if not console.is_terminal and time.monotonic() > said + LINE_S:
-                said = time.monotonic()
-                console.print(f"{what}: {text}", highlight=False, soft_wrap=True)
-
-        yield tell
+def _show(wait: Wait, unit: str, done: int, of: int | None) -> None:
+    """Notes how many of a unit are done."""
+    wait.done, wait.total = done, of or 0
+    if unit == "bytes":
+        wait.note = f"{done / 1e6:,.1f}{f' of {of / 1e6:,.1f}' if of else ''} MB"
+    else:
+        wait.note = f"{done:,}{f' of {of:,}' if of else ''} {unit}"
 
 
 # ---- public sets ---------------------------------------------------------------------------------------------------
@@ -130,10 +109,9 @@ def _get(args: argparse.Namespace) -> int:
     if args.name not in PUBLISHED:
         built_in = f"{args.name} comes with arc_solver: give it to --tasks; " if args.name in BUILT_IN else ""
         raise UserError(f"{built_in or f'there is no set {args.name!r}: '}bin/data get knows {', '.join(PUBLISHED)}")
-    wanted, console = PUBLISHED[args.name], Console(stderr=True)
-    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
-    with _bar(console, f"getting {wanted.name}") as tell:
-        path, is_new = get(wanted, args.out, tell, say, args.archive, args.mirror.rstrip("/"))
+    wanted, say = PUBLISHED[args.name], Reporter(Console(stderr=True))
+    with waiting(say, f"getting {wanted.name}") as wait:
+        path, is_new = get(wanted, args.out, partial(_show, wait), say, args.archive, args.mirror.rstrip("/"))
     state = "is in" if is_new else "was in"
     print(f"{wanted.name} {state} {path}: {wanted.what}; {wanted.licence}, {wanted.repository} at {wanted.commit[:8]}")
     print(_use(wanted, path))
@@ -175,7 +153,8 @@ def _partition(args: argparse.Namespace) -> int:
     except OSError as error:
         raise MachineError(f"{args.out} cannot be written: {error.strerror}") from None
     for name, part in (("validation", partition.validation), ("training", partition.rest)):
-        print(f"{args.out}/{name}_challenges.json and {name}_solutions.json: {len(part.tasks)} tasks of {args.of}")
+        files = f"{args.out}/{name}_challenges.json and {name}_solutions.json"
+        print(f"{files}: {counted(len(part.tasks), 'task')} of {args.of}")
     if left_out := [task.id for task in load_tasks(TasksConfig(spec=args.of)).tasks if task.id in never]:
         print(f"in neither: {', '.join(left_out)}, which share pairs with evaluation tasks (audit.exclude)")
     print(
@@ -196,12 +175,12 @@ def _make(args: argparse.Namespace) -> int:
         raise UserError(f"{args.out} exists: give another --out, or remove it")
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        with _bar(Console(stderr=True), "making RE-ARC") as tell:
+        with waiting(Reporter(Console(stderr=True)), "making RE-ARC") as wait:
             settings = (args.form, count, args.difficulty, args.seed, args.processes)
-            made = write_re_arc(args.out, *settings, partial(tell, "rules"))
+            made = write_re_arc(args.out, *settings, partial(_show, wait, "rules"))
     except OSError as error:
         raise MachineError(f"{args.out} cannot be written: {error.strerror or error}") from None
-    print(f"{args.out}: {made:,} pairs, sha256 {sha256(args.out)}")
+    print(f"{args.out}: {counted(made, 'pair')}, sha256 {sha256(args.out)}")
     print(f'to train on it: a source with kind = "{args.form}" and path = "{args.out}" (docs/training.md)')
     return 0
 
@@ -216,9 +195,9 @@ def _stats(args: argparse.Namespace) -> int:
         print(json.dumps(asdict(told)))
         return 0
     is_lists = not isinstance(found, TaskSet)
-    kind = "tasks, as lists of pairs" if is_lists else "tasks"
-    unknown = f", and {told.unsolved:,} test inputs whose outputs are not known" if told.unsolved else ""
-    print(f"{args.spec}: {told.tasks:,} {kind}; {told.pairs:,} pairs{unknown}")
+    kind = ", as lists of pairs" * is_lists
+    unknown = f", and {counted(told.unsolved, 'test input')} without a known output" if told.unsolved else ""
+    print(f"{args.spec}: {counted(told.tasks, 'task')}{kind}; {counted(told.pairs, 'pair')}{unknown}")
     table = Table("", *("least", "median", "most"), box=SIMPLE, header_style="")
     for name, spread in told.spreads.items():
         table.add_row(name, *(f"{value:,.10g}" for value in (spread.least, spread.median, spread.most)))
@@ -233,14 +212,8 @@ def _stats(args: argparse.Namespace) -> int:
 def _audit(args: argparse.Namespace) -> int:
     specs = (args.first, args.second)
     sets = [pairs_of(read_set(spec)) for spec in specs]
-    of = sum(map(len, sets))
-    keys: list[dict[str, set[str]]] = []
-    with _bar(Console(stderr=True), "comparing") as tell:
-        for lists in sets:
-            keys.append({})
-            for task_id, pairs in lists.items():
-                keys[-1][task_id] = pair_keys(pairs)
-                tell("tasks", sum(map(len, keys)), of)
+    with waiting(Reporter(Console(stderr=True)), "comparing", sum(map(len, sets))) as wait:
+        keys = [{task_id: pair_keys(pairs) for task_id, pairs in wait.over(lists.items())} for lists in sets]
     shared = shared_tasks(*keys)
     if args.json:
         print(json.dumps({"sets": specs, "tasks": [*map(len, sets)], "shared": [*map(asdict, shared)]}))
@@ -248,12 +221,12 @@ def _audit(args: argparse.Namespace) -> int:
     by_id = sum(each.same_id for each in shared)
     ids = [{getattr(each, side) for each in shared} for side in ("first", "second")]
     print(
-        f"{len(ids[0])} of the {len(sets[0])} tasks of {args.first} are in {args.second}, as {len(ids[1])} of its"
+        f"{len(ids[0])} of the {counted(len(sets[0]), 'task')} of {args.first} are in {args.second}, as {len(ids[1])} of its"
         f" {len(sets[1])}: {by_id} by id, {sum(each.pairs > 0 for each in shared)} by pairs that are the same up to"
         " geometry and colours"
     )
     for each in shared[:SHOWN]:
-        how = [*["the same id"] * each.same_id, *[f"{each.pairs} shared pairs"] * (each.pairs > 0)]
+        how = [*["the same id"] * each.same_id, *[counted(each.pairs, "shared pair")] * (each.pairs > 0)]
         print(f"  {each.first} and {each.second}: {' and '.join(how)}")
     if len(shared) > SHOWN:
         print(f"  and {len(shared) - SHOWN} more: --json has all of them")
@@ -270,7 +243,9 @@ def _hash(args: argparse.Namespace) -> int:
         print(json.dumps(told))
         return 0
     if tasks:
-        print(f"digest {tasks.digest}: of {len(tasks.tasks)} tasks, their grids and known solutions, as scores say it")
+        print(
+            f"digest {tasks.digest}: of {counted(len(tasks.tasks), 'task')}, their grids and known solutions, as scores say it"
+        )
     if of_file:
         print(f"sha256 {of_file}: of the file, as a source of bin/train has it")
     if not tasks and not of_file:

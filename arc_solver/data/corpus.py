@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import Config, SourceConfig, TasksConfig, ValidationConfig
-from ..errors import UserError
-from ..puzzles import TaskSet, load_tasks, write_kaggle_files
+from ..errors import UserError, counted
+from ..puzzles import NotThere, TaskSet, load_tasks, write_kaggle_files
 from ..puzzles.tasks import task_hash
 from ..rng import named_rng
 from ..waiting import Wait
@@ -49,7 +49,7 @@ def make_corpus(config: Config, wait: Wait | None = None) -> Corpus:
     wait = wait or Wait("")
     for source in configs:
         wait.note = f"source {source.label}"
-        sources[source] = read_source(source).without(kept_out)
+        sources[source] = _read(source).without(kept_out)
         wait.note = f"leak audit of source {source.label}"
         keys[source] = known_keys(sources[source])
     wait.note = "leak audit"
@@ -68,6 +68,13 @@ def make_corpus(config: Config, wait: Wait | None = None) -> Corpus:
     return Corpus(mixtures, partition, training_data(keys), tuple(overlaps), unsolved)
 
 
+def _read(config: SourceConfig) -> Source:
+    try:
+        return read_source(config)
+    except NotThere as error:
+        raise UserError(f"source '{config.label}': {error}") from None
+
+
 def _scored_on(spec: str) -> TaskSet:
     try:
         return load_tasks(TasksConfig(spec=spec))
@@ -79,7 +86,8 @@ def _refusal(overlaps: Sequence[Overlap], config: Config) -> str:
     named = ", ".join(f"{o.task_id} of {o.source} with {o.scored_id}" for o in overlaps[:SHOWN])
     more = f" and {len(overlaps) - SHOWN} more" if len(overlaps) > SHOWN else ""
     return (
-        f"leak audit: {len(overlaps)} training tasks overlap with tasks to be scored or validated on ({named}{more});"
+        f"leak audit: {counted(len(overlaps), 'overlap')} of training tasks with those to be scored or validated on"
+        f" ({named}{more});"
         ' set audit.overlap="exclude" to leave them out, "allow" to train on them all the same, or audit.scored_on to'
         f" what you score on, now {list(config.audit.scored_on)}"
     )
@@ -105,13 +113,15 @@ def make_partition(config: ValidationConfig, exclude: Sequence[str] = ()) -> Par
         raise UserError(f"validation.of: {error}") from None
     by_id = {task.id: task for task in task_set.tasks if task.id not in exclude}
     if config.tasks >= len(by_id):
+        most = f"give at most {len(by_id) - 1}" if len(by_id) > 1 else "give another set as validation.of"
         raise UserError(
-            f"validation.tasks={config.tasks} leaves none of the {len(by_id)} tasks of {config.of}: give at most"
-            f" {len(by_id) - 1}"
+            f"validation.tasks={config.tasks} leaves none of the {counted(len(by_id), 'task')} of {config.of} to train"
+            f" on: {most}"
         )
     if unsolved := [i for i in by_id if i not in task_set.solutions]:
         raise UserError(
-            f"{config.of} has no solution for {len(unsolved)} tasks, e.g. {unsolved[0]}: none to validate on"
+            f"validation.of: {config.of} has no solution for {counted(len(unsolved), 'task')}, e.g. {unsolved[0]}, and"
+            " only with one can a task be validated on: give a set that has all"
         )
     ids = sorted(by_id)
     chosen = sorted(ids[i] for i in named_rng(config.seed, "held-out tasks").permutation(len(ids))[: config.tasks])

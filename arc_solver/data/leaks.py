@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import SourceConfig
+from ..errors import UserError, counted
 from ..puzzles import Augmentation, Pair, Task, TaskSet
 from ..puzzles.augment import GEOMETRIES
 from ..puzzles.tasks import GridKey
@@ -53,13 +54,18 @@ DATA_FILE = "training_data.json"  # in every checkpoint that says what it was tr
 
 
 def read_training_data(checkpoint: Path) -> TrainingData | None:
-    """What a checkpoint was trained on; None: it does not say.
+    """What a checkpoint or an adapter was trained on; None: it does not say.
 
     Raises:
-        ValueError, TypeError, AttributeError: the file is damaged.
+        UserError: the file is damaged.
     """
     file = checkpoint / DATA_FILE
-    return TrainingData.from_json(json.loads(file.read_text())) if file.is_file() else None
+    if not file.is_file():
+        return None
+    try:
+        return TrainingData.from_json(json.loads(file.read_text()))
+    except (ValueError, TypeError, AttributeError):
+        raise UserError(f"{file} is damaged: copy it again, or remove it and go without a leak audit") from None
 
 
 Keys = Mapping[str, set[str]]  # task id -> `pair_key` of the pairs that say what the task is
@@ -97,8 +103,8 @@ class LeakAudit:
     def __str__(self) -> str:
         if not self.passed:
             return (
-                f"leak audit: {len(self.by_id)} of the {self.tasks} tasks are in the training data by id,"
-                f" {len(self.by_content)} share a pair with it: not a score on unseen tasks"
+                f"leak audit: {len(self.by_id)} of {counted(self.tasks, 'task')} found in the training data by id,"
+                f" {len(self.by_content)} by a pair: not a score on unseen tasks"
             )
         found = f"leak audit passed: none of the tasks ({self.tasks}) is in the training data, by id or by content"
         if self.demonstrated:

@@ -77,7 +77,7 @@ def read_source(config: SourceConfig) -> Source:
     tasks = {i: maker for i, maker in tasks.items() if i not in quarantined}
     if not tasks and quarantined:
         raise UserError(
-            f"the quarantine of source '{config.label}' leaves none of its {len(quarantined)} tasks: shorten it, or"
+            f"the quarantine of source '{config.label}' leaves none of its tasks ({len(quarantined)}): shorten it, or"
             " leave the source out"
         )
     if not tasks:
@@ -282,7 +282,7 @@ def re_arc_pair(
         most_s: CPU time of a draw. What takes longer depends on the machine, so a warning names it.
 
     Raises:
-        RuntimeError: no draw succeeded, or three took too long.
+        UserError: no draw succeeded, or three took too long.
     """
     lower, upper = difficulty
     slow = 0
@@ -300,9 +300,11 @@ def re_arc_pair(
                 break
         except Exception:  # generators may fail in many ways on a rare draw; the next draw is independent
             continue
-    raise RuntimeError(
+    helps = f"set pair_seconds above {most_s:g}" if slow else "set another difficulty"
+    raise UserError(
         f"{generator.__name__} made no legal pair in {attempt + 1} draws at difficulty {difficulty} and below"
         + f", {slow} of which took too long" * (slow > 0)
+        + f": put its task into the quarantine of the source, or {helps}"
     )
 
 

@@ -57,6 +57,10 @@ class Batch:
         return int((self.labels_T != IGNORE).sum())
 
 
+class NoRoom(UserError):
+    """The longest sample that is allowed is shorter than all that a source gives."""
+
+
 @dataclass(frozen=True, eq=False)
 class DrawnSample:
     """A sample with the source it was drawn from, and what was dropped or rejected on the way."""
@@ -86,7 +90,10 @@ class SampleStream(Dataset[DrawnSample]):
     ):
         for source in sources:
             if not source.tasks:
-                raise UserError(f"source '{source.config.label}' has no task left: give another, or leave it out")
+                raise UserError(
+                    f"source '{source.config.label}' has no task left, as all of its tasks are validated on, scored"
+                    " on or in audit.exclude: give another, or leave it out"
+                )
         self.sources, self.config, self.format, self.labels = sources, config, format, labels
         self.seed, self.names = seed, names
         self.policy = ColourPolicy(config.keep_background, config.output_only)
@@ -111,9 +118,9 @@ class SampleStream(Dataset[DrawnSample]):
                 kept -= 1
             if tokens(pairs[:kept], self.format) <= room:
                 return DrawnSample(self._encode(pairs[:kept], imitates), s, len(pairs) - kept, too_long)
-        raise UserError(
+        raise NoRoom(
             f"corpus.max_tokens={self.config.max_tokens} is too small for source '{config.label}': 1000 samples"
-            " of it in a row were longer"
+            " of it in a row were longer: make it larger, or leave the source out"
         )
 
     def draw_pairs(self, index: int) -> list[Pair]:

@@ -12,7 +12,7 @@ from ..puzzles import longest_reply
 from ..rng import named_rng
 from .engine import Engine
 from .torch_engine import TorchEngine
-from .vllm_engine import VLLMEngine, check_positions, import_vllm
+from .vllm_engine import VLLMEngine, check_positions, import_vllm, rank_served
 
 # Below this many parameters a step of vLLM is mostly scheduling on the CPU, and lockstep decoding is no slower.
 PAYS_FROM = 300_000_000
@@ -47,6 +47,8 @@ def check_engine(model: Model, config: Config, device: torch.device) -> None:
     """
     if engine_kind(model, config, device)[0] == "vllm":
         check_positions(model.format)
+        if config.adapt.enabled and config.adapt.start == "fresh":
+            rank_served(config.adapt.rank)
         import_vllm()
 
 
@@ -71,8 +73,10 @@ def make_engine(model: Model, start: Adapter | None, config: Config, neighbours:
         return TorchEngine(model, config.predict.batch_tokens, _cache_bytes(model.device, neighbours))
     like = start or (fresh_adapter(model, config.adapt, named_rng(0)) if config.adapt.enabled else None)
     context = config.predict.max_tokens + longest_reply(model.format)
+    called = config.model.path or "the bundled model"
     if start or not config.model.adapter:
-        return VLLMEngine(model, checkpoint_dir(config.model.path), config.engine, like, context)
+        return VLLMEngine(model, checkpoint_dir(config.model.path), config.engine, like, context, called)
     with TemporaryDirectory(prefix="arc_solver-") as folder_name:  # vLLM reads a folder, and merged weights have none
         save_model(model, Path(folder_name))
-        return VLLMEngine(model, Path(folder_name), config.engine, like, context)
+        merged = f"{called} with {config.model.adapter}"
+        return VLLMEngine(model, Path(folder_name), config.engine, like, context, merged)

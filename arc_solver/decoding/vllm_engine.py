@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from ..config import EngineConfig, FormatConfig
@@ -44,6 +45,13 @@ SETTINGS = {  # read when vllm is imported
     "VLLM_NO_USAGE_STATS": "1",
 }
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # those that vLLM makes room for; adapters are padded to one
+OURS = {  # what vLLM's complaints name, and the setting that it comes from
+    "kv cache": "engine.kv_cache_gib",
+    "max_num_batched_tokens": "engine.step_tokens",
+    "max_num_seqs": "engine.max_sequences",
+    "max_loras": "engine.max_loras",
+    "max_model_len": "predict.max_tokens",
+}
 STREAM = 16  # ids between two reports on a reply: what may be decoded in vain, against work for every report
 PROBE = tuple(range(16))  # the ids by which an adapter is seen to change something
 
@@ -57,6 +65,7 @@ class VLLMEngine:
         model: what is asked, as far as it says how its adapters must look; its weights are read from `model_dir`.
         like: an adapter with the rank and the layers of those to come; None: there will be none.
         context: the most ids that a prompt and its reply may have together; less if the model was made for less.
+        called: what the user calls the model; "": as its folder.
 
     Raises:
         UserError: vLLM is not installed, or cannot serve this model.
@@ -69,6 +78,7 @@ class VLLMEngine:
         config: EngineConfig,
         like: Adapter | None = None,
         context_length: int = 8192,
+        called: str = "",
     ):
         check_positions(model.format)
         self.format = model.format
@@ -81,11 +91,14 @@ class VLLMEngine:
             )
         self.layers = {n: tuple(m.weight.shape) for n, m in model.lm.named_modules() if isinstance(m, nn.Linear)}
         self.targets = {name.rpartition(".")[2] for name in like.weights} if like else set()
-        self.rank = _rank_served(like.rank) if like else 0
+        self.rank = rank_served(like.rank) if like else 0
         self.alphabet = _alphabet(model.format)
         self._vllm = import_vllm()
         self._selective = _selective(self._vllm)
-        self._llm = self._start(model, model_dir, config)
+        try:
+            self._llm = self._start(model, model_dir, config)
+        except ValueError as error:
+            raise UserError(refusal(error, model_dir, called or str(model_dir))) from error
         self.deadline = math.inf
         self.on_step: Callable[[int], None] = lambda tokens: None
         self._names = count(1)  # of adapters and requests
@@ -103,31 +116,24 @@ class VLLMEngine:
             # Without this vLLM wraps lm_head too, and then fails over log-probabilities of prompts (CPU, 0.32).
             "lora_target_modules": sorted(self.targets),
         }
-        try:
-            with _quietly():
-                return self._vllm.LLM(
-                    str(model_dir),
-                    dtype=str(model.lm.dtype).removeprefix("torch."),
-                    skip_tokenizer_init=True,
-                    generation_config="vllm",  # its own defaults, whatever the checkpoint suggests
-                    enforce_eager=on_cpu,  # on a GPU, LoRA without CUDA graphs is very slow
-                    max_model_len=self.context_length,
-                    max_num_seqs=config.max_sequences,
-                    max_num_batched_tokens=config.step_tokens,
-                    kv_cache_memory_bytes=int(config.kv_cache_gib * 2**30),
-                    gpu_memory_utilization=0.01,  # else vLLM wants 92% of the GPU free first
-                    max_logprobs=-1,
-                    use_tqdm_on_load=False,
-                    **({} if self._selective else {"stream_interval": STREAM}),
-                    **(
-                        {"block_size": 32} if on_cpu else {}
-                    ),  # ids that the prefix cache shares at a time; 128 by default
-                    **(lora if self.targets else {}),
-                )
-        except ValueError as error:
-            raise UserError(
-                f"vLLM cannot serve {model_dir}, change [engine] or use engine.kind=torch: {first_line(error)}"
-            ) from error
+        with _quietly():
+            return self._vllm.LLM(
+                str(model_dir),
+                dtype=str(model.lm.dtype).removeprefix("torch."),
+                skip_tokenizer_init=True,
+                generation_config="vllm",  # its own defaults, whatever the checkpoint suggests
+                enforce_eager=on_cpu,  # on a GPU, LoRA without CUDA graphs is very slow
+                max_model_len=self.context_length,
+                max_num_seqs=config.max_sequences,
+                max_num_batched_tokens=config.step_tokens,
+                kv_cache_memory_bytes=int(config.kv_cache_gib * 2**30),
+                gpu_memory_utilization=0.01,  # else vLLM wants 92% of the GPU free first
+                max_logprobs=-1,
+                use_tqdm_on_load=False,
+                **({} if self._selective else {"stream_interval": STREAM}),
+                **({"block_size": 32} if on_cpu else {}),  # ids that the prefix cache shares at a time; 128 by default
+                **(lora if self.targets else {}),
+            )
 
     @contextmanager
     def open_session(self, prompts: Sequence[Prompt], adapters: Sequence[Adapter | None]) -> Iterator["VLLMSession"]:
@@ -459,11 +465,24 @@ def check_positions(format: FormatConfig) -> None:
         raise UserError("vLLM counts positions by itself and this model has grid positions: use engine.kind=torch")
 
 
-def _rank_served(rank: int) -> int:
+def rank_served(rank: int) -> int:
     """The least rank that vLLM makes room for that is no less than this one."""
     if rank > LORA_RANKS[-1]:
-        raise UserError(f"vLLM serves adapters of rank {LORA_RANKS[-1]} at most, and the adapters' is {rank}")
+        most = LORA_RANKS[-1]
+        raise UserError(
+            f"vLLM serves adapters of rank {most} at most, and the adapters' is {rank}: lower adapt.rank, give a"
+            " model.adapter of a lower one, or use engine.kind=torch"
+        )
     return next(served for served in LORA_RANKS if served >= rank)
+
+
+def refusal(error: ValueError, model_dir: Path, called: str) -> str:
+    """What vLLM's refusal to start comes to. Pydantic's begin with a headline, and end with values and an address."""
+    said = error.errors()[0]["msg"].removeprefix("Value error, ") if isinstance(error, ValidationError) else str(error)
+    said = (said.strip().splitlines() or [type(error).__name__])[0].rstrip(".").replace(str(model_dir), called)
+    change = [ours for theirs, ours in OURS.items() if theirs in said.lower()]
+    remedy = f"change {' or '.join(change)}, or " if change else ""
+    return f"vLLM cannot serve {called} ({said}): {remedy}use engine.kind=torch"
 
 
 def import_vllm() -> Any:

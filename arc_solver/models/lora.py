@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..config import LoraConfig
-from ..data import TrainingData
+from ..data import TrainingData, read_training_data
 from ..errors import UserError
 from .adapters import Adapter, attach_adapters, load_adapter, merge
 from .model import DATA_FILE, Model, fingerprint, load_model
@@ -89,7 +89,10 @@ def continue_lora(model: Model, folder: Path, base_dir: Path) -> Any:
             raise ValueError(f"{min(foreign)} is in one of them only")
     except Exception as error:  # PEFT raises many kinds; all of them mean these files
         *_, last = (str(error).strip() or type(error).__name__).splitlines()  # the first of several is a headline
-        raise UserError(f"the adapter in {folder} does not fit the model in {base_dir}: {last.strip()}") from error
+        raise UserError(
+            f"the adapter in {folder} does not fit the model in {base_dir} ({last.strip().rstrip('.')}): give the model"
+            " that it was trained on as model.path"
+        ) from error
     return lora
 
 
@@ -126,7 +129,9 @@ def check_base(folder: Path, base_dir: Path, by_peft: bool = False) -> frozenset
             content = json.loads(file.read_text())
             base = content["fingerprint"], content["path"]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"the adapter in {folder} is damaged, copy or make it again: {error}") from error
+        raise UserError(
+            f"the adapter in {folder} is damaged, copy or make it again: {BASE_FILE} does not say what it is for"
+        ) from error
     if base and base[0] != fingerprint(base_dir):
         raise UserError(
             f"the adapter in {folder} is for another base than {base_dir}: give the one that it was trained on,"
@@ -236,10 +241,5 @@ def combined_training_data(base: TrainingData | None, folder: Path) -> TrainingD
     Raises:
         UserError: what the adapter says cannot be read.
     """
-    file = folder / DATA_FILE
-    if base is None or not file.is_file():
-        return None
-    try:
-        return base | TrainingData.from_json(json.loads(file.read_text()))
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} is damaged, copy or make it again: {error}") from error
+    own = read_training_data(folder) if base else None
+    return base | own if base and own else None

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from ..config import BUNDLED_DIR, FormatConfig, ModelConfig, Quantize
@@ -220,12 +221,19 @@ def load_model(
     folder = checkpoint_dir(path)
     require_ours(folder)
     lm = read_weights(folder, dtype, device, quantize)
+    return Model(lm.eval(), _read_format(lm.config.arc_format, folder), read_training_data(folder))
+
+
+def _read_format(saved: Any, folder: Path) -> FormatConfig:
     try:
-        format = FormatConfig.model_validate(lm.config.arc_format)
-        trained_on = read_training_data(folder)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder} is damaged, copy or make it again: {error}") from None
-    return Model(lm.eval(), format, trained_on)
+        return FormatConfig.model_validate(saved)
+    except ValidationError as error:
+        first = error.errors()[0]
+        what = ".".join(["arc_format", *map(str, first["loc"])])
+        raise UserError(
+            f"config.json in {folder} has {what}={json.dumps(first['input'])}, which this version of arc_solver does"
+            " not know: copy it again, or use the version that wrote it"
+        ) from None
 
 
 def require_ours(folder: Path) -> None:

@@ -176,7 +176,10 @@ def _check_targets(folder: Path, targets: Any, layers: Iterable[str]) -> None:
             else:
                 named = targets is None or any(f".{layer}".endswith(f".{target}") for target in targets)
         except (TypeError, re.error) as error:
-            raise UserError(f"the adapter in {folder} has target_modules that cannot be read: {error}") from error
+            raise UserError(
+                f"the adapter in {folder} has target_modules={json.dumps(targets)} in {CONFIG_FILE}, and must have a"
+                " list of layers' names there, or one regular expression: copy or make it again"
+            ) from error
         if not named:
             raise UserError(
                 f"the adapter in {folder} is damaged, copy or make it again: it has weights for {layer}, which is not"
@@ -199,10 +202,15 @@ def layer_alphas(folder: Path, settings: Mapping[str, Any], ranks: Mapping[str, 
     for name, rank in ranks.items():
         said = _of_layer(folder, settings, "rank_pattern", name, settings.get("r", 8))
         alpha = _of_layer(folder, settings, "alpha_pattern", name, settings.get("lora_alpha", 8))
-        if said != rank or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+        if said != rank:
             raise UserError(
                 f"the adapter in {folder} is damaged, copy or make it again: the weights of {name} are of rank {rank},"
-                f" and {CONFIG_FILE} says rank {said} and alpha {alpha}"
+                f" and {CONFIG_FILE} says rank {said}"
+            )
+        if not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+            raise UserError(
+                f"the adapter in {folder} has alpha {alpha} for {name} in {CONFIG_FILE}, and what scales its weights"
+                " must be a number above 0: write there what it was trained with"
             )
         alphas[name] = alpha * (math.sqrt(rank) if settings.get("use_rslora") else 1)
     return alphas
@@ -214,4 +222,7 @@ def _of_layer(folder: Path, settings: Mapping[str, Any], pattern: str, name: str
         patterns = (settings.get(pattern) or {}).items()
         return next((value for key, value in patterns if re.match(rf"(.*\.)?({key})$", name)), usual)
     except (AttributeError, re.error) as error:
-        raise UserError(f"the adapter in {folder} has a {pattern} that cannot be read: {error}") from error
+        raise UserError(
+            f"the adapter in {folder} has {pattern}={json.dumps(settings[pattern])} in {CONFIG_FILE}, and must have"
+            " regular expressions of layers' names there, each with a number: copy or make it again"
+        ) from error

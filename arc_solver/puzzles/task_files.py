@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import TasksConfig
-from ..errors import UserError
+from ..errors import UserError, counted
 from ..rng import named_rng
 from .file_tree import FileTree, Folder, json_stem, open_inside, open_tree, read_json
 from .tasks import Grid, Pair, Solutions, Task, TaskSet, TooLarge, _shown, challenge, make_grid
@@ -33,6 +33,14 @@ BUILT_IN = ("demo", "arc-agi-1/training", "arc-agi-1/evaluation")
 _log = logging.getLogger(__name__)
 
 MOST_OF_ID = 180  # bytes; file names may have 255
+
+
+class NotThere(UserError):
+    """There is nothing at `place`, where `what` (tasks or solutions) are said to be."""
+
+    def __init__(self, said: str, what: str, place: str):
+        super().__init__(said)
+        self.what, self.place = what, place
 
 
 def load_tasks(config: TasksConfig, outputs: bool = True) -> TaskSet:
@@ -51,14 +59,16 @@ def load_tasks(config: TasksConfig, outputs: bool = True) -> TaskSet:
         ids = [i if i in by_id else safe_id(i) for i in config.ids]
         missing = [i for i in ids if i not in by_id]
         if missing:
-            raise UserError(f"{found.name} has no task {', '.join(map(repr, missing))}; it has {len(by_id)} tasks")
+            raise UserError(
+                f"{found.name} has no task {', '.join(map(repr, missing))}; it has {counted(len(by_id), 'task')}"
+            )
         tasks = [by_id[i] for i in dict.fromkeys(ids)]
     if config.limit:
         tasks = smallest(tasks, config.limit)
     if config.sample > len(tasks):
         raise UserError(
-            f"tasks.sample (--sample) is {config.sample}, and there are {len(tasks)} tasks to draw from: give at most"
-            " that, or leave it out for all"
+            f"tasks.sample (--sample) is {config.sample}, of only {counted(len(tasks), 'task')}: give at most that, or"
+            " leave it out for all"
         )
     if config.sample:
         tasks = sample(tasks, config.sample, config.sample_seed)
@@ -104,9 +114,13 @@ def _read(config: TasksConfig, outputs: bool) -> TaskSet:
     try:
         path.stat()
     except OSError as error:
-        raise UserError(
-            f"tasks '{spec}' not found ({error.strerror}): give demo, arc-agi-1/training, arc-agi-1/evaluation, a"
-            " Kaggle challenges file, a folder of <task id>.json files, one task file, or an archive of them"
+        outer = next((parent for parent in path.parents if parent.is_file()), None)
+        why = f"{outer} has no {path.relative_to(outer)}" if outer else error.strerror
+        raise NotThere(
+            f"tasks '{spec}' not found ({why}): give demo, arc-agi-1/training, arc-agi-1/evaluation, a"
+            " Kaggle challenges file, a folder of <task id>.json files, one task file, or an archive of them",
+            "tasks",
+            spec,
         ) from None
     found = read_tree(tree, solutions, outputs) if tree else read_file(path, solutions, outputs)
     return replace(found, name=spec)
@@ -161,12 +175,15 @@ def read_tree(tree: FileTree, solutions_file: Path | None = None, outputs: bool 
         return read_file_of(*(combined or files)[0], solutions_file, outputs)
     if solutions_file:
         raise UserError(f"{tree.path} is a folder of task files, which hold their outputs: leave --solutions out")
-    raw_tasks = []
+    raw_tasks: list[tuple[str, Any, str]] = []
     for leaf, name in files:
         content, where = leaf.load(name), leaf.where(name)
         if not _is_task(content):
             if not _other_kind(content) and _holds_task(content, name, where):
                 raise UserError(f"{where} holds many tasks, and lies among files of one task each: give it by itself")
+            if raw_tasks or any(_is_task(beside.load(other)) for beside, other in files[1:3]):
+                what = _other_kind(content) or f"no task, but {_shown(content)}"
+                raise UserError(f"{where} lies among task files: take it out, as it holds {what}")
             raise _no_task(content, where)
         raw_tasks.append((json_stem(name), content, where))
     return TaskSet(tree.path, *_all_of(raw_tasks, tree.path, outputs))
@@ -261,6 +278,14 @@ def read_file_of(tree: FileTree, name: str, solutions_file: Path | None = None, 
     if not outputs:
         return TaskSet(where, tasks, {})
     if solutions_file is not None:
+        if not solutions_file.exists() and open_inside(solutions_file):
+            raise UserError(f"{solutions_file} is in an archive: unpack it, and give the file as --solutions")
+        if not solutions_file.exists():
+            raise NotThere(
+                f"solutions {solutions_file} do not exist: give the file that belongs to the challenges",
+                "solutions",
+                str(solutions_file),
+            )
         solutions = read_solutions(read_json(solutions_file), str(solutions_file), tasks)
     elif is_kaggles:
         usual = [stem.removesuffix("challenges") + f"solutions.json{end}" for end in ("", ".gz")]
@@ -358,15 +383,16 @@ def read_solutions(content: Any, file: str, tasks: Sequence[Task]) -> Solutions:
     by_id = {safe_id(name): grids for name, grids in content.items()}
     if lacking := sorted(task.id for task in tasks if task.id not in by_id):
         raise UserError(
-            f"{file} lacks the solutions of {len(lacking)} of the {len(tasks)} tasks, e.g. {lacking[0]}: give the one"
-            " that belongs to the challenges, or move it away to solve without a score"
+            f"{file} lacks the solutions of {len(lacking)} of {counted(len(tasks), 'task')}, e.g. {lacking[0]}: give"
+            " the one that belongs to the challenges, or move it away to solve without a score"
         )
     solutions: Solutions = {}
     for task in tasks:
         grids, count = by_id[task.id], len(task.test)
         if not isinstance(grids, list) or len(grids) != count:
             raise UserError(
-                f"{file}: task {task.id}: expected a list of {count} grids, one a test input, got {_shown(grids)}"
+                f"{file}: task {task.id}: expected a list of {counted(count, 'grid')}, one a test input, got"
+                f" {_shown(grids)}"
             )
         solutions[task.id] = tuple(
             make_grid(grid, f"{file}: task {task.id}, test output {i}") for i, grid in enumerate(grids)

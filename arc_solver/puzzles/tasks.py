@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UserError
+from ..errors import UserError, counted
 
 MAX_SIDE = 30
 COLOURS = 10
@@ -117,7 +117,7 @@ def make_grid(rows: Any, where: str) -> Grid:
         if len(row) > MAX_SIDE:
             raise TooLarge(f"{where}, row {r}: expected at most {MAX_SIDE} cells, got {len(row)}")
         if len(row) != len(rows[0]):
-            raise UserError(f"{where}, row {r}: expected {len(rows[0])} cells as in row 0, got {len(row)}")
+            raise UserError(f"{where}, row {r}: expected {counted(len(rows[0]), 'cell')} as in row 0, got {len(row)}")
         for cell in row:
             if type(cell) is not int or not 0 <= cell < COLOURS:
                 raise UserError(f"{where}, row {r}: expected whole numbers 0-9, got {_shown(cell)}")

@@ -94,7 +94,7 @@ def build(config: Config, releases: Path, say: Say) -> Release:
         MachineError: pip failed, or the disk is full.
     """
     if not (CHECKOUT / "pyproject.toml").is_file():
-        raise UserError("an installed wheel cannot build a release: clone the project, and call bin/submit there")
+        raise UserError("an installed wheel cannot build a release: clone the project, and call ./bin/submit there")
     try:
         releases.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=releases, prefix=".part-") as name:

@@ -20,7 +20,7 @@ from typing import IO, Any
 from packaging.utils import canonicalize_name
 
 from ..config import MACHINES, Config
-from ..errors import UserError, first_line
+from ..errors import UserError, counted, first_line
 from ..files import sha256
 from .image import IMAGE_FILE, Changes, Wheel, read_image, read_lock, read_wheel, simulate
 
@@ -94,9 +94,9 @@ class Report:
         return {**asdict(self), "total_bytes": self.total_bytes}
 
     def __str__(self) -> str:
-        lines = [f"{len(self.added)} packages are added to the image: {_list(self.added)}"] if self.added else []
+        lines = [f"{counted(len(self.added), 'package')} added to the image: {_list(self.added)}"] if self.added else []
         replaced = {name: f"{old} -> {new}" for name, (old, new) in self.replaced.items()}
-        lines += [f"{len(replaced)} are replaced: {_list(replaced)}"] if replaced else []
+        lines += [f"{len(replaced)} replaced: {_list(replaced)}"] if replaced else []
         sizes = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in self.sizes.items())
         lines += [f"{self.total_bytes / 1e6:.1f} MB travel: {sizes}"] if sizes else []
         lines += [f"wrong: {complaint}" for complaint in self.complaints] or ["nothing is wrong"]
@@ -200,7 +200,7 @@ def _address(where: str, about: dict[str, Any], config: Config, shortest: int, s
         yield f"{where}: id is {about.get('id')!r}, and must be owner/slug of a-z, 0-9 and -"
         return
     if not shortest <= len(slug) <= 50:
-        yield f"{where}: the slug {slug} has {len(slug)} characters, and Kaggle takes {shortest} to 50"
+        yield f"{where}: the slug {slug} has {counted(len(slug), 'character')}, and Kaggle takes {shortest} to 50"
     if config.kaggle.owner and owner != config.kaggle.owner:  # unset, it is filled in when it is known who pushes
         yield f"{where}: the owner is {owner}, and kaggle.owner says {config.kaggle.owner}"
     title = about.get("title")

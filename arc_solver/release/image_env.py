@@ -156,4 +156,5 @@ def _own_environment() -> dict[str, str]:
 
 
 def _last(text: str) -> str:
-    return (text.strip().splitlines() or ["it says nothing"])[-1]
+    lines = text.strip().splitlines() or ["it says nothing"]
+    return next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1])  # pip's, before its notices

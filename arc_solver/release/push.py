@@ -20,7 +20,7 @@ from typing import Any
 from ..answers import read_submission
 from ..clock import format_duration
 from ..command import Say
-from ..errors import MachineError, UserError
+from ..errors import MachineError, UserError, counted
 from ..files import write_json
 from ..puzzles import Task, read_json
 from ..waiting import Wait, waiting
@@ -304,7 +304,7 @@ class Pusher:
             answers = read_submission(file, tasks)
         except UserError as error:
             raise MachineError(f"the run of {ref} v{version} left a bad submission: {error}") from None
-        self.say(f"{file} is whole: {len(answers)} tasks")
+        self.say(f"{file} is whole: {counted(len(answers), 'task')}")
         self.state.update(output=file.relative_to(self.release.folder).as_posix())
         return file
 
@@ -441,7 +441,7 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 def _size(folder: Path) -> str:
     sizes = _sizes(folder).values()
-    return f"{len(sizes)} files, {sum(sizes) / 1e6:.1f} MB"
+    return f"{counted(len(sizes), 'file')}, {sum(sizes) / 1e6:.1f} MB"
 
 
 def _end(log: str) -> str:

@@ -30,7 +30,8 @@ from ..waiting import Wait, waiting
 T = TypeVar("T")
 
 CHUNK = 1 << 20  # bytes of a download that are held at a time
-_CLIENT = Path(sys.executable).with_name("kaggle")
+_BESIDE = Path(sys.executable).with_name("kaggle")  # not there where the client was installed elsewhere
+_CLIENT = _BESIDE if _BESIDE.is_file() else f"{sys.executable} -m kaggle"
 SIGN_IN = f"run `{_CLIENT} auth login`, or make a token on kaggle.com/settings and follow what is said there"
 ADVICE = (  # a part of Kaggle's words in lower case, or the code of its answer: what helps
     ("session count", "wait until one of your running notebooks has ended, or stop it; then continue"),

@@ -9,13 +9,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from rich.console import Console
 
 from ..clock import duration_s
-from ..command import Parser, Say
+from ..command import Parser, Say, as_called
 from ..config import BUNDLED_DIR, Config, TasksConfig, load_config
 from ..data import leak_audit, read_training_data
-from ..errors import MachineError, UserError
+from ..errors import MachineError, UserError, counted
 from ..files import lock
 from ..puzzles import TaskSet, load_tasks
 from ..waiting import Reporter, waiting
@@ -90,6 +91,8 @@ def _parse(arguments: list[str]) -> Any:
     if not args.config:
         raise UserError("bin/submit needs a config, such as configs/kaggle-cpu.toml; see bin/submit --help")
     if args.step and args.config != "status" and args.step not in STEPS:
+        if args.config in STEPS and "=" not in args.step:
+            raise UserError(f"the config comes first: bin/submit {args.step} {args.config}")
         if "=" not in args.step:
             raise UserError(f"{args.step} is no step; they are {', '.join(STEPS)}")
         args.overrides, args.step = [args.step, *args.overrides], None
@@ -113,7 +116,7 @@ def _steps(args: Any, say: Say) -> dict[str, Any]:
         if args.overrides:
             raise UserError(f"{args.config} is built: settings are given with a config file instead")
         release = Release(Path(args.config))
-        config = Config.model_validate(release.manifest["config"])
+        config = _config_of(release)
     elif Path(args.config).is_dir():
         raise UserError(f"{args.config} is no folder that bin/submit built: give a config file, or runs/submit/NAME")
     else:
@@ -129,8 +132,17 @@ def _steps(args: Any, say: Say) -> dict[str, Any]:
         for step in [args.step] if args.step else STEPS[:-1]:
             outcome |= _DO[step](release, config, args, say)
     if not args.step:
-        say(f"nothing was submitted; to enter: bin/submit {release.folder} submit --yes")
+        say(as_called(f"nothing was submitted; to enter: bin/submit {release.folder} submit --yes"))
     return outcome
+
+
+def _config_of(release: Release) -> Config:
+    try:
+        return Config.model_validate(release.manifest["config"])
+    except ValidationError:
+        raise UserError(
+            f"{release.folder} was built by another version of arc_solver: build it again from its config"
+        ) from None
 
 
 def _check(release: Release, config: Config, args: Any, say: Say) -> dict[str, Any]:
@@ -143,8 +155,11 @@ def _check(release: Release, config: Config, args: Any, say: Say) -> dict[str, A
 
 def _checked(release: Release, config: Config) -> Report:
     report = check(release.folder, config)
+    if len(report.complaints) == 1:
+        raise UserError(report.complaints[0])
     if report.complaints:
-        raise UserError("; ".join(report.complaints))
+        lines = "".join(f"\n  {complaint}" for complaint in report.complaints)
+        raise UserError(f"{len(report.complaints)} things are wrong in {release.folder}:{lines}")
     return report
 
 
@@ -181,12 +196,16 @@ def _rehearse_once(
     competition = release.folder / "rehearsal" / f"{terms.mode}-tasks"
     shutil.rmtree(competition, ignore_errors=True)
     competition_files(competition, task_set)
-    count, spec = len(task_set.tasks), f"the {len(task_set.tasks)} tasks of {task_set.name} with the fewest tokens"
+    count, spec = (
+        len(task_set.tasks),
+        f"the {counted(len(task_set.tasks), 'task')} of {task_set.name} with the fewest tokens",
+    )
     say(f"rehearsing {title}: {spec}")
     ran = rehearse(release.folder, competition, python, release.folder / "rehearsal" / terms.mode, terms, say)
     for line in ran.differences:
         say(f"unlike Kaggle: {line}")
-    say(f"{title} took {ran.seconds:.0f} s, answered {ran.answered} of {count} tasks, and left {ran.submission}")
+    answered = f"{ran.answered} of {counted(count, 'task')}"
+    say(f"{title} took {ran.seconds:.0f} s, answered {answered}, and left {ran.submission}")
     done = {"seconds": round(ran.seconds, 1), "submission": str(ran.submission), "tasks": count}
     done |= {"answered": ran.answered}
     if ran.score:
@@ -209,7 +228,7 @@ def _push(release: Release, config: Config, args: Any, say: Say) -> dict[str, An
     with waiting(say, "checking all files of the release"):
         _checked(release, config)
     if not State(release)["rehearsal"]:
-        say(f"this was not rehearsed: bin/submit {release.folder} dry-run tells what would fail at Kaggle")
+        say(as_called(f"this was not rehearsed: bin/submit {release.folder} dry-run tells what would fail at Kaggle"))
     tasks = list(load_tasks(TasksConfig(spec=args.tasks)).tasks) if args.tasks else None
     pusher = _pusher(release, config, args, say)
     pusher.push_datasets()
@@ -262,7 +281,11 @@ def _told(state: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """What a person wants to know of a release."""
     yield from ((key, state[key]) for key in ("release", "content"))
     for mode, ran in state.get("rehearsal", {"dry run": None}).items():
-        said = f"answered {ran['answered']} of {ran['tasks']} tasks in {ran['seconds']:.0f} s" if ran else "not made"
+        said = (
+            f"answered {ran['answered']} of {counted(ran['tasks'], 'task')} in {ran['seconds']:.0f} s"
+            if ran
+            else "not made"
+        )
         yield f"rehearsed {mode}" if ran else mode, said
     for ref, dataset in (state.get("datasets") or {}).items():
         yield "dataset", f"{ref} v{dataset['version']}"

@@ -11,8 +11,9 @@ from pathlib import Path
 from rich.console import Console
 
 from ..answers import revote
+from ..answers.revote import tasks_of_run
 from ..command import Parser, add_task_arguments, task_overrides, user_path
-from ..config import Config, load_config
+from ..config import Config, ModelConfig, TasksConfig, load_config
 from ..errors import UserError
 from ..puzzles import TaskSet, load_tasks
 from ..waiting import IMPORTING_S, Reporter, waiting
@@ -52,10 +53,19 @@ def parse(arguments: list[str]) -> tuple[Config, Path | None]:
         *(f"run.{key}={json.dumps(value)}" for key, value in given.items() if value is not None),
     ]
     if args.out and not args.config and (args.out / "run.json").exists():  # to be continued as it was begun
-        saved_config(args.out)
+        saved = saved_config(args.out)
         where = [] if args.executor in (None, "ray") else ["run.address="]
-        return _anywhere(load_config(args.out / "config.json", ["run.time_budget=", *where, *overrides])), args.out
+        config = _anywhere(load_config(args.out / "config.json", ["run.time_budget=", *where, *overrides]))
+        _require_weights(args.out, saved.model, config.model)
+        return config, args.out
     return _anywhere(load_config(args.config, overrides)), args.out
+
+
+def _require_weights(run_dir: Path, saved: ModelConfig, now: ModelConfig) -> None:
+    """Refuses to continue a run whose model or adapter is gone, unless others are asked for, which is refused later."""
+    for what, before, path in (("model", saved.path, now.path), ("adapter", saved.adapter, now.adapter)):
+        if path and path == before and not Path(path).exists():
+            raise UserError(f"the {what} of {run_dir} is no longer at {path}: put it back, or give another --out")
 
 
 def _anywhere(config: Config) -> Config:
@@ -68,7 +78,7 @@ def _anywhere(config: Config) -> Config:
 
     second = Path(config.run.submission)
     if not second.parent.is_dir():
-        raise UserError(f"--submission {second}: there is no folder {second.parent}")
+        raise UserError(f"--submission {second}: there is no folder {second.parent}: make it, or give another")
     if config.run.submission and second.is_dir():
         raise UserError(f"--submission {second} is a folder: give a file, such as {second}/submission.json")
     run = config.run.model_copy(update={"submission": config.run.submission and str(second.absolute())})
@@ -103,8 +113,12 @@ def main(arguments: list[str]) -> int:
         return reliability.main(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     config, out = parse(arguments)
-    task_set = load_tasks(config.tasks)
+    begun = out and (out / "run.json").exists() and saved_config(out).tasks.spec == config.tasks.spec
+    task_set = tasks_of_run(out, config.tasks) if out and begun else load_tasks(config.tasks)
+    remark = ""
+    if out and not out.exists() and config.tasks == TasksConfig():  # as where a run was meant, whose name is mistyped
+        remark = f"{out} is new: the demo set is solved there, as no --tasks say otherwise"
     with waiting(Reporter(Console()), "starting", quiet_s=IMPORTING_S):
         from .solve import run
 
-    return run(config, task_set, out or default_run_dir(task_set))
+    return run(config, task_set, out or default_run_dir(task_set), remark)

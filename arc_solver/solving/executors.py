@@ -369,7 +369,8 @@ class Processes:
         pipe.close()
         del self._processes[number]
         code = process.exitcode or 0
-        return f"worker {number} ended ({f'signal {-code}' if code < 0 else f'exit code {code}'})"
+        killed = f"signal {-code}{', as where memory runs out' * (code == -signal.SIGKILL)}"
+        return f"worker {number} ended ({killed if code < 0 else f'exit code {code}'})"
 
 
 @contextmanager
@@ -523,13 +524,16 @@ def _connect(count: int, address: str | None) -> Any:
         ray.init(address or "local", logging_level=logging.ERROR, runtime_env=environment, **local)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         if not address:
-            raise UserError(f"Ray cannot be started on this machine: {first_line(error)}") from None
-        if address == "auto":
+            raise UserError(
+                f"Ray cannot be started on this machine ({first_line(error)}): leave --executor ray out"
+            ) from None
+        if address == "auto" and isinstance(error, ConnectionError):
             raise UserError(
                 "no Ray runs on this machine: start it with ray start --head --port=6379, or give --address HOST:6379"
             ) from None
+        said = " ".join(str(error).split())  # of another version it says in the lines after the first
         raise UserError(
-            f"no Ray cluster at {address} ({first_line(error)}): give host:port of its head, and the cluster's"
+            f"no Ray cluster at {address} ({said}): give host:port of its head, and the cluster's"
             " RAY_AUTH_MODE and token if it wants one"
         ) from None
     return ray

@@ -7,9 +7,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ..answers.chances import expected_solved, fit_coefficients, reliability
+from ..answers.chances import COEFFICIENTS, expected_solved, fit_coefficients, reliability
 from ..command import Parser, user_path
-from ..errors import UserError
+from ..errors import UserError, counted
 from ..puzzles.pictures import reliability_curve
 from .journal import TaskStatus
 from .status import best_statuses
@@ -23,7 +23,10 @@ def answered_tasks(run_dir: Path) -> list[tuple[TaskStatus, bool]]:
     """
     task_set, statuses = best_statuses(run_dir)
     if not task_set.solutions:
-        raise UserError(f"no solution is known to the tasks of {run_dir} ({task_set.name})")
+        raise UserError(
+            f"chances are compared with what is solved, and no solution is known to the tasks of {run_dir}"
+            f" ({task_set.name}): give a run of tasks with solutions"
+        )
     return [(status, all(status.solved)) for status in statuses.values() if status.solved is not None]
 
 
@@ -38,17 +41,24 @@ def main(arguments: list[str]) -> int:
     args = parser.parse_args(arguments)
     answered = [found for run_dir in args.reliability for found in answered_tasks(run_dir)]
     if not answered:
-        raise UserError("none of the tasks with a known solution has an answer yet")
+        raise UserError("none of the tasks with a known solution has an answer yet: wait for the run, or let it go on")
     if args.fit:
         fitted = fit_coefficients([(status.agreement, status.leave_one_out, solved) for status, solved in answered])
-        print(json.dumps([round(value, 2) for value in fitted]))
+        values = [round(value, 2) for value in fitted]
+        names = "constant", "agreement", "leave-one-out"
+        said = ", ".join(f"{name} {value:g}" for name, value in zip(names, values, strict=True))
+        used = ", ".join(f"{value:g}" for value in COEFFICIENTS)
+        told = f"{said}: fitted on {counted(len(answered), 'task')}, for COEFFICIENTS in answers/chances.py, now {used}"
+        print(json.dumps(dict(zip(names, values, strict=True))) if args.json else told)
         return 0
     judged = [(status.chance, solved) for status, solved in answered]
     bins = reliability(judged)
     number, low, high = expected_solved([chance for chance, _ in judged])
     solved = sum(right for _, right in judged)
     brier = sum((chance - right) ** 2 for chance, right in judged) / len(judged)
-    title = f"{len(judged)} tasks: {number:.0f} expected to be solved ({low:.0f} to {high:.0f}), {solved} are"
+    title = (
+        f"{counted(len(judged), 'task')}: {number:.0f} expected to be solved ({low:.0f} to {high:.0f}), {solved} are"
+    )
     if args.picture:
         try:
             reliability_curve([(x.chance, x.share, x.low, x.high, x.tasks) for x in bins], title, args.picture)

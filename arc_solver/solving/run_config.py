@@ -45,16 +45,21 @@ def saved_config(run_dir: Path) -> Config:
     """
     if not (run_dir / "run.json").is_file() or not (run_dir / "config.json").is_file():
         raise UserError(f"{run_dir} is no run of bin/solve: give what its --out was")
+    file = run_dir / "config.json"
+    _whole(run_dir, file.name, lambda: _require_config(read_json(file), file))
     try:
-        return _whole(run_dir, "config.json", lambda: load_config(run_dir / "config.json"))
+        return load_config(file)
     except UserError as error:
-        if not str(error).startswith("unknown setting"):
-            raise
-        setting = str(error).split()[2]
+        said = str(error).replace(f" (config {file})", "")
         raise UserError(
-            f"{run_dir} was made by another version of arc_solver, which had the setting {setting}: use that one for"
-            " it, or begin again with another --out"
+            f"{run_dir} was made by another version of arc_solver ({said}): use that one for it, or begin again with"
+            " another --out"
         ) from None
+
+
+def _require_config(content: Any, file: Path) -> None:
+    if not isinstance(content, dict) or not any(section in content for section in Config.model_fields):
+        raise UserError(f"{file} holds no settings")
 
 
 def config_text(config: Config) -> str:
@@ -88,4 +93,8 @@ def refuse_another_run(run_dir: Path, config: Config, facts: Mapping[str, str]) 
     saved = _whole(run_dir, "run.json", lambda: read_json(run_dir / "run.json"))
     for what in ("tasks", "checkpoint"):
         if not isinstance(saved, dict) or saved.get(what) != facts[what]:
-            raise UserError(f"{run_dir} is a run with another content of the {what}: give another --out")
+            where = {"tasks": config.tasks.spec, "checkpoint": config.model.path or "the bundled model"}[what]
+            raise UserError(
+                f"{run_dir} was begun with another content of the {what} ({where}): put that back, or give another"
+                " --out"
+            )

@@ -24,9 +24,11 @@ from rich.text import Text
 from ..answers.submission import table_of
 from ..answers.vote import rank
 from ..clock import format_guess, process_age_s
+from ..command import as_called
 from ..config import Config
 from ..data import TrainingData, leak_audit, read_training_data
 from ..decoding.engine_choice import check_engine, engine_kind
+from ..errors import counted
 from ..models import checkpoint_dir, describe_precision, fresh_adapter, pick_device, unverified_base_warning
 from ..models.hardware import whole_memory
 from ..models.model import require_ours
@@ -40,7 +42,7 @@ from . import status
 from .adapt import group_by_length, max_group_size
 from .budget import Budget
 from .executors import SPAWN, Executor, cores, make_executor, start_preloading
-from .joint import joint_record, train_jointly
+from .joint import joint_record, require_demonstrations, train_jointly
 from .journal import Journal, open_journal
 from .scheduler import FinishedTask, Scheduler
 from .status import Meter
@@ -146,7 +148,7 @@ class _Shown:
             left_s = (now - began) * (1 - share) / (share - before)
             wait.expect_end_in(min(left_s, self.deadline - now))
         done, tasks = len(scheduler.journal.statuses), len(scheduler.journal.task_set.tasks)
-        wait.what, wait.note = f"{done} of {tasks} tasks", f"{share:.0%} of the work"
+        wait.what, wait.note = f"{done} of {counted(tasks, 'task')}", f"{share:.0%} of the work"
 
     def _guess(self, job: Job | None, tokens: float, now: float) -> None:
         """Says what all of it is likely to take, once adapting was measured for a moment or a first job has ended."""
@@ -201,24 +203,25 @@ def _task_line(finished: FinishedTask, record: dict[str, Any]) -> str:
     if learnt := result.adaptation:
         parts.append(f"loss {learnt['first_loss']:.3f} to {learnt['last_loss']:.3f}{_ENDS[learnt['ended']]}")
         if learnt["dropped"]:
-            parts.append(f"samples lost up to {_count(learnt['dropped'], 'demonstration')}")
+            parts.append(f"samples lost up to {counted(learnt['dropped'], 'demonstration')}")
     if result.predictions.candidates:
         parts.append(
             "; ".join(
-                f"attempts with {' and '.join(map(str, votes))} votes, of {_count(distinct, 'distinct answer')}"
+                f"attempts with {' and '.join(map(str, votes))} vote{'s' * (votes != [1])},"
+                f" of {counted(distinct, 'distinct answer')}"
                 for votes, distinct in zip(record["votes"], record["distinct"], strict=True)
             )
         )
     if cost := record["cost"]:
-        parts.append(f"{cost['forward_steps']} forward steps")
+        parts.append(counted(cost["forward_steps"], "forward step"))
         if cost["drafted"]:
             parts.append(f"{cost['accepted']} of {cost['decoded']} ids from drafts")
     if record["dropped"]:
-        parts.append(f"prompts lost up to {_count(record['dropped'], 'demonstration')}")
+        parts.append(f"prompts lost up to {counted(record['dropped'], 'demonstration')}")
     if record["too_long"]:
-        parts.append(f"{_count(record['too_long'], 'prompt')} too long for the model, whose replies may be cut")
+        parts.append(f"{counted(record['too_long'], 'prompt')} too long for the model, whose replies may be cut")
     if record["capped"]:
-        parts.append(f"search cut in {_count(record['capped'], 'view')}")
+        parts.append(f"search cut in {counted(record['capped'], 'view')}")
     return ", ".join(parts)
 
 
@@ -237,7 +240,9 @@ def _picture(
     shown: list[RenderableType] = []
     attempts = {i: status.attempts for i, status in journal.statuses.items()}
     drawn = config.run.show
-    if not summary["score"]:
+    if not summary["answered"]:
+        shown.append(Text("no task has an answer, so there is no score"))
+    elif not summary["score"]:
         shown += [task_picture(t, attempts[t.id], None) for t in task_set.tasks if t.id in attempts][:drawn]
     else:
         per_task = {i: share for i, share in summary["score"]["per_task"].items() if i in attempts}
@@ -246,26 +251,26 @@ def _picture(
             if ids and drawn:
                 shown.append(Rule(f"{title}: {min(len(ids), drawn)} of {len(ids)}"))
                 shown += [task_picture(journal.tasks[i], attempts[i], task_set.solutions[i]) for i in ids[:drawn]]
-    title = f"{task_set.name}, {_count(len(task_set.tasks), 'task')}, seed {config.run.seed}"
+    title = f"{task_set.name}, {counted(len(task_set.tasks), 'task')}, seed {config.run.seed}"
     shown.append(table_of(title, status.summary_rows(summary)))
-    if summary["score"]:
+    if summary["score"] and summary["answered"]:
         unknown = "no leak audit: this checkpoint does not say what it was trained on"
         shown.append(Text(str(leak_audit(trained_on, task_set)) if trained_on else unknown))
     return Group(*shown)
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' * (number != 1)}"
+def run(config: Config, task_set: TaskSet, run_dir: Path, remark: str = "") -> int:
+    """Solves the tasks in a run directory, new or continued, and shows what came of it. The command's exit code.
 
-
-def run(config: Config, task_set: TaskSet, run_dir: Path) -> int:
-    """Solves the tasks in a run directory, new or continued, and shows what came of it. The command's exit code."""
+    Args:
+        remark: said once the run has begun.
+    """
     deadline = _deadline(config)
     console = Console()
     plain = Reporter(console)
     device = pick_device(config.run.device)
     if config.adapt.joint:
-        require_packages()
+        require_packages("adapt.joint")
     require_ours(checkpoint_dir(config.model.path))  # else a process would be started in vain, and end seconds later
     in_processes = config.run.executor == "processes"
     context = start_preloading(WORKERS_IMPORT) if in_processes and device.type == "cpu" else SPAWN
@@ -281,6 +286,8 @@ def run(config: Config, task_set: TaskSet, run_dir: Path) -> int:
     parameters, trained_on = model.parameters_count, model.trained_on
     del model, start_adapter  # workers have their own
     chosen = smallest(task_set.tasks, config.run.smoke) if config.run.smoke else task_set.tasks
+    if config.adapt.joint:
+        require_demonstrations(chosen, config)
     groups = group_by_length(chosen, config.adapt, device, most)
     weights = [checkpoint_dir(config.model.path), *([Path(config.model.adapter)] if config.model.adapter else [])]
     count = worker_count(config, len(groups))
@@ -296,26 +303,30 @@ def run(config: Config, task_set: TaskSet, run_dir: Path) -> int:
                 signal.signal(signal.SIGTERM, signal.default_int_handler)  # once more: Ray has put its own there
                 journal = journal or stack.enter_context(begin())
             plain(
-                f"{_count(len(task_set.tasks), 'task')} from {task_set.name};"
+                f"{counted(len(task_set.tasks), 'task')} from {task_set.name};"
                 f" model of {parameters:,} parameters on {device} in {describe_precision(device)},"
-                f" {_count(executor.count, 'worker')}; engine {kind} ({why}); run directory {run_dir}"
+                f" {counted(executor.count, 'worker')}; engine {kind} ({why}); run directory {run_dir}"
             )
-            if config.model.adapter and (remark := unverified_base_warning(Path(config.model.adapter))):
+            if remark:
                 plain(remark)
+            if config.model.adapter and (base := unverified_base_warning(Path(config.model.adapter))):
+                plain(base)
             if journal.continued:
-                plain(f"continued: {len(journal.statuses)} of {len(task_set.tasks)} tasks have an answer")
+                plain(f"continued: {len(journal.statuses)} of {counted(len(task_set.tasks), 'task')} answered")
             for file in journal.damaged:
                 plain(f"{file} could not be read and is solved again")
             chunks, budget = partial(prediction_groups, device=device), Budget(executor.count, deadline)
-            starting = f"starting {_count(executor.count, 'worker')}{', vLLM takes minutes' * (kind == 'vllm')}"
+            starting = f"starting {counted(executor.count, 'worker')}{', vLLM takes minutes' * (kind == 'vllm')}"
             scheduler = Scheduler(groups, chunks, config, journal, budget)
             summary = solve(scheduler, executor, deadline, console, starting)
         except KeyboardInterrupt:
             if not journal:
                 raise
             print(
-                f"interrupted; the answers so far are in {run_dir}/submission.json, and bin/solve --out {run_dir}"
-                " goes on",
+                as_called(
+                    f"interrupted; the answers so far are in {run_dir}/submission.json, and bin/solve --out {run_dir}"
+                    " goes on"
+                ),
                 file=sys.stderr,
             )
             return INTERRUPTED
@@ -339,11 +350,12 @@ def _conclude(tasks: int, journal: Journal, summary: dict[str, Any], say: Any) -
     )
     cheap = sum(status.stage == "unadapted" for status in journal.statuses.values())
     if cheap:
-        say(f"no time to adapt to {cheap} of {tasks} tasks, which have the answer of the cheap pass")
+        say(f"no time to adapt to {cheap} of {counted(tasks, 'task')}, which have the answer of the cheap pass")
     if left_out := len(journal.task_set.tasks) - tasks:
-        say(f"only {tasks} of {tasks + left_out} tasks were to be solved; the others have placeholders")
+        say(f"only {tasks} of {counted(tasks + left_out, 'task')} to be solved; the others have placeholders")
     if nothing := tasks - len(journal.statuses):
-        say(f"no time for {nothing} of {tasks} tasks, which have placeholders; bin/solve --out {run_dir} goes on")
+        left = f"no time for {nothing} of {counted(tasks, 'task')}, which have placeholders"
+        say(as_called(f"{left}; bin/solve --out {run_dir} goes on"))
     if summary["fallen_back"]:
         say(f"{status.describe_fallbacks(summary['fallen_back'], tasks)}; see {run_dir}/log.jsonl")
     return INCOMPLETE if nothing or summary["fallen_back"] else 0

@@ -17,10 +17,11 @@ from rich.console import Console
 
 from ..answers import Score
 from ..answers.chances import expected_solved
+from ..answers.revote import tasks_of_run
 from ..answers.submission import Row, data_rows, score_of, score_rows, table_of
 from ..command import Parser, user_path
-from ..errors import UserError
-from ..puzzles import TaskSet, load_tasks, read_json
+from ..errors import UserError, counted
+from ..puzzles import TaskSet, read_json
 from .executors import JobResult
 from .journal import Journal, TaskStatus, read_statuses
 from .run_config import saved_config
@@ -142,17 +143,18 @@ def summary_rows(content: Mapping[str, Any]) -> list[Row]:
         shown.append(("tried once more", f"{content['again']}"))
     if content["fallen_back"]:
         shown.append(("fallen back", describe_fallbacks(content["fallen_back"], content["tasks"])))
-    if content["score"]:
+    if content["score"] and content["answered"]:  # where all failed, there is nothing to score
         shown += score_rows(content["pass@1"], content["score"], content["coverage"])
         if unscored := content["tasks"] - content["score"]["tasks"]:
             shown.append(("tasks without a known solution, not scored", f"{unscored}"))
-    if not content["score"] or content["score"]["tasks"] < content["tasks"]:
+    if content["answered"] and (not content["score"] or content["score"]["tasks"] < content["tasks"]):
         says = "{:.0f} {of}, {:.0f} to {:.0f}".format(*content["expected"], of=of)
         shown.append(("tasks expected to be solved, 95%, from agreement and leave-one-out", says))
     if times := content["seconds_per_task"]:
         shown.append(("time per task, of one worker", "median {median:.0f} s, longest {longest:.0f} s".format(**times)))
     if joint := content.get("joint"):
-        shown.append(("joint stage", "{minutes:.1f} minutes; {steps:,} steps, {tokens:,} tokens".format(**joint)))
+        steps = counted(joint["steps"], "step")
+        shown.append(("joint stage", f"{joint['minutes']:.1f} minutes; {steps}, {joint['tokens']:,} tokens"))
     if seconds := content.get("seconds"):
         spent = f"{seconds['adapting']:.0f} s adapting, {seconds['asking']:.0f} s asking, of all workers together"
         after = " after the joint stage" if joint else ""
@@ -168,7 +170,7 @@ def describe_fallbacks(fallen_back: Mapping[str, str], tasks: int) -> str:
     by_kind = {kind: sorted(i for i, k in fallen_back.items() if k == kind) for kind in ("unadapted", "placeholder")}
     says = {"unadapted": "answered without adaptation", "placeholder": "without any answer"}
     parts = [f"{', '.join(_few(ids))} {says[kind]}" for kind, ids in by_kind.items() if ids]
-    return f"{len(fallen_back)} of {tasks} tasks fell back: {'; '.join(parts)}"
+    return f"{len(fallen_back)} of {counted(tasks, 'task')} fell back: {'; '.join(parts)}"
 
 
 def _few(ids: Sequence[str], most: int = 10) -> list[str]:
@@ -194,7 +196,7 @@ def best_statuses(run_dir: Path) -> tuple[TaskSet, dict[str, TaskStatus]]:
     if not run_dir.is_dir():
         raise UserError(f"{run_dir} is no folder: give what --out of bin/solve was")
     config = saved_config(run_dir)
-    task_set = load_tasks(config.tasks)
+    task_set = tasks_of_run(run_dir, config.tasks)
     # What cannot be read is solved again when the run goes on.
     return task_set, {i: status for i, _, status in read_statuses(run_dir, task_set, config) if status}
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data import DATA_FILE
+from ..errors import counted
 
 TRAINING_FILE = "training.json"  # the figures of a run, beside the weights that it left
 # Of an earlier run, into a later one:
@@ -69,7 +70,7 @@ def model_card(about: Mapping[str, Any], kind: str = "causal language model") ->
 def _kept_out(about: Mapping[str, Any]) -> str:
     overlapping = sum(map(len, about["left_out"].values()))
     return (
-        f"{len(about['held_out'])} tasks held out to validate on, and {overlapping} that the audit left out"
+        f"{counted(len(about['held_out']), 'task')} held out to validate on, and {overlapping} that the audit left out"
         f" (`{TRAINING_FILE}` names them)"
     )
 

@@ -192,8 +192,8 @@ def fit(
         overflowed = 0 if math.isfinite(norm) else overflowed + 1
         if overflowed > (MOST_OVERFLOWS if scaler else 0):
             raise MachineError(
-                f"the gradients of step {k + 1} are not finite (loss {loss.item():g}): training diverged; lower lr, or"
-                " use another precision"
+                f"the gradients of step {k + 1} are not finite (loss {loss.item():g}): training diverged; lower"
+                " train.lr (train.muon_lr with Muon), or use another train.precision"
             )
         pace.end()
         after_step(Step(k + 1, loss.item(), norm, rate, pace.began_s, pace.ended_s, pace.until_s))

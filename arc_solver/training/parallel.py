@@ -31,14 +31,14 @@ from ..models import fast_dtype, pick_device
 from ..models.attention import packs_in_one_graph
 
 
-def require_packages() -> None:
-    """Refuses to begin without what training needs.
+def require_packages(what: str = "training") -> None:
+    """Refuses to begin without what training needs. `what`: as the message names it.
 
     Raises:
         UserError: a package is missing.
     """
     if missing := [name for name in ("accelerate", "peft", "tensorboard") if find_spec(name) is None]:
-        raise UserError(f"training needs {missing[0]}: run {install_command('arc_solver[train]')}")
+        raise UserError(f"{what} needs {missing[0]}: run {install_command('arc_solver[train]')}")
 
 
 class ParallelContext:

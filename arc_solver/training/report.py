@@ -17,11 +17,12 @@ from torch import Tensor
 
 from .. import __version__
 from ..clock import format_duration
+from ..command import as_called
 from ..config import AdaptConfig, Config
 from ..data import TrainingData
 from ..data.corpus import Corpus
 from ..data.stream import COUNTS, pack_in_order
-from ..errors import UserError
+from ..errors import UserError, counted
 from ..files import git_commit, sha256, write_json, write_whole
 from ..models import Model, cpu_name, packed_loss, peak_memory, save_model
 from ..models.adapters import target_names
@@ -58,14 +59,15 @@ def show_plan(config: Config, corpus: Corpus, model: Model, parallel: ParallelCo
         f" {parallel.precision}; {parallel.processes} process{'es' * (parallel.processes > 1)}"
     )
     if not target_names(model):
-        say("it has no linear layers that tasks could be adapted by: bin/solve will need adapt.enabled=false")
+        needs = as_called("bin/solve will need adapt.enabled=false")
+        say(f"it has no linear layers that tasks could be adapted by: {needs}")
     for index, stage in enumerate(config.stages):
         weights = sum(source.config.weight for source in corpus.mixtures[index])
         mixture = ", ".join(
-            f"{source.config.label} {source.config.weight / weights:.0%} ({len(source.tasks)} tasks)"
+            f"{source.config.label} {source.config.weight / weights:.0%} ({counted(len(source.tasks), 'task')})"
             for source in corpus.mixtures[index]
         )
-        say(f"stage {stage.name}: {stage.train.steps} steps; {mixture}")
+        say(f"stage {stage.name}: {counted(stage.train.steps, 'step')}; {mixture}")
         stream = stage_stream(config, corpus, index)
         draws = [stream[i] for i in range(100)]
         lengths = sorted(len(draw.sample) for draw in draws)
@@ -75,7 +77,7 @@ def show_plan(config: Config, corpus: Corpus, model: Model, parallel: ParallelCo
             f" {dropped} lost demonstrations to fit into {stage.corpus.max_tokens}; {skipped} more draws were too long"
         )
     held_out = corpus.partition
-    say(f"validation on {len(held_out.validation.tasks)} held-out tasks of {held_out.config.of}")
+    say(f"validation on {counted(len(held_out.validation.tasks), 'held-out task')} of {held_out.config.of}")
     say(_audited(corpus, config, model.trained_on))
     plan = _plan(config, corpus, model, parallel)
     say(str(plan.memory))
@@ -89,11 +91,13 @@ def _audited(corpus: Corpus, config: Config, trained_on: TrainingData | None) ->
     if not ids:
         said = [f"leak audit passed: no training task is among {sets}, by id or by content"]
     elif config.audit.overlap == "exclude":
-        said = [f"leak audit passed: {len(ids)} tasks are left out, for being among {sets}"]
+        said = [f"leak audit passed: left out are {counted(len(ids), 'task')}, for being among {sets}"]
     else:
-        said = [f"leak audit: {len(ids)} training tasks are among {sets}, and the config allows it: no score is clean"]
+        said = [
+            f"leak audit: {counted(len(ids), 'training task')} among {sets}, as the config allows: no score is clean"
+        ]
     if seen := len(corpus.trained_on.demonstrated):
-        said.append(f"of {seen} tasks the demonstrations, not the test pairs, are trained on")
+        said.append(f"of {counted(seen, 'task')} the demonstrations, not the test pairs, are trained on")
     if corpus.unsolved:
         said.append(f"the test outputs of {corpus.unsolved} of those tasks are not known, so not compared with")
     if trained_on and trained_on.pretrained:
@@ -145,8 +149,8 @@ def estimate_closing_times(run: Run, plan: Plan, import_s: float) -> None:
         clock.drop_part("validation")
 
 
-def save_results(run: Run, estimate: MemoryEstimate) -> None:
-    """Writes the model and the adapter, with what a model card needs."""
+def save_results(run: Run, estimate: MemoryEstimate, by_itself: bool) -> None:
+    """Writes the model and the adapter, with what a model card needs. `by_itself`: see `train`."""
     parallel, start, save = run.parallel, run.start, run.config.lora.save
     weights = parallel.weights(run.result.lm)
     if not parallel.is_main:
@@ -173,6 +177,8 @@ def save_results(run: Run, estimate: MemoryEstimate) -> None:
             loss_curve(run.out_dir / "log.jsonl", folder / "loss.png")
         write_whole(folder / "README.md", model_card(about, kind))
     _show_results(run, estimate, peak, folders)
+    if by_itself and run.progress.total_steps:
+        run.say(f"to solve tasks: {_solve_command(run, folders[-1])}")
 
 
 def _show_results(run: Run, estimate: MemoryEstimate, peak: int, folders: Sequence[Path]) -> None:
@@ -188,8 +194,6 @@ def _show_results(run: Run, estimate: MemoryEstimate, peak: int, folders: Sequen
     figures = {"validation_loss": run.progress.validation_loss, "accuracy": run.progress.accuracy}
     measured = {name: value for name, value in figures.items() if not math.isnan(value)}
     run.say(f"{format_metrics(measured) or 'not validated'}; {' and '.join(map(str, folders))}")
-    if run.progress.total_steps:
-        run.say(f"to solve tasks: {_solve_command(run, folders[-1])}")
 
 
 def _solve_command(run: Run, result: Path) -> str:
@@ -203,7 +207,7 @@ def _solve_command(run: Run, result: Path) -> str:
         words.append("adapt.enabled=false")
     elif targets != AdaptConfig().targets:
         words.append(f"adapt.targets={json.dumps(targets, separators=(',', ':'))}")
-    return shlex.join(["bin/solve", *words])
+    return f"{as_called('bin/solve')} {shlex.join(words)}"
 
 
 def describe(run: Run) -> dict[str, Any]:

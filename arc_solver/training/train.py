@@ -51,7 +51,12 @@ MOST_SHOWN = 100  # characters of two values in a message
 
 
 def train(
-    config: Config, out_dir: Path, max_s: float = math.inf, resume: bool = False, began: float | None = None
+    config: Config,
+    out_dir: Path,
+    max_s: float = math.inf,
+    resume: bool = False,
+    began: float | None = None,
+    by_itself: bool = True,
 ) -> None:
     """Trains on the corpus and leaves in `out_dir`: `config.json`, `log.jsonl`, `checkpoints/`, and at last `model/`.
 
@@ -60,6 +65,7 @@ def train(
     Args:
         max_s: seconds from `began`, and what a continued run had spent, until all of that is there.
         began: by `time.monotonic()`; None: now.
+        by_itself: whether the model is for the user to go on with, who is told how; else it is a part of another run.
 
     Raises:
         UserError: what the config names cannot be used, or `out_dir` holds a run and `resume` is false, or the other
@@ -72,7 +78,7 @@ def train(
     progress = load_progress(checkpoint) if checkpoint else Progress()
     if progress.spent_s >= max_s:
         spent = f"{progress.spent_s / 60:.1f}"
-        raise UserError(f"--max-minutes counts from the start of the run, which has spent {spent}: give more")
+        raise UserError(f"--max-minutes counts from the start of the run, which has spent {spent} of them: give more")
     fresh = not out_dir.exists()
     parallel = ParallelContext(config)
     say = Reporter(Console(stderr=True, quiet=not parallel.is_main))
@@ -114,7 +120,7 @@ def train(
         estimate_closing_times(run, plan, entered - began)
         _train_stages(run, plan, checkpoint)
         with waiting(say, "saving the results"):
-            save_results(run, plan.memory)
+            save_results(run, plan.memory, by_itself)
         if not progress.total_steps:
             raise UserError(
                 f"--max-minutes {max_s / 60:g} left no time for a single step; {out_dir} has what the run began with:"
@@ -142,7 +148,8 @@ def _where_to_begin(config: Config, out_dir: Path, resume: bool) -> Path | None:
     """The checkpoint that a run continues from, if it does."""
     checkpoint = latest_checkpoint(out_dir) if resume else None
     if resume and not _is_run(out_dir):
-        raise UserError(f"{out_dir} holds no training run to resume: leave --resume out")
+        what = f"{out_dir} holds no training run to resume" if out_dir.exists() else f"there is no folder {out_dir}"
+        raise UserError(f"{what}: give the --out that the run was started with, or leave --resume out to start one")
     if not resume and _is_run(out_dir):
         raise UserError(f"{out_dir} holds a training run: give another --out, or --resume to continue it")
     if not resume:

@@ -118,7 +118,7 @@ def test_without_solutions_there_is_no_score(tmp_path, capsys):
     solutions = tmp_path / "elsewhere.json"
     solutions.write_text(json.dumps({"aa": [RIGHT.tolist()] * 2}))
     assert main(["--revote", str(folder), f"tasks.solutions={solutions}"]) == 0
-    assert "1 of 1 tasks" in capsys.readouterr().out
+    assert "1 of 1 task," in capsys.readouterr().out
 
 
 def test_the_command_needs_no_torch(run_dir):
@@ -137,7 +137,7 @@ def test_bin_solve_passes_it_on(run_dir, capsys):
 
 def test_it_says_so_where_not_all_scores_are_known(run_dir, capsys):
     """Of rules that need them. Solving with such a rule, and without all scores, is refused."""
-    says = "1 of 12 candidates were not scored in all views"
+    says = "1 of 12 candidates not scored in all views"
     content = json.loads((run_dir / "tasks" / "aa.json").read_text())
     assert main(["--revote", str(run_dir), "vote.rule=kgmon"]) == 0
     assert "not scored in all views" not in capsys.readouterr().out
@@ -257,6 +257,12 @@ def damage(change):
     return apply
 
 
+def of_another_version(run_dir):
+    content = json.loads((run_dir / "config.json").read_text())
+    content["vote"]["rule"] = "newest"
+    (run_dir / "config.json").write_text(json.dumps(content))
+
+
 def truncate(file):
     file.write_text(file.read_text()[:100])
 
@@ -279,10 +285,11 @@ def truncate(file):
         (damage(lambda c: c["candidates"][0]["log_probabilities"].pop()), [], "3 log-probabilities for 4 views"),
         (damage(lambda c: c["candidates"][0].update(log_probabilities=[0.5] * 4)), [], "is no number up to 0"),
         (damage(lambda c: c["candidates"][0].update(log_probabilities=["a"] * 4)), [], "is no number up to 0"),
-        (damage(lambda c: c["candidates"][0].update(grid=[[1], [2, 3]])), [], "candidate, row 1: expected 1 cells"),
+        (damage(lambda c: c["candidates"][0].update(grid=[[1], [2, 3]])), [], "candidate, row 1: expected 1 cell as"),
         (damage(lambda c: c["candidates"].append(c["candidates"][0])), [], "a grid is there twice"),
-        (lambda d: (d.parent / "toy_challenges.json").unlink(), [], "toy_challenges.json' not found"),
+        (lambda d: (d.parent / "toy_challenges.json").unlink(), [], "json: put them back, or give tasks.spec"),
         (lambda d: (d.parent / "toy_solutions.json").unlink(), ["--all-rules"], "give tasks.solutions=FILE"),
+        (of_another_version, [], "was made by another version of arc_solver .setting vote.rule: .*got 'newest'"),
         (lambda d: None, ["vote.rule=best"], "setting vote.rule: .*'votes', 'product'.*got 'best'"),
         (lambda d: None, ["--all-rules", "vote.rule=votes"], "leave vote.rule out"),
         (lambda d: None, ["predict.views=3"], "only vote.* and tasks.* can be set"),

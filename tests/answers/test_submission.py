@@ -90,11 +90,17 @@ def test_a_task_without_an_answer_is_no_pass():
         score({"aa": SUBMISSION["aa"]}, SOLUTIONS)
 
 
+def test_another_file_of_a_run_is_no_submission(tmp_path):
+    (tmp_path / "summary.json").write_text(json.dumps({"tasks": 2, "expected": [1.0, 0.5, 2.0], "score": None}))
+    with pytest.raises(UserError, match=r"summary\.json is no submission: expected a JSON object"):
+        read_submission(tmp_path / "summary.json", TASKS)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         (lambda c: c.pop("bb"), "no answer to 1 of 2 tasks, e.g. bb"),
-        (lambda c: c.update(zz=[]), "1 tasks that --tasks does not hold, e.g. 'zz'"),
+        (lambda c: c.update(zz=[]), "1 task that --tasks does not hold, e.g. 'zz'"),
         (lambda c: c["aa"].pop(), "task aa: expected a list of 2 answers.*got 1"),
         (lambda c: c["aa"][1].pop("attempt_2"), "task aa, test input 1: expected exactly"),
         (lambda c: c["aa"][1].update(attempt_2=[]), "attempt_2: expected a grid"),

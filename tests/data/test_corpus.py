@@ -101,15 +101,19 @@ def test_every_task_may_be_held_out(small_set):
 
 
 def test_partitions_that_cannot_be(small_set, tmp_path):
-    with pytest.raises(UserError, match=r"validation\.tasks=30 leaves none of the 30 tasks"):
+    with pytest.raises(UserError, match=r"validation\.tasks=30 leaves none of the 30 tasks.*give at most 29"):
         make_partition(ValidationConfig(of=str(small_set), tasks=30))
     with pytest.raises(UserError, match="leaves none of the 29 tasks"):
         make_partition(ValidationConfig(of=str(small_set), tasks=29), ("task00",))
     tasks = json.loads(small_set.read_text())
+    single = tmp_path / "single.json"
+    single.write_text(json.dumps({"task05": tasks["task05"]}))
+    with pytest.raises(UserError, match=r"none of the 1 task .* give another set as validation\.of"):
+        make_partition(ValidationConfig(of=str(single), tasks=1))
     del tasks["task05"]["test"][0]["output"]
     unsolved = tmp_path / "unsolved.json"
     unsolved.write_text(json.dumps(tasks))
-    with pytest.raises(UserError, match=f"{unsolved} has no solution for 1 tasks, e.g. task05"):
+    with pytest.raises(UserError, match=f"{unsolved} has no solution for 1 task, e.g. task05"):
         make_partition(ValidationConfig(of=str(unsolved), tasks=5))
     assert len(held_out(make_partition(ValidationConfig(of=str(unsolved), tasks=5), ("task05",)))) == 5
 
@@ -171,7 +175,7 @@ def test_training_on_the_evaluation_set_is_refused():
         make_corpus(config(words))
     said = str(caught.value)
     chosen = make_corpus(config(words, 'audit.overlap="allow"', "audit.scored_on=[]")).mixtures[0][0].tasks
-    assert said.startswith("leak audit: 9 training tasks overlap")
+    assert said.startswith("leak audit: 9 overlaps of training tasks with")
     assert sum(f"{i} of tasks arc-agi-1/evaluation with {i}" in said for i in chosen) == 5
     assert "and 4 more" in said
     for setting in ('audit.overlap="exclude"', '"allow"', "audit.scored_on", "['arc-agi-1/evaluation']"):
@@ -241,7 +245,9 @@ def test_validation_tasks_count_as_scored_ones(small_set, tmp_path):
         *(f"validation.of={small_set}", "validation.tasks=5", "validation.re_arc=false", "audit.scored_on=[]"),
         f'corpus.sources=[{{kind="tasks", path="{tmp_path}/copied.json"}}]',
     ]
-    with pytest.raises(UserError, match=rf"1 training tasks overlap .*\(copy of tasks .*copied\.json with {first}\)"):
+    with pytest.raises(
+        UserError, match=rf"1 overlap of training tasks .*\(copy of tasks .*copied\.json with {first}\)"
+    ):
         make_corpus(config(*words))
     assert ids_of(make_corpus(config(*words, "audit.overlap=exclude"))) == [{"task00"} - held_out(partition)]
 
@@ -285,3 +291,9 @@ def test_the_demonstrations_of_the_evaluation_set_may_be_trained_on():
     assert corpus.overlaps == ()
     assert len(corpus.trained_on.demonstrated) == 400
     assert corpus.trained_on.ids == frozenset()
+
+
+@pytest.mark.parametrize("kind", ["tasks", "demonstrations"])
+def test_a_source_that_is_not_there_is_named(kind):
+    with pytest.raises(UserError, match=r"^source 'mine': tasks 'nowhere' not found"):
+        make_corpus(load_config(None, [f"corpus.sources=[{{kind='{kind}', path='nowhere', name='mine'}}]"]))

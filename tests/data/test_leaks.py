@@ -179,13 +179,11 @@ PASSED = "leak audit passed: none of the tasks (2) is in the training data, by i
         ),
         (
             LeakAudit(2, ("aa",), (), ()),
-            "leak audit: 1 of the 2 tasks are in the training data by id, 0 share a pair with it: not a score on unseen"
-            " tasks",
+            "leak audit: 1 of 2 tasks found in the training data by id, 0 by a pair: not a score on unseen tasks",
         ),
         (
             LeakAudit(2, ("aa",), ("aa", "bb"), ("bb",), ("a/b",)),
-            "leak audit: 1 of the 2 tasks are in the training data by id, 2 share a pair with it: not a score on unseen"
-            " tasks",
+            "leak audit: 1 of 2 tasks found in the training data by id, 2 by a pair: not a score on unseen tasks",
         ),
     ],
 )

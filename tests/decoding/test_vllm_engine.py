@@ -11,13 +11,14 @@ import torch
 from checkpoints import make_checkpoint
 from plain_decoding import ADAPT, CONTEXT, FORMAT, Plain, Served, kept, opinionated_model, prompts_of, serve
 from plain_decoding import some_adapters as adapters_for
+from pydantic import BaseModel, ValidationError, model_validator
 from small_runs import small, write_config
 
-from arc_solver.config import AdaptConfig, Config, EngineConfig
+from arc_solver.config import AdaptConfig, Config, EngineConfig, load_config
 from arc_solver.decoding import vllm_engine
-from arc_solver.decoding.engine_choice import engine_kind, make_engine
+from arc_solver.decoding.engine_choice import check_engine, engine_kind, make_engine
 from arc_solver.decoding.torch_engine import TorchEngine
-from arc_solver.decoding.vllm_engine import VLLMEngine
+from arc_solver.decoding.vllm_engine import VLLMEngine, refusal
 from arc_solver.errors import MachineError, UserError
 from arc_solver.models.adapters import Adapter, fresh_adapter, load_adapter, save_adapter
 from arc_solver.models.model import Model, load_model, save_model
@@ -77,8 +78,40 @@ def test_too_little_room_for_keys_and_values_is_the_users_to_change(tmp_path):
 def test_ranks_beyond_what_vllm_serves_are_refused(tmp_path):
     model = opinionated_model("Llama")
     like = fresh_adapter(model, AdaptConfig(rank=513), named_rng(0))
-    with pytest.raises(UserError, match="512 at most, and the adapters' is 513"):
+    with pytest.raises(UserError, match=r"512 at most, and the adapters' is 513: lower adapt\.rank"):
         VLLMEngine(model, tmp_path, TINY, like)
+    config = load_config(None, ["engine.kind=vllm", "adapt.rank=513"])
+    with pytest.raises(UserError, match="512 at most"):  # before there is a run
+        check_engine(model, config, torch.device("cpu"))
+
+
+def test_a_refusal_names_its_cause_the_setting_and_the_users_model(tmp_path):
+    """Pydantic's errors, which vLLM's are, have a headline first, and values and an address last."""
+
+    class Settings(BaseModel):
+        @model_validator(mode="after")
+        def _check(self) -> "Settings":
+            raise ValueError(f"{tmp_path}: max_num_batched_tokens (16) must be no less than max_num_seqs (128).\nMore.")
+
+    with pytest.raises(ValidationError) as refused:
+        Settings()
+    said = refusal(refused.value, tmp_path, "mine with my/adapter")
+    assert said == (
+        "vLLM cannot serve mine with my/adapter (mine with my/adapter: max_num_batched_tokens (16) must be no less than"
+        " max_num_seqs (128)): change engine.step_tokens or engine.max_sequences, or use engine.kind=torch"
+    )
+    assert refusal(ValueError("no such layer"), tmp_path, "a").endswith("(no such layer): use engine.kind=torch")
+
+
+@real
+def test_what_vllm_itself_refuses_is_the_users_to_change(tmp_path):
+    model = opinionated_model("Llama")
+    save_model(model, tmp_path)
+    few = TINY.model_copy(update={"step_tokens": 1, "max_sequences": 2})
+    with pytest.raises(
+        UserError, match=r"serve mine \(max_num_.* or engine\.max_sequences, or use engine\.kind=torch$"
+    ):
+        VLLMEngine(model, tmp_path, few, called="mine")
 
 
 @real

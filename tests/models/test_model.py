@@ -88,6 +88,12 @@ def test_stock_transformers_reads_it(tmp_path, rng):
     torch.testing.assert_close(model.logits(ids, positions), expected, atol=1e-5, rtol=1e-4)
 
 
+def test_a_checkpoint_of_another_format_names_the_settings(tmp_path):
+    save_model(new_model(TOY, FormatConfig(positions="token", row_numbers=True), seed=0), tmp_path)
+    with pytest.raises(UserError, match=r'^mine .*: set format\.positions="token" format\.row_numbers=true$'):
+        load_any(tmp_path, "mine", FormatConfig())
+
+
 def test_tied_weights_are_saved_once(tmp_path):
     """In another precision too: two copies would be two matrices to some releases of transformers."""
     folder = make_checkpoint(tmp_path / "tied", "qwen2", tied=True)
@@ -127,16 +133,24 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
     save_model(new_model(TOY, FormatConfig(), seed=0, trained_on=NOTHING), tmp_path)
     assert load_model(tmp_path).trained_on == NOTHING
     settings = json.loads((tmp_path / "config.json").read_text())
+    unknown = json.dumps({**settings, "arc_format": {"positions": "none"}})
+    data = r"training_data\.json is damaged: copy it again, or remove it"
     damages = {
-        "config.json": ("{", json.dumps({**settings, "arc_format": {"positions": "none"}})),
-        "training_data.json": ("{", '{"unknown": []}'),
-        "model.safetensors": ("version https://git-lfs.github.com/spec/v1", ""),
+        "config.json": {
+            "{": "damaged, copy or make",
+            unknown: '^[^\n]*arc_format.positions="none", which this version',
+        },
+        "training_data.json": {"{": data, '{"unknown": []}': data, "[]": data, '{"ids": 1, "pair_keys": []}': data},
+        "model.safetensors": {
+            "version https://git-lfs.github.com/spec/v1": r"model\.safetensors is a pointer of git",
+            "": "damaged, copy or make",
+        },
     }
     for name, contents in damages.items():
         whole = (tmp_path / name).read_bytes()
-        for content in contents:
+        for content, says in contents.items():
             (tmp_path / name).write_text(content)
-            with pytest.raises(UserError, match=r"damaged, copy or make|model\.safetensors is a pointer of git"):
+            with pytest.raises(UserError, match=f"{says}.*$"):
                 load_model(tmp_path)
         (tmp_path / name).write_bytes(whole)
     assert load_model(tmp_path).trained_on == NOTHING

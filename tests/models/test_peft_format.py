@@ -237,15 +237,16 @@ SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"peft_type": None}, "names no peft_type"),
     ({"peft_type": "UNHEARD"}, "type UNHEARD, not LORA"),
     ({"r": 2}, "of rank 4, and adapter_config.json says rank 2"),
-    ({"lora_alpha": "many"}, "alpha many"),
+    ({"lora_alpha": "many"}, "has alpha many for"),
+    ({"lora_alpha": 0}, "has alpha 0 for .* must be a number above 0"),
     (
         {"target_modules": ["q_proj"]},
         r"weights for model\.layers\.0\.mlp\.down_proj, which is not among its target",
     ),
     ({"target_modules": ".*q_proj"}, "down_proj, which is not among its target_modules"),
-    ({"target_modules": "("}, "target_modules that cannot be read"),
-    ({"target_modules": 7}, "target_modules that cannot be read"),
-    ({"alpha_pattern": {"(": 2}}, "alpha_pattern that cannot be read"),
+    ({"target_modules": "("}, r'target_modules="\(" in adapter_config.json, and must have a list of'),
+    ({"target_modules": 7}, "target_modules=7 in adapter_config.json, and must have a list of"),
+    ({"alpha_pattern": {"(": 2}}, r'alpha_pattern={"\(": 2} in .*, and must have regular expressions of'),
 ]
 
 

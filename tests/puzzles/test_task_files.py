@@ -196,11 +196,47 @@ def test_damaged_archives_are_refused(tmp_path):
     folder = tree(tmp_path / "set", "aa.json", "bb.json")
     for file in (zipped(folder), tarred(folder, ".tar.gz")):
         whole = file.read_bytes()
-        for damaged in (whole[:-40], whole[:60] + b"xxxxxxxxxxxx" + whole[72:], b"", b"no archive"):
+        for damaged, says in {
+            whole[:-40]: "damaged|not whole",
+            whole[:60] + b"xxxxxxxxxxxx" + whole[72:]: "damaged",
+            b"": "is no archive, whatever its name says",
+            b"no archive": "is no archive, whatever its name says",
+            b"<!DOCTYPE html>": "is a web page",
+        }.items():
             file.write_bytes(damaged)
             said = refused(file)
             assert str(file) in said
-            assert "damaged" in said
+            assert re.search(says, said), said
+            assert "get it again" in said or "raw" in said
+
+
+def test_an_archive_with_a_password_is_not_called_damaged(tmp_path):
+    file = zipped(tree(tmp_path / "set", "aa.json"))
+    content = bytearray(file.read_bytes())
+    for header, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):  # of the file, and in the directory
+        content[content.index(header) + flags] |= 1
+    file.write_bytes(content)
+    said = refused(file)
+    assert "cannot be unpacked here" in said and "password" in said and "damaged" not in said
+
+
+def test_an_archive_where_one_file_is_asked_for(tmp_path):
+    file = tree(tmp_path / "set", "x_challenges.json", content={"aa": SOLVED}) / "x_challenges.json"
+    said = refused(file, solutions=str(zipped(file.parent)))
+    assert "is a zip archive, not JSON: unpack it" in said and "--tasks" not in said
+
+
+def test_a_bad_line_is_named_by_its_number(tmp_path):
+    file = tmp_path / "some.jsonl"
+    file.write_text(f'{json.dumps(SOLVED)}\n\n{{"train": }}\n')
+    assert f"{file}: line 3 is not JSON: Expecting value at character 11" in refused(file)
+
+
+def test_another_tools_file_among_tasks_is_to_be_taken_out(tmp_path):
+    for name in ("a.json", "z.json"):  # before them and after them
+        folder = tree(tmp_path / name, "mm.json", "nn.json")
+        tree(folder, name, content={"compilerOptions": {}})
+        assert f"{name} lies among task files: take it out, as it holds no task, but" in refused(folder)
 
 
 @pytest.mark.parametrize(
@@ -327,7 +363,7 @@ def test_paths_go_on_into_archives(tmp_path):
     assert named
     assert ids(load(named[1])) == ["bb"]
     assert ids(load(f"{unclear}/set/data/training/aa.json")) == ["aa"]
-    assert "not found" in refused(f"{unclear}/set/data/nothing")
+    assert f"not found ({unclear} has no set/data/nothing)" in refused(f"{unclear}/set/data/nothing")
 
 
 def test_what_lies_beside_folders_of_tasks(tmp_path):

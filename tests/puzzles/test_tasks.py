@@ -247,7 +247,7 @@ def test_a_task_that_appears_twice_does_not_vanish(tmp_path):
 @pytest.mark.parametrize(
     ("solutions", "said"),
     [
-        ({}, "lacks the solutions of 1 of the 1 tasks, e.g. aa"),
+        ({}, "lacks the solutions of 1 of 1 task, e.g. aa"),
         ({"bb": SOLUTIONS}, "lacks the solutions"),
         ({"aa": SOLUTIONS[:1]}, "list of 2 grids"),
         ({"aa": [[[0]], [[11]]]}, "test output 1, row 0"),
@@ -268,7 +268,7 @@ def test_bad_specs(tmp_path):
         load(tmp_path)
     with pytest.raises(UserError, match="has no task 'zzz'"):
         load("demo", ids=("zzz",))
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match="do not exist: give the file"):
         load(write(tmp_path / "x_challenges.json", {"aa": GOOD}), solutions=str(tmp_path / "none.json"))
     with pytest.raises(UserError, match="brings its own"):
         load("demo", solutions="x.json")
@@ -304,7 +304,7 @@ def test_a_sample_is_of_its_set_and_seed_alone(arc):
     found = load("arc-agi-1/evaluation", ids=few, sample=4)
     assert {task.id for task in found.tasks} == found.solutions.keys() < set(few)
     assert [task.id for task in load("demo", sample=20).tasks] == [task.id for task in load("demo").tasks]
-    with pytest.raises(UserError, match=r"--sample\) is 10, and there are 9 tasks"):
+    with pytest.raises(UserError, match=r"--sample\) is 10, of only 9 tasks"):
         load("arc-agi-1/evaluation", ids=few, sample=10)
 
 

@@ -726,6 +726,15 @@ def test_no_credentials(env, server, token):
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "kaggle auth login`" in done.stderr
 
 
+def test_the_command_to_sign_in_with_is_one_that_is_there(tmp_path):
+    """Beside the interpreter, or else what the interpreter itself runs."""
+    for python in (sys.executable, str(tmp_path / "python")):
+        code = f"import sys; sys.executable = {python!r}; from arc_solver.release.retry import SIGN_IN; print(SIGN_IN)"
+        said = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True).stdout
+        beside = Path(python).with_name("kaggle")
+        assert f"`{beside if beside.exists() else f'{python} -m kaggle'} auth login`" in said
+
+
 @pytest.fixture
 def browser(env) -> dict[str, str]:
     """Signed in with `kaggle auth login`."""

@@ -297,7 +297,7 @@ def test_the_output_is_checked_against_the_tasks_that_were_shown(command, server
     task = {"train": [{"input": GRID, "output": GRID}], "test": [{"input": GRID}]}
     for name in ("00000000", "11111111"):
         (tmp_path / f"{name}.json").write_text(json.dumps({name: task}))
-    assert "answers none of these 1 tasks: it was made for others" in command(
+    assert "answers none of the tasks that --tasks holds (1): it was made for others" in command(
         "push", "--tasks", str(tmp_path / "11111111.json"), expect=1
     )
     command("push", "--tasks", str(tmp_path / "00000000.json"))
@@ -458,6 +458,14 @@ def test_a_damaged_release_is_refused_and_built_again(damage, command, server, r
     assert check(whole.folder, load_config(CHECKOUT / "configs" / "kaggle-cpu.toml")).complaints == ()
 
 
+def test_what_is_wrong_with_a_release_is_a_line_each(command):
+    (command.release.folder / "datasets" / "stray").write_text("")
+    said = command("check", expect=2)
+    lines = [line.strip() for line in said.splitlines() if line.startswith("  ")]
+    assert f"{len(lines)} things are wrong in {command.release.folder}:" in said and len(lines) > 1
+    assert "datasets/stray is in no dataset, and would not travel" in lines
+
+
 def test_a_release_that_was_never_pushed_is_not_submitted(command, server):
     assert "not pushed yet" in command("submit", "--yes", expect=2)
 
@@ -467,6 +475,7 @@ def test_a_release_that_was_never_pushed_is_not_submitted(command, server):
     [
         (["none.toml"], "none.toml does not exist"),
         (["{cpu}", "pull"], "pull is no step; they are build, check, dry-run, push, submit"),
+        (["build", "{cpu}"], "the config comes first: bin/submit {cpu} build"),
         ([], "bin/submit needs a config"),
         (["."], "is no folder that bin/submit built"),
         (["{cpu}", "push", "--poll", "0s"], "more than 0s"),
@@ -486,5 +495,5 @@ def test_what_a_user_gets_wrong_is_one_sentence(words, says, tmp_path, server):
     env = environment(server, tmp_path / "client", client_path("installed"))
     process = Forked("arc_solver.submit", words, cwd=tmp_path, env=env)
     (line,) = output_of(process, expect=2)[1].splitlines()
-    assert says in line
+    assert says.format(cpu=cpu) in line
     assert not server.journal

@@ -1,13 +1,16 @@
 """The joint stage: what it learns from, and that a run with one ends alike however often it is ended before."""
 
 import json
+import re
 import signal
 import time
 from math import ceil
 
+import numpy as np
 import pytest
 import torch
 from solve_runs import assert_like, finish, solve, some_tasks, start, words_for
+from toys import flip_task, write_challenges
 
 from arc_solver.config import Config, load_config
 from arc_solver.models.model import load_model
@@ -98,3 +101,23 @@ def test_it_is_refused_where_the_weights_must_stay(more, checkpoint, challenges,
     said = solve(words_for(checkpoint, challenges, tmp_path / "run", "adapt.joint=0.1", *more), expect=2)
     assert "adapt.joint changes the weights" in said
     assert len(said.splitlines()) == 1
+
+
+def test_it_is_refused_in_the_words_of_bin_solve_where_it_has_nothing_to_learn(checkpoint, tmp_path):
+    """Before there is a run: with other settings, the same --out can be given."""
+    rng, out = np.random.default_rng(0), tmp_path / "run"
+    single = write_challenges(tmp_path, [flip_task(rng, "task0", demonstrations=1)])
+    said = solve(words_for(checkpoint, single, out, *JOINT, *HERE), expect=2)
+    assert "adapt.joint learns from tasks with two demonstrations or more" in said and "source" not in said
+    several = write_challenges(tmp_path, some_tasks(2))
+    said = solve(words_for(checkpoint, several, out, *JOINT, *HERE, "adapt.max_tokens=60"), expect=2)
+    (needed,) = re.findall(r"adapt\.joint needs adapt\.max_tokens=(\d+) or more", said)
+    assert "corpus" not in said and not out.exists()
+    said = solve(words_for(checkpoint, several, out, *JOINT, *HERE, f"adapt.max_tokens={needed}"))
+    assert "to solve tasks" not in said and "2 of 2" in said
+
+
+def test_what_training_says_is_said_in_the_words_of_bin_solve(checkpoint, challenges, tmp_path):
+    diverged = ("adapt.joint_lr=1e30", "adapt.steps=4000")
+    said = solve(words_for(checkpoint, challenges, tmp_path / "run", *JOINT, *HERE, *diverged), expect=1)
+    assert "error: joint stage: the gradients of step" in said and "lower adapt.joint_lr" in said

@@ -208,6 +208,15 @@ def test_what_is_lost_of_a_folder_is_made_again_or_said(tmp_path, rng):
         with pytest.raises(UserError, match=f"{name} is damaged.*are whole"):
             opened(tmp_path, found)
         (journal.run_dir / name).write_text(whole)
+    for section, key, says in (
+        ("vote", "rule", "vote.rule: .*got 'none'"),
+        ("vote", "law", "unknown setting vote.law"),
+    ):
+        changed = json.loads(whole) | {section: {key: "none"}}
+        (journal.run_dir / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(UserError, match=rf"was made by another version of arc_solver \(.*{says}"):
+            opened(tmp_path, found)
+    (journal.run_dir / "config.json").write_text(whole)
     with opened(tmp_path, found) as journal:
         assert journal.continued
 

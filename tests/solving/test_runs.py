@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -36,6 +37,36 @@ def test_a_run_is_continued_from_any_folder(checkpoint, challenges, tmp_path):
     finish(start([*words, *QUICK, *HERE, "--limit", "1"], cwd=challenges.parent))
     assert "continued: 1 of 1" in finish(start(["--out", "run"], cwd=tmp_path))
     assert "1 of 1" in finish(start(["--status", "run"], cwd=tmp_path))
+
+
+def test_a_run_whose_tasks_or_model_are_elsewhere_says_so(checkpoint, challenges, tmp_path):
+    out, tasks, model = tmp_path / "run", tmp_path / "tasks", tmp_path / "model"
+    shutil.copytree(challenges.parent, tasks)
+    shutil.copytree(checkpoint, model)
+    given = ["--solutions", str(tasks / "toy_solutions.json"), "--limit", "1"]
+    solve(words_for(model, tasks / challenges.name, out, *HERE, *given))
+    (tasks / "toy_solutions.json").rename(tmp_path / "solutions.json")
+    assert f"the solutions of {out} are no longer at {tasks}" in solve(["--status", out], expect=2)
+    found = f"tasks.solutions={tmp_path / 'solutions.json'}"
+    assert "of 1 task," in solve(["--revote", out, found])
+    tasks.rename(tmp_path / "moved")
+    for option in ("--out", "--status", "--revote", "--reliability"):
+        (line,) = solve([option, out], expect=2).splitlines()
+        assert f"the tasks of {out} are no longer at {tasks / challenges.name}: put them back" in line
+        assert ("give tasks.spec=SPEC" in line) == (option == "--revote")
+    assert "of 1 task," in solve(["--revote", out, f"tasks.spec={tmp_path / 'moved' / challenges.name}", found])
+    assert "tasks 'elsewhere' not found" in solve(["--out", out, "--tasks", "elsewhere"], expect=2)
+    model.rename(tmp_path / "other")
+    assert f"the model of {out} is no longer at {model}: put it back" in solve(["--out", out], expect=2)
+
+
+def test_a_new_run_of_the_demo_set_says_that_it_is_one(checkpoint, challenges, tmp_path):
+    """The folder may be meant to be that of a run that was killed before it had one."""
+    quick = [f"model.path={checkpoint}", *QUICK, *HERE, "adapt.enabled=false", "predict.score=false", "vote.rule=votes"]
+    said = solve(["--out", tmp_path / "demo", *quick, "--smoke", "1"], expect=0)
+    assert f"{tmp_path / 'demo'} is new: the demo set is solved there" in said
+    assert "is new" not in solve(["--out", tmp_path / "demo"])
+    assert "is new" not in solve(["--out", tmp_path / "mine", "--tasks", challenges, *quick, "--smoke", "1"])
 
 
 # What happens to workers is done to them by scripts that put something else in the place of a part, then run the
@@ -82,6 +113,17 @@ def test_tasks_that_raise_fall_back_and_the_exit_code_says_so(checkpoint, challe
     assert summary["fallen_back"] == {"task03": "unadapted", "task05": "unadapted"}
     assert summary["answered"] == 12
     assert is_valid(out, challenges)
+
+
+def test_where_every_task_fails_nothing_is_scored(checkpoint, challenges, tmp_path):
+    file, out = script(tmp_path, "raise RuntimeError('injected')"), tmp_path / "run"
+    file.write_text(
+        file.read_text().replace("if __name__", "worker.predict_tasks = lambda tasks, *_: hurt(tasks)\nif __name__")
+    )
+    said = solve(words_for(checkpoint, challenges, out, *HERE, "--limit", "2"), 3, file)
+    assert "2 of 2 tasks fell back" in said.replace("\n", " ") and "no task has an answer" in said
+    for shown in (said, solve(["--status", out])):
+        assert "0 of 2" in shown and "pass@" not in shown and "expected to be" not in shown
 
 
 @pytest.mark.parametrize("what", ["os.kill(os.getpid(), 9)", "time.sleep(10000)"], ids=["killed", "hung"])
@@ -202,6 +244,10 @@ def test_chances_are_said_of_unknown_tasks_and_compared_with_what_came_of_known_
     assert content["expected"] == pytest.approx(mean)
     assert content["solved"] == status["score"]["tasks_solved"] == sum(x["solved"] for x in content["bins"])
     assert f"12 tasks: {mean:.0f} expected" in solve(["--reliability", str(whole)])
+    fitted = json.loads(solve(["--reliability", str(whole), "--fit", "--json"]))
+    told = solve(["--reliability", str(whole), "--fit"])
+    assert all(f"{name} {value:g}" in told for name, value in fitted.items()) and len(fitted) == 3
+    assert "fitted on 12 tasks" in told and "COEFFICIENTS" in told
     assert "<svg" in (tmp_path / "curve.svg").read_text()
     says = solve(["--reliability", str(whole), "--picture", str(tmp_path / "no" / "curve.svg")], expect=2)
     assert "cannot be written" in says

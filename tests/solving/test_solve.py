@@ -114,7 +114,7 @@ def test_the_whole_sentence_is_reproducible(checkpoint, challenges, tmp_path):
         (["--sample", "0"], "--sample is at least 1"),
         (["--sample", "3", "--limit", "5"], "leave one of them out"),
         (["--sample-seed", "1"], "--sample N makes: give that too"),
-        (["--sample", "21"], "there are 20 tasks to draw from"),
+        (["--sample", "21"], "of only 20 tasks"),
     ],
 )
 def test_what_a_user_gets_wrong_is_one_sentence(words, said, tmp_path):

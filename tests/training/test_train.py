@@ -620,8 +620,11 @@ def test_checkpointing_gives_the_same_gradients():
 
 def test_what_a_user_gets_wrong(tmp_path):
     one = small(train={"steps": 1})
-    with pytest.raises(UserError, match="no training run to resume"):
+    with pytest.raises(UserError, match=f"there is no folder {tmp_path}/none: give the --out that the run was"):
         train(small(), tmp_path / "none", resume=True)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty holds no training run to resume: give the --out"):
+        train(small(), tmp_path / "empty", resume=True)
     train(one, tmp_path / "a")
     with pytest.raises(UserError, match="holds a training run"):
         train(small(), tmp_path / "a")
