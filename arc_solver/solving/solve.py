@@ -58,6 +58,7 @@ WORKERS_IMPORT = (
     "transformers.modeling_utils",
 )
 MEASURE_S = 1.5  # of work, before a guess is made of the whole
+MEASURED_SHARE = 0.01  # of the work, from which on an ETA goes by the share that is done
 INTERRUPTED = 1  # exit code of a run that was asked to end
 INCOMPLETE = 3  # exit code of a run that ended as it should, but not with an answer of the adapted model to every task
 
@@ -144,7 +145,7 @@ class _Shown:
         wait.done = share = max(wait.done, scheduler.share_done)
         self.began = self.began or (now, share)
         began, before = self.began
-        if share > before and now - began >= MEASURE_S:
+        if share >= before + MEASURED_SHARE and now - began >= MEASURE_S:
             left_s = (now - began) * (1 - share) / (share - before)
             wait.expect_end_in(min(left_s, self.deadline - now))
         done, tasks = len(scheduler.journal.statuses), len(scheduler.journal.task_set.tasks)
@@ -164,6 +165,7 @@ class _Shown:
             return
         self.is_guessed = True
         seconds, left_s = scheduler.expected_s(token_s), self.deadline - now
+        self.wait.expect_end_in(min(seconds, left_s))
         up_to, less = ("up to ", ", less where tasks stop early") if self._may_stop_early else ("", "")
         what = f"{up_to}about {format_guess(seconds)}{less}" if seconds <= left_s else "all the time that there is"
         each = f"each of {budget.workers} workers" if budget.workers > 1 else "one worker"
