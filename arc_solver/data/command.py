@@ -114,7 +114,7 @@ def _get(args: argparse.Namespace) -> int:
         path, is_new = get(wanted, args.out, partial(_show, wait), say, args.archive, args.mirror.rstrip("/"))
     state = "is in" if is_new else "was in"
     print(f"{wanted.name} {state} {path}: {wanted.what}; {wanted.licence}, {wanted.repository} at {wanted.commit[:8]}")
-    print(_use(wanted, path))
+    print(as_called(_use(wanted, path)))
     return 0
 
 
@@ -221,8 +221,8 @@ def _audit(args: argparse.Namespace) -> int:
     by_id = sum(each.same_id for each in shared)
     ids = [{getattr(each, side) for each in shared} for side in ("first", "second")]
     print(
-        f"{len(ids[0])} of the {counted(len(sets[0]), 'task')} of {args.first} are in {args.second}, as {len(ids[1])} of its"
-        f" {len(sets[1])}: {by_id} by id, {sum(each.pairs > 0 for each in shared)} by pairs that are the same up to"
+        f"{len(ids[0])} of the {counted(len(sets[0]), 'task')} of {args.first} are in {args.second}, as {len(ids[1])} of"
+        f" its {len(sets[1])}: {by_id} by id, {sum(each.pairs > 0 for each in shared)} by pairs that are the same up to"
         " geometry and colours"
     )
     for each in shared[:SHOWN]:
@@ -244,7 +244,7 @@ def _hash(args: argparse.Namespace) -> int:
         return 0
     if tasks:
         print(
-            f"digest {tasks.digest}: of {counted(len(tasks.tasks), 'task')}, their grids and known solutions, as scores say it"
+            f"digest {tasks.digest}: of {counted(len(tasks.tasks), 'task')}, grids and known solutions, as scores say it"
         )
     if of_file:
         print(f"sha256 {of_file}: of the file, as a source of bin/train has it")

@@ -118,6 +118,6 @@ def test_an_adapter_that_contradicts_itself_is_refused(tmp_path, toy_model, dama
     file = tmp_path / "adapter_config.json"
     changes = {"rank": {"r": 2}, "pattern": {"rank_pattern": {"q_proj": 1}}, "nan": {}}
     file.write_text(json.dumps(json.loads(file.read_text()) | changes[damage]))
-    sentence = {"rank": "says rank 2 ", "pattern": r"q_proj are of rank 3, .* says rank 1 ", "nan": "not finite"}
+    sentence = {"rank": "says rank 2$", "pattern": r"q_proj are of rank 3, .* says rank 1$", "nan": "not finite"}
     with pytest.raises(UserError, match=sentence[damage]):
         load_adapter(tmp_path)
