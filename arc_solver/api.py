@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from . import answers, models, puzzles
-from .answers import Predictions, Score
-from .answers.submission import Submission, read_submission
+from .answers import Predictions, Score, Submission, read_submission
 from .config import load_config
 from .decoding.engine_choice import make_engine
 from .models import Adapter, Model, fast_dtype, pick_device

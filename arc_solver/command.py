@@ -16,7 +16,7 @@ Say = Callable[[str], None]  # takes a line for the person at the keyboard
 
 _called = "bin/"  # how commands are called here: see `run_main`
 # Not a part of a user's path, such as /home/me/bin/train/x.
-_CALL = re.compile(r"(?<![\w./~-])bin/(solve|score|train|submit|data|bench)(?![\w/-]|\.\w)")
+_CALL = re.compile(r"(?<![\w./~-])bin/(solve|score|train|submit|data|show|bench)(?![\w/-]|\.\w)")
 
 
 def as_called(text: str) -> str:
@@ -50,13 +50,18 @@ def user_path(text: str) -> Path:
 
 
 def add_task_arguments(parser: Parser, required: bool = False) -> None:
-    """The arguments that choose tasks, the same for every command."""
+    """The arguments that name a set and choose tasks of it, the same for every command."""
     parser.add_argument(
         "--tasks",
         metavar="SPEC",
         required=required,
         help="demo, arc-agi-1/training, arc-agi-1/evaluation, a file or a folder",
     )
+    add_choice_arguments(parser)
+
+
+def add_choice_arguments(parser: Parser) -> None:
+    """The arguments that choose tasks of a set."""
     parser.add_argument("--solutions", metavar="FILE", help="solutions file, if not beside the challenges")
     parser.add_argument("--ids", help="only these tasks, separated by commas")
     parser.add_argument("--limit", type=int, metavar="N", help="the N tasks with the fewest tokens")

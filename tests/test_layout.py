@@ -23,7 +23,8 @@ COMMANDS = {
     "train",
     "score",
     "submit",
-}  # what `python -m arc_solver.X` means; that of bench is bench/__main__.py
+    "show",
+}  # what `python -m arc_solver.X` means; those of bench and data are in their folders
 # These need PyTorch, which takes seconds to import, and something else in their folder is to start without it.
 BY_ITSELF = {"data.stream", "training.memory", "training.optimize", "training.parallel"}
 HOMES = {  # heavy imports and the only modules that may have them

@@ -11,7 +11,16 @@ In the order of reading; each imports only from those before it:
 """
 
 from .candidates import Candidate, Predictions
-from .submission import Score, read_submission, score, write_submission
+from .submission import Score, Submission, read_submission, score, write_submission
 from .vote import choose_attempts
 
-__all__ = ["Candidate", "Predictions", "Score", "choose_attempts", "read_submission", "score", "write_submission"]
+__all__ = [
+    "Candidate",
+    "Predictions",
+    "Score",
+    "Submission",
+    "choose_attempts",
+    "read_submission",
+    "score",
+    "write_submission",
+]

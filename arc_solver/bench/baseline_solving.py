@@ -28,8 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..answers import Candidate, Predictions, choose_attempts, write_submission
-from ..answers.submission import Submission
+from ..answers import Candidate, Predictions, Submission, choose_attempts, write_submission
 from ..command import Parser, run_main
 from ..config import AdaptConfig, Config, FormatConfig, PredictConfig, TasksConfig, VoteConfig, load_config
 from ..errors import UserError, install_command

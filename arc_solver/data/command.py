@@ -220,10 +220,10 @@ def _audit(args: argparse.Namespace) -> int:
         return SHARED if shared else 0
     by_id = sum(each.same_id for each in shared)
     ids = [{getattr(each, side) for each in shared} for side in ("first", "second")]
+    by_pairs = sum(each.pairs > 0 for each in shared)
     print(
-        f"{len(ids[0])} of the {counted(len(sets[0]), 'task')} of {args.first} are in {args.second}, as {len(ids[1])} of"
-        f" its {len(sets[1])}: {by_id} by id, {sum(each.pairs > 0 for each in shared)} by pairs that are the same up to"
-        " geometry and colours"
+        f"{len(ids[0])} of the {counted(len(sets[0]), 'task')} of {args.first} are in {args.second}, as {len(ids[1])}"
+        f" of its {len(sets[1])}: {by_id} by id, {by_pairs} by pairs that are the same up to geometry and colours"
     )
     for each in shared[:SHOWN]:
         how = [*["the same id"] * each.same_id, *[counted(each.pairs, "shared pair")] * (each.pairs > 0)]
@@ -243,9 +243,8 @@ def _hash(args: argparse.Namespace) -> int:
         print(json.dumps(told))
         return 0
     if tasks:
-        print(
-            f"digest {tasks.digest}: of {counted(len(tasks.tasks), 'task')}, grids and known solutions, as scores say it"
-        )
+        of = counted(len(tasks.tasks), "task")
+        print(f"digest {tasks.digest}: of {of}, grids and known solutions, as scores say it")
     if of_file:
         print(f"sha256 {of_file}: of the file, as a source of bin/train has it")
     if not tasks and not of_file:

@@ -30,13 +30,23 @@ def grid_text(grid: Grid) -> Text:
     return text
 
 
-def task_picture(task: Task, attempts: Sequence[Attempts], solution: Sequence[Grid] | None) -> Group:
-    """The first demonstration, then every test input with its two attempts and, if known, the right output."""
-    shown = [_labelled("a demonstration", task.train[0].input), _labelled("its output", task.train[0].output)]
-    for t, (test_input, both) in enumerate(zip(task.test, attempts, strict=True)):
+def task_picture(
+    task: Task, attempts: Sequence[Attempts], solution: Sequence[Grid] | None, demonstrations: int | None = 1
+) -> Group:
+    """The first demonstrations, then every test input with its two attempts and, if known, the right output.
+
+    Args:
+        attempts: of each test input; empty: there are none.
+        demonstrations: how many are shown; None: all.
+    """
+    shown = []
+    for i, pair in enumerate(task.train[:demonstrations], 1):
+        name = "a demonstration" if demonstrations == 1 else f"demonstration {i}"
+        shown += [_labelled(name, pair.input), _labelled("its output", pair.output)]
+    for t, test_input in enumerate(task.test):
         number = f" {t + 1}" if len(task.test) > 1 else ""
         shown.append(_labelled(f"test input{number}", test_input))
-        for name, attempt in zip(("attempt 1", "attempt 2"), both, strict=True):
+        for name, attempt in zip(("attempt 1", "attempt 2"), attempts[t] if attempts else (), strict=False):
             right = solution is not None and same_grid(attempt, solution[t])
             mark = "" if solution is None else " ✓" if right else " ✗"
             shown.append(_labelled(name + mark, attempt, "green" if right else "red" if mark else ""))

@@ -52,7 +52,15 @@ def load_tasks(config: TasksConfig, outputs: bool = True) -> TaskSet:
     Raises:
         UserError: the source does not exist, holds something bad, lacks one of the ids, or has too few to sample from.
     """
-    found = _read(config, outputs)
+    return choose_tasks(_read(config, outputs), config)
+
+
+def choose_tasks(found: TaskSet, config: TasksConfig) -> TaskSet:
+    """The tasks of a set that a config's ids and limit or sample select.
+
+    Raises:
+        UserError: it lacks one of the ids, or has too few to sample from.
+    """
     by_id = {task.id: task for task in found.tasks}
     tasks = list(found.tasks)
     if config.ids:

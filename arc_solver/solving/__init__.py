@@ -15,5 +15,6 @@ In the order of reading; each imports only from those before it:
     status       how a run stands; `bin/solve --status`
     reliability  how right a run's chances were; `bin/solve --reliability`
     solve        all of it, for every task
+    show         `bin/show`: tasks and answers as pictures
     command      `bin/solve`: what its words ask for
 """

@@ -1,0 +1,74 @@
+"""`bin/show`: what is drawn of a set, of a run, and of a submission."""
+
+import json
+import re
+
+import pytest
+
+from arc_solver.config import TasksConfig
+from arc_solver.errors import UserError
+from arc_solver.puzzles import load_tasks
+from arc_solver.solving.show import main
+
+
+def drawn(capsys, *words) -> str:
+    """What it shows, in which digits are cells."""
+    assert main([*map(str, words)]) == 0
+    return capsys.readouterr().out
+
+
+def test_a_set_is_drawn_with_all_demonstrations_and_right_outputs(capsys):
+    [task] = load_tasks(TasksConfig(spec="demo", ids=("66e6c45b",))).tasks
+    shown = drawn(capsys, "demo", "--ids", "66e6c45b")
+    for i in range(1, len(task.train) + 1):
+        assert f"demonstration {i}" in shown
+    assert "task 66e6c45b" in shown and "right output" in shown and "attempt" not in shown
+    assert "1 of the 20 tasks of demo" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "tasks"), [([], 3), (["--limit", "5"], 5), (["--sample", "2"], 2), (["--limit", "99"], 20)]
+)
+def test_which_tasks_are_drawn(capsys, words, tasks):
+    assert len(re.findall("^task ", drawn(capsys, "demo", *words), re.MULTILINE)) == tasks
+
+
+def test_a_run_is_drawn_with_its_answers_as_far_as_it_has_come(capsys, whole, tmp_path):
+    shown = drawn(capsys, whole, "--limit", "12")
+    inputs = shown.count("test input")
+    assert inputs >= 12 and shown.count("attempt 1") == shown.count("attempt 2") == inputs
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    for name in ("run.json", "config.json", "submission.json"):
+        (begun / name).write_bytes((whole / name).read_bytes())
+    assert drawn(capsys, begun, "--limit", "12").count("attempt") == 0
+
+
+def test_a_submission_is_drawn_and_judged(capsys, tmp_path):
+    task_set = load_tasks(TasksConfig(spec="demo"))
+    answers = {
+        i: [{"attempt_1": grid.tolist(), "attempt_2": [[9]]} for grid in grids]
+        for i, grids in task_set.solutions.items()
+    }
+    (tmp_path / "submission.json").write_text(json.dumps(answers))
+    shown = drawn(capsys, "demo", "--limit", "2", "--submission", tmp_path / "submission.json")
+    asked = sum(len(task.test) for task in load_tasks(TasksConfig(spec="demo", limit=2)).tasks)
+    assert shown.count("attempt 1 ✓") == shown.count("attempt 2 ✗") == asked
+
+
+def test_a_picture_is_written(capsys, tmp_path):
+    assert "x.svg" in drawn(capsys, "demo", "--svg", tmp_path / "x.svg")
+    assert (tmp_path / "x.svg").read_text().startswith("<svg")
+
+
+def test_what_cannot_be_shown(whole, tmp_path):
+    (tmp_path / "pairs.json").write_text(json.dumps({"a": [{"input": [[1]], "output": [[2]]}]}))
+    for words, said in (
+        ([whole, "--solutions", "x"], "is a run"),
+        (["demo", "--ids", "none"], "has no task 'none'"),
+        (["demo", "--submission", tmp_path / "none.json"], "does not exist"),
+        ([tmp_path / "pairs.json"], "lists of pairs"),
+        ([tmp_path / "nothing"], "not found"),
+    ):
+        with pytest.raises(UserError, match=said):
+            main([*map(str, words)])
