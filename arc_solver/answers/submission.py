@@ -21,7 +21,7 @@ from ..config import load_config
 from ..errors import UserError, counted
 from ..files import write_whole
 from ..puzzles import Attempts, Grid, Task, TaskSet, load_tasks, read_json, safe_id, same_grid
-from ..puzzles.tasks import Solutions, _shown, make_grid
+from ..puzzles.tasks import Solutions, excerpt, make_grid
 from .candidates import Predictions
 from .comparison import Outputs, paired_difference
 from .vote import NO_ANSWER
@@ -158,7 +158,7 @@ def _read_outputs(raw: Any, count: int | None, where: str) -> list[Attempts]:
     outputs = []
     for i, both in enumerate(raw):
         if not isinstance(both, dict) or set(both) != set(ATTEMPTS):
-            raise UserError(f"{where}, test input {i}: expected exactly attempt_1 and attempt_2, got {_shown(both)}")
+            raise UserError(f"{where}, test input {i}: expected exactly attempt_1 and attempt_2, got {excerpt(both)}")
         first, second = (make_grid(both[name], f"{where}, test input {i}, {name}") for name in ATTEMPTS)
         outputs.append((first, second))
     return outputs

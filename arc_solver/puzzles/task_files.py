@@ -22,7 +22,7 @@ from ..config import TasksConfig
 from ..errors import UserError, counted
 from ..rng import named_rng
 from .file_tree import FileTree, Folder, json_stem, open_inside, open_tree, read_json
-from .tasks import Grid, Pair, Solutions, Task, TaskSet, TooLarge, _shown, challenge, make_grid
+from .tasks import Grid, Pair, Solutions, Task, TaskSet, TooLarge, challenge, excerpt, make_grid
 
 
 class ListsOfPairs(UserError):
@@ -190,7 +190,7 @@ def read_tree(tree: FileTree, solutions_file: Path | None = None, outputs: bool 
             if not _other_kind(content) and _holds_task(content, name, where):
                 raise UserError(f"{where} holds many tasks, and lies among files of one task each: give it by itself")
             if raw_tasks or any(_is_task(beside.load(other)) for beside, other in files[1:3]):
-                what = _other_kind(content) or f"no task, but {_shown(content)}"
+                what = _other_kind(content) or f"no task, but {excerpt(content)}"
                 raise UserError(f"{where} lies among task files: take it out, as it holds {what}")
             raise _no_task(content, where)
         raw_tasks.append((json_stem(name), content, where))
@@ -324,7 +324,7 @@ def _tasks_in(content: Any, name: str, where: str) -> list[tuple[str, Any]]:
     for i, item in enumerate(content):
         if not isinstance(item, dict):
             raise UserError(
-                f"{where}: item {i}: expected a task, an object with 'train' and 'test', got {_shown(item)}"
+                f"{where}: item {i}: expected a task, an object with 'train' and 'test', got {excerpt(item)}"
             )
         if not _is_task(item) and len(item) == 1:
             found += item.items()
@@ -337,7 +337,7 @@ def _tasks_in(content: Any, name: str, where: str) -> list[tuple[str, Any]]:
 def _no_task(content: Any, where: str) -> UserError:
     """What to say of a file that holds no task."""
     if not (other := _other_kind(content)):
-        return UserError(f"{where}: expected a JSON object of tasks (id -> task) or one task, got {_shown(content)}")
+        return UserError(f"{where}: expected a JSON object of tasks (id -> task) or one task, got {excerpt(content)}")
     return (ListsOfPairs if other == _LISTS_OF_PAIRS else UserError)(f"{where} holds {other}")
 
 
@@ -387,7 +387,7 @@ def read_solutions(content: Any, file: str, tasks: Sequence[Task]) -> Solutions:
         UserError: it lacks some, or one is bad.
     """
     if not isinstance(content, dict):
-        raise UserError(f"{file}: expected a JSON object, task id -> list of grids, got {_shown(content)}")
+        raise UserError(f"{file}: expected a JSON object, task id -> list of grids, got {excerpt(content)}")
     by_id = {safe_id(name): grids for name, grids in content.items()}
     if lacking := sorted(task.id for task in tasks if task.id not in by_id):
         raise UserError(
@@ -400,7 +400,7 @@ def read_solutions(content: Any, file: str, tasks: Sequence[Task]) -> Solutions:
         if not isinstance(grids, list) or len(grids) != count:
             raise UserError(
                 f"{file}: task {task.id}: expected a list of {counted(count, 'grid')}, one a test input, got"
-                f" {_shown(grids)}"
+                f" {excerpt(grids)}"
             )
         solutions[task.id] = tuple(
             make_grid(grid, f"{file}: task {task.id}, test output {i}") for i, grid in enumerate(grids)
@@ -421,15 +421,15 @@ def _add(tasks: list[Task], solutions: Solutions, task_id: str, raw: Any, file: 
     """Checks one parsed task and appends it; its test outputs, if asked for and all there, go to `solutions`."""
     where, task_id = f"{file}: task {task_id}", safe_id(task_id)
     if not isinstance(raw, dict):
-        raise UserError(f"{where}: expected an object with 'train' and 'test', got {_shown(raw)}")
+        raise UserError(f"{where}: expected an object with 'train' and 'test', got {excerpt(raw)}")
     for part in ("train", "test"):
         if part not in raw:
             raise UserError(f"{where}: '{part}' is missing")
         if not isinstance(raw[part], list) or not raw[part]:
-            raise UserError(f"{where}: '{part}' must be a list of at least one pair, got {_shown(raw[part])}")
+            raise UserError(f"{where}: '{part}' must be a list of at least one pair, got {excerpt(raw[part])}")
         for i, pair in enumerate(raw[part]):
             if not isinstance(pair, dict):
-                raise UserError(f"{where}, {part} pair {i}: expected an object with 'input', got {_shown(pair)}")
+                raise UserError(f"{where}, {part} pair {i}: expected an object with 'input', got {excerpt(pair)}")
             if "input" not in pair:
                 raise UserError(f"{where}, {part} pair {i}: 'input' is missing")
     for i, pair in enumerate(raw["train"]):

@@ -108,19 +108,19 @@ def make_grid(rows: Any, where: str) -> Grid:
         UserError: anything else.
     """
     if not isinstance(rows, list) or not rows:
-        raise UserError(f"{where}: expected a grid, a non-empty list of rows, got {_shown(rows)}")
+        raise UserError(f"{where}: expected a grid, a non-empty list of rows, got {excerpt(rows)}")
     if len(rows) > MAX_SIDE:
         raise TooLarge(f"{where}: expected at most {MAX_SIDE} rows, got {len(rows)}")
     for r, row in enumerate(rows):
         if not isinstance(row, list) or not row:
-            raise UserError(f"{where}, row {r}: expected a non-empty list of cells, got {_shown(row)}")
+            raise UserError(f"{where}, row {r}: expected a non-empty list of cells, got {excerpt(row)}")
         if len(row) > MAX_SIDE:
             raise TooLarge(f"{where}, row {r}: expected at most {MAX_SIDE} cells, got {len(row)}")
         if len(row) != len(rows[0]):
             raise UserError(f"{where}, row {r}: expected {counted(len(rows[0]), 'cell')} as in row 0, got {len(row)}")
         for cell in row:
             if type(cell) is not int or not 0 <= cell < COLOURS:
-                raise UserError(f"{where}, row {r}: expected whole numbers 0-9, got {_shown(cell)}")
+                raise UserError(f"{where}, row {r}: expected whole numbers 0-9, got {excerpt(cell)}")
     return freeze(np.array(rows, dtype=np.uint8))
 
 
@@ -135,7 +135,7 @@ def legal_pairs(raw: Any, where: str, most: int | None = None) -> tuple[tuple[Pa
         UserError: it is no list, or is empty.
     """
     if not isinstance(raw, list) or not raw:
-        raise UserError(f"{where}: expected a list of at least one pair, got {_shown(raw)}")
+        raise UserError(f"{where}: expected a list of at least one pair, got {excerpt(raw)}")
     pairs: list[Pair] = []
     problems = []
     for i, pair in enumerate(raw):
@@ -143,7 +143,7 @@ def legal_pairs(raw: Any, where: str, most: int | None = None) -> tuple[tuple[Pa
             break
         try:
             if not isinstance(pair, dict) or not {"input", "output"} <= pair.keys():
-                raise UserError(f"{where}, pair {i}: expected an object with 'input' and 'output', got {_shown(pair)}")
+                raise UserError(f"{where}, pair {i}: expected an object with 'input' and 'output', got {excerpt(pair)}")
             pairs.append(Pair(*(make_grid(pair[side], f"{where}, pair {i}, {side}") for side in ("input", "output"))))
         except UserError as error:
             problems.append(str(error))
@@ -161,6 +161,7 @@ def challenge(task: Task) -> dict[str, list[dict[str, list[list[int]]]]]:
     return {"train": train, "test": [{"input": grid.tolist()} for grid in task.test]}
 
 
-def _shown(value: Any) -> str:
+def excerpt(value: Any) -> str:
+    """Something of a value as JSON, short enough for a message."""
     text = json.dumps(value, default=repr)
     return text if len(text) <= 60 else text[:57] + "..."
