@@ -10,7 +10,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .tasks import Attempts, Grid, Task, same_grid
+from .encode import END, IGNORE, INPUT, NEWLINE, OUTPUT, TOKENS, Sample
+from .tasks import COLOURS, Attempts, Grid, Task, same_grid
 
 # The colours in which ARC tasks are usually drawn: black, blue, red, green, yellow, grey, pink, orange, azure, maroon.
 PALETTE = (
@@ -53,6 +54,22 @@ def task_picture(
         if solution is not None:
             shown.append(_labelled("right output", solution[t]))
     return Group(Text(f"task {task.id}", style="bold"), Columns(shown, padding=(0, 2)), Text())
+
+
+def sample_text(sample: Sample) -> Text:
+    """A sequence as a model reads it, a line for each row and each marker; in front of each, whether it is learnt."""
+    text = Text()
+    starts_line = True
+    for token, label in zip(sample.ids_T.tolist(), sample.labels_T.tolist(), strict=True):
+        is_learnt = label != IGNORE
+        if starts_line:
+            text.append("learnt  " if is_learnt else "        ", style="bold")
+        name = "⏎" if token == NEWLINE else TOKENS[token]
+        is_cell = token < COLOURS
+        text.append(name, style=f"white on {PALETTE[token]}" if is_cell and token else "" if is_learnt else "dim")
+        starts_line = token in (NEWLINE, INPUT, OUTPUT, END)
+        text.append("\n" if starts_line else " ")
+    return text
 
 
 def _labelled(label: str, grid: Grid, style: str = "") -> Table:

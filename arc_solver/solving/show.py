@@ -5,19 +5,22 @@ bin/show RUN_DIR --limit 3
 bin/show SPEC --submission FILE --svg answers.svg
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
+from rich.text import Text
 
 from ..answers import Submission, read_submission
 from ..answers.candidates import STAGES
 from ..answers.revote import tasks_of_run
 from ..command import Parser, add_choice_arguments, task_overrides, user_path
-from ..config import TasksConfig, load_config
+from ..config import Config, TasksConfig, load_config
 from ..errors import MachineError, UserError, counted
-from ..puzzles import TaskSet, load_tasks
-from ..puzzles.pictures import save_picture, task_picture
+from ..puzzles import IGNORE, Task, TaskSet, load_tasks
+from ..puzzles.pictures import sample_text, save_picture, task_picture
 from ..puzzles.task_files import choose_tasks
+from ..rng import named_rng
 from .run_config import saved_config
 
 USUAL = 3  # tasks that are shown if nobody says which
@@ -25,18 +28,27 @@ USUAL = 3  # tasks that are shown if nobody says which
 
 def main(arguments: list[str]) -> int:
     parser = Parser(prog="bin/show", description="Show tasks and what was answered to them, as coloured grids.")
-    parser.add_argument("tasks", metavar="SPEC | RUN_DIR", help="what --tasks takes, or the folder of a run")
+    parser.add_argument("tasks", metavar="SPEC[:ID] | RUN_DIR[:ID]", help="what --tasks takes, or the folder of a run")
     add_choice_arguments(parser)
     parser.add_argument("--submission", type=user_path, metavar="FILE", help="answers to show beside the solutions")
+    parser.add_argument("--views", type=int, default=0, metavar="N", help="also N augmented views, as they are asked")
+    parser.add_argument("--encoded", action="store_true", help="also a sample of the adaptation, token by token")
     parser.add_argument("--svg", type=user_path, metavar="FILE", help="write a picture instead")
     args = parser.parse_args(arguments)
+    spec, colon, task_id = args.tasks.rpartition(":")
+    if colon and not Path(args.tasks).exists() and args.ids is None:
+        args.tasks, args.ids = spec, task_id
+    if args.views < 0:
+        raise UserError(f"--views is at least 0, got {args.views}")
     config = load_config(None, task_overrides(args)).tasks
     run_dir = Path(config.spec)
     answers: Submission = {}
+    settings = Config()  # by which it is asked and adapted to
     if (run_dir / "run.json").is_file():
         if args.submission or args.solutions:
             raise UserError(f"{run_dir} is a run, with answers and solutions of its own: leave the options out")
-        task_set, answers = _of_run(run_dir)
+        settings = saved_config(run_dir)
+        task_set, answers = _of_run(run_dir, settings)
     else:
         task_set = load_tasks(TasksConfig(spec=config.spec, solutions=config.solutions))
         if args.submission:
@@ -44,9 +56,13 @@ def main(arguments: list[str]) -> int:
     if not (config.ids or config.limit or config.sample):
         config = config.model_copy(update={"limit": USUAL})
     chosen = choose_tasks(task_set, config)
-    shown = Group(
-        *(task_picture(task, answers.get(task.id, ()), chosen.solutions.get(task.id), None) for task in chosen.tasks)
-    )
+    parts: list[RenderableType] = []
+    for task in chosen.tasks:
+        parts.append(task_picture(task, answers.get(task.id, ()), chosen.solutions.get(task.id), None))
+        parts += _views(task, settings, args.views)
+        if args.encoded:
+            parts += _encoded(task, settings)
+    shown = Group(*parts)
     of = f"{counted(len(task_set.tasks), 'task')} of {task_set.name}"
     said = f"{len(chosen.tasks)} of the {of}; --ids, --limit and --sample choose others"
     if args.svg:
@@ -61,8 +77,33 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _of_run(run_dir: Path) -> tuple[TaskSet, Submission]:
+def _views(task: Task, settings: Config, count: int) -> Iterator[RenderableType]:
+    """The first views under which a task is asked; the very first is the task as it is."""
+    if not count:
+        return
+    from .predict import views_of
+
+    rng = named_rng(settings.run.seed, task.id, "predict")
+    predict = settings.predict.model_copy(update={"views": max(count, settings.predict.views)})
+    for i, view in enumerate(views_of(task, predict, rng)[:count], 1):
+        yield Text(f"view {i}: geometry {view.geometry}, colours {' '.join(map(str, view.colours))}", style="dim")
+        yield task_picture(view.apply_task(task), (), None, None)
+
+
+def _encoded(task: Task, settings: Config) -> Iterator[RenderableType]:
+    """The first sample that adaptation learns from."""
+    from .adapt import held_out_samples
+
+    rng = named_rng(settings.run.seed, task.id, "adapt")
+    sample, held_out = next(held_out_samples(task, settings.adapt, settings.format, rng))
+    learnt = int((sample.labels_T != IGNORE).sum())
+    counts = f"{len(sample)} tokens, {learnt} of them learnt"
+    yield Text(f"a sample of the adaptation, demonstration {held_out + 1} held out: {counts}", style="dim")
+    yield sample_text(sample)
+
+
+def _of_run(run_dir: Path, settings: Config) -> tuple[TaskSet, Submission]:
     """The tasks of a run, and the answers to those that it has come to."""
-    task_set = tasks_of_run(run_dir, saved_config(run_dir).tasks)
+    task_set = tasks_of_run(run_dir, settings.tasks)
     answers = read_submission(run_dir / "submission.json", task_set.tasks)
     return task_set, {i: of for i, of in answers.items() if any((run_dir / at / f"{i}.json").exists() for at in STAGES)}

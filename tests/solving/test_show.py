@@ -5,9 +5,11 @@ import re
 
 import pytest
 
-from arc_solver.config import TasksConfig
+from arc_solver.config import Config, TasksConfig
 from arc_solver.errors import UserError
 from arc_solver.puzzles import load_tasks
+from arc_solver.rng import named_rng
+from arc_solver.solving.predict import views_of
 from arc_solver.solving.show import main
 
 
@@ -54,6 +56,26 @@ def test_a_submission_is_drawn_and_judged(capsys, tmp_path):
     shown = drawn(capsys, "demo", "--limit", "2", "--submission", tmp_path / "submission.json")
     asked = sum(len(task.test) for task in load_tasks(TasksConfig(spec="demo", limit=2)).tasks)
     assert shown.count("attempt 1 ✓") == shown.count("attempt 2 ✗") == asked
+
+
+def test_views_are_those_that_are_asked(capsys):
+    [task] = load_tasks(TasksConfig(spec="demo", ids=("66e6c45b",))).tasks
+    shown = drawn(capsys, "demo:66e6c45b", "--views", "3")
+    expected = views_of(task, Config().predict, named_rng(0, task.id, "predict"))[:3]
+    assert [f"view {i}: geometry {view.geometry}," in shown for i, view in enumerate(expected, 1)] == [True] * 3
+    last = expected[-1].apply_task(task).test[0].tolist()
+    assert all(" ".join(map(str, row)) in shown for row in last) and "view 4" not in shown
+
+
+def test_a_sequence_is_shown_with_what_is_learnt(capsys):
+    [task] = load_tasks(TasksConfig(spec="demo", ids=("66e6c45b",))).tasks
+    lines = drawn(capsys, "demo:66e6c45b", "--encoded").splitlines()
+    assert sum(line.strip() == "<input>" for line in lines) == len(task.train)
+    learnt = [line.split()[1:] for line in lines if line.startswith("learnt  ")]
+    *rows, end = learnt
+    assert end == ["<end>"] and all(row[-1] == "⏎" for row in rows)
+    assert {(len(rows), len(row) - 1) for row in rows} <= {pair.output.shape for pair in task.train}
+    assert f"{sum(map(len, learnt))} of them learnt" in " ".join(" ".join(lines).split())
 
 
 def test_a_picture_is_written(capsys, tmp_path):
