@@ -1,6 +1,6 @@
 """`bin/show`: tasks and what was answered to them, as coloured grids in the terminal or in an SVG.
 
-bin/show arc-agi-1/training --ids 007bbfb7
+bin/show arc-agi-1/training:007bbfb7 --views 4 --encoded
 bin/show RUN_DIR --limit 3
 bin/show SPEC --submission FILE --svg answers.svg
 """
