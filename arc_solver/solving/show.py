@@ -1,8 +1,10 @@
 """`bin/show`: tasks and what was answered to them, as coloured grids in the terminal or in an SVG.
 
-bin/show arc-agi-1/training:007bbfb7 --views 4 --encoded
-bin/show RUN_DIR --limit 3
-bin/show SPEC --submission FILE --svg answers.svg
+    bin/show arc-agi-1/training:007bbfb7 --views 4 --encoded
+    bin/show RUN_DIR --limit 3
+    bin/show SPEC --submission FILE --svg answers.svg
+
+Nothing is solved, and no model is loaded.
 """
 
 from collections.abc import Iterator
