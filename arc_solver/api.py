@@ -7,17 +7,22 @@ has them all.
 import json
 import signal
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from . import answers, models, puzzles
 from .answers import Predictions, Score, Submission, read_submission
-from .config import load_config
+from .config import Config, TasksConfig, load_config
 from .decoding.engine_choice import make_engine
+from .errors import UserError
 from .models import Adapter, Model, fast_dtype, pick_device
 from .puzzles import Attempts, Task, TaskSet
+from .puzzles.tasks import excerpt
 from .rng import named_rng
 from .solving import adapt as adapting
 from .solving.adapt import Adaptation
@@ -35,8 +40,13 @@ def load_tasks(spec: str = "demo", **choice: Any) -> TaskSet:
     Raises:
         UserError: there are none, or something in them is bad.
     """
-    words = [f"tasks.{key}={json.dumps(value, default=str)}" for key, value in {"spec": spec, **choice}.items()]
-    return puzzles.load_tasks(load_config(None, words).tasks)
+    if isinstance(ids := choice.get("ids"), str):
+        choice["ids"] = [ids]
+    elif ids is not None:
+        choice["ids"] = [str(task_id) for task_id in ids]
+    words = {"spec": str(spec), **{key: value for key, value in choice.items() if value is not None}}
+    given = [f"tasks.{key}={json.dumps(value, default=str)}" for key, value in words.items()]
+    return puzzles.load_tasks(load_config(None, given).tasks)
 
 
 def load_model(path: str = "", device: str = "auto") -> Model:
@@ -45,8 +55,8 @@ def load_model(path: str = "", device: str = "auto") -> Model:
     Raises:
         UserError: the folder holds none.
     """
-    place = pick_device(device)
-    return models.load_model(path, place, fast_dtype(place))
+    place = pick_device(str(device))
+    return models.load_model(str(Path(path).expanduser()) if path else "", place, fast_dtype(place))
 
 
 def adapt(task: Task, model: Model, *settings: str, seed: int = 0) -> Adaptation:
@@ -55,7 +65,9 @@ def adapt(task: Task, model: Model, *settings: str, seed: int = 0) -> Adaptation
     Raises:
         UserError: a setting is wrong.
     """
-    config = load_config(None, settings)
+    _require(task, Task, "task", "one of load_tasks(...).tasks")
+    _require(model, Model, "model", "load_model()")
+    config = _config(settings)
     return adapting.adapt([task], model, config.adapt, [named_rng(seed, task.id, "adapt")])[0]
 
 
@@ -68,7 +80,11 @@ def predict(task: Task, model: Model, adapter: Adapter | None = None, *settings:
     Raises:
         UserError: a setting is wrong.
     """
-    config = load_config(None, settings)
+    _require(task, Task, "task", "one of load_tasks(...).tasks")
+    _require(model, Model, "model", "load_model()")
+    if adapter is not None:
+        _require(adapter, Adapter, "adapter", "adapt(task, model).adapter, or None")
+    config = _config(settings)
     engine = make_engine(model, None, config, 1)
     return predict_task(task, engine, adapter, config.predict, named_rng(seed, task.id, "predict"))
 
@@ -79,7 +95,9 @@ def choose_attempts(predictions: Predictions, task: Task, *settings: str) -> lis
     Raises:
         UserError: a setting is wrong.
     """
-    return answers.choose_attempts(predictions, task, load_config(None, settings).vote)
+    _require(predictions, Predictions, "predictions", "predict(task, model)")
+    _require(task, Task, "task", "one of load_tasks(...).tasks")
+    return answers.choose_attempts(predictions, task, _config(settings).vote)
 
 
 def solve(tasks: TaskSet, *settings: str, out: str | Path = "") -> Submission:
@@ -92,11 +110,20 @@ def solve(tasks: TaskSet, *settings: str, out: str | Path = "") -> Submission:
         UserError: a setting is wrong, or the folder is of another run.
         KeyboardInterrupt: it was interrupted; with the same `out` it goes on.
     """
-    run_dir = Path(out) if out else default_run_dir(tasks)
+    _require(tasks, TaskSet, "tasks", "load_tasks(...)")
+    if any(word.startswith("tasks.") for word in settings):
+        raise UserError("solve takes the tasks that it is given: choose them in load_tasks, and leave tasks.* out")
+    if threading.current_thread() is not threading.main_thread():
+        raise UserError("solve starts processes and handles signals: call it in the main thread")
+    run_dir = Path(out).expanduser() if out else default_run_dir(tasks)
+    config = _config(settings)
+    spec = str(Path(tasks.name).absolute()) if Path(tasks.name).exists() else tasks.name
+    ids = tuple(task.id for task in tasks.tasks) if tasks.chosen else ()
+    config = config.model_copy(update={"tasks": TasksConfig(spec=spec, ids=ids)})  # for whoever goes on with the run
     before = signal.getsignal(signal.SIGTERM)
     try:
         with _main_apart():
-            code = run(load_config(None, settings), tasks, run_dir)
+            code = run(config, tasks, run_dir)
     finally:
         signal.signal(signal.SIGTERM, before)
     if code == INTERRUPTED:
@@ -118,8 +145,32 @@ def _main_apart() -> Iterator[None]:
 
 
 def score(submission: Submission, tasks: TaskSet) -> Score:
-    """How many of the tasks a submission solves, of those whose solutions are known."""
+    """How many of the tasks a submission solves, of those whose solutions are known.
+
+    Raises:
+        UserError: it does not answer all of them.
+    """
+    _require(tasks, TaskSet, "tasks", "load_tasks(...)")
+    _require(submission, dict, "submission", "what solve(...) gives, or {task id: choose_attempts(...)}")
+    if missing := sorted(tasks.solutions.keys() - submission.keys()):
+        raise UserError(f"submission has no answer to {missing[0]}: load the tasks that it answers, with ids=[...]")
+    for task_id, attempts in submission.items():
+        if not all(isinstance(grid, np.ndarray) for both in attempts for grid in both):
+            raise UserError(
+                f"submission: the attempts at {task_id} are not pairs of NumPy arrays, as choose_attempts gives"
+            )
     return answers.score(submission, tasks.solutions)
+
+
+def _config(settings: Sequence[str]) -> Config:
+    if wrong := [word for word in settings if not isinstance(word, str)]:
+        raise UserError(f'settings are words such as "adapt.steps=60", each for itself, got {excerpt(wrong[0])}')
+    return load_config(None, settings)
+
+
+def _require(value: Any, kind: type, name: str, instead: str) -> None:
+    if not isinstance(value, kind):
+        raise UserError(f"{name} is a {type(value).__name__}, and should be a {kind.__name__}: give {instead}")
 
 
 __all__ = ["adapt", "choose_attempts", "load_model", "load_tasks", "predict", "score", "solve"]

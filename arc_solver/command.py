@@ -1,6 +1,8 @@
 """How a command starts and ends: its arguments, its one sentence of complaint, its exit code."""
 
 import argparse
+import errno
+import io
 import json
 import os
 import re
@@ -11,6 +13,7 @@ from typing import Any, NoReturn
 
 from .errors import MachineError, UserError
 
+_THEIRS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)  # what is wrong with a path that a user gave
 Say = Callable[[str], None]  # takes a line for the person at the keyboard
 
 
@@ -106,13 +109,25 @@ def run_main(main: Callable[[list[str]], int], called: str = "bin/") -> None:
     """
     global _called
     _called = called
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal may not know a sign
     try:
         code = main(sys.argv[1:])
     except (UserError, MachineError) as error:
-        if os.environ.get("RANK", "0") == "0":  # of several training processes one says it
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # of several training processes of a machine one says it
             print(as_called(f"error: {error}"), file=sys.stderr)
         code = 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 1
+    except BrokenPipeError:  # whoever read what is printed, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at its end
+        code = 1
+    except OSError as error:
+        if error.errno not in _THEIRS or not error.filename:
+            raise
+        name = str(error.filename)
+        print(f"error: {name[:100]}{'...' * (len(name) > 100)}: {error.strerror}", file=sys.stderr)
+        code = 2
     sys.exit(code)

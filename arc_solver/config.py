@@ -134,7 +134,7 @@ class FormatConfig(Section):
 
 
 class ModelConfig(Section):
-    # A checkpoint's folder, or a Hugging Face hub id such as Qwen/Qwen2.5-0.5B-Instruct;
+    # A checkpoint's folder, or for bin/train a Hugging Face hub id such as Qwen/Qwen2.5-0.5B-Instruct;
     # "" = the bundled model (bin/solve) or a new one of the shape below (bin/train).
     path: PathText = ""
     # Folder of a LoRA adapter for it: continued by bin/train with lora, else merged into the weights.
@@ -557,7 +557,11 @@ def _read(file: Path) -> dict[str, Any]:
     """What a config file holds, not checked."""
     if (file / "run.json").is_file():
         raise UserError(f"{file} is the folder of a run, not a config: --out {file} continues it")
-    other = UserError(f"{file} is no config file, which ends in .toml: tasks are given as --tasks {file}")
+    other = UserError(
+        f"{file} is YAML, and configs are TOML: see configs/"
+        if file.suffix in (".yaml", ".yml")
+        else f"{file} is no config file, which ends in .toml: see configs/; tasks are for --tasks of bin/solve"
+    )
     if file.is_dir() or str(file) in ("demo", "arc-agi-1/training", "arc-agi-1/evaluation"):
         raise other
     try:
@@ -573,10 +577,24 @@ def _read(file: Path) -> dict[str, Any]:
         if file.suffix not in (".toml", ".json"):
             raise other from None
         kind = "JSON" if file.suffix == ".json" else "TOML"
-        raise UserError(f"config {file} cannot be read as {kind}: {error}") from None
+        said = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"config {file} cannot be read as {kind}: {said}{_toml_hint(error)}") from None
     if file.suffix == ".json" and not (isinstance(tree, dict) and tree.keys() <= Config.model_fields.keys()):
         raise other
     return tree
+
+
+def _toml_hint(error: Exception) -> str:
+    """What such a mistake in TOML is mostly about."""
+    if isinstance(error, UnicodeDecodeError):
+        return "; save it as UTF-8"
+    if "hex value" in str(error) or "escape" in str(error) or "'\\\\'" in str(error):
+        return "; write paths with backslashes in 'single quotes'"
+    if "Invalid value" in str(error):
+        return '; text stands in straight quotes ("), and yes and no are true and false'
+    if "twice" in str(error) or "overwrite" in str(error):
+        return "; write each section and setting once"
+    return ""
 
 
 def _override(tree: dict[str, Any], word: str) -> None:
@@ -643,7 +661,8 @@ _EXAMPLES = {
 def _as_list(key: str, overrides: Sequence[str], first: Any) -> str:
     """The user's own word in a list."""
     word = next((w.partition("=")[2] for w in overrides if w.partition("=")[0] == key), first["input"])
-    return f"'{key}={json.dumps([word], default=str)}'"
+    words = [part.strip(" \"'") for part in word.strip("[]()").split(",")] if isinstance(word, str) else [word]
+    return f"'{key}={json.dumps(words, default=str)}'"
 
 
 def _explain(error: ValidationError, file: str | Path | None, overrides: Sequence[str]) -> str:

@@ -59,6 +59,18 @@ def lock(file: Path) -> IO[str] | None:
     return stream
 
 
+def is_locked(file: Path) -> bool:
+    """Whether a process has the file by `lock`."""
+    try:
+        with file.open() as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # there is none
+        return False
+    return False
+
+
 def sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,5 +1,6 @@
 """What a wheel gives: one command, and functions for a notebook."""
 
+import json
 import os
 import re
 import subprocess
@@ -14,6 +15,7 @@ import arc_solver
 from arc_solver.__main__ import COMMANDS
 from arc_solver.answers.submission import read_submission
 from arc_solver.errors import UserError
+from arc_solver.solving.status import read_status
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,10 +28,10 @@ def test_the_example_in_the_readme(tmp_path, monkeypatch, capsys):
     names: dict = {}
     exec(example, names)
     tasks, submission = names["tasks"], names["submission"]
-    assert (tmp_path / "runs" / "mine" / "submission.json").is_file()
+    assert (tmp_path / "runs" / "notebook" / "submission.json").is_file()
     assert names["score"](submission, tasks).tasks_solved >= 2
     assert capsys.readouterr().out.endswith(f"{names['score'](submission, tasks).tasks_solved}\n")
-    again = read_submission(tmp_path / "runs" / "mine" / "submission.json", tasks.tasks)
+    again = read_submission(tmp_path / "runs" / "notebook" / "submission.json", tasks.tasks)
     assert as_lists(again) == as_lists(submission)
     assert isinstance(names["first"], np.ndarray)
 
@@ -94,7 +96,7 @@ def test_a_users_own_path_is_no_call_of_a_command(tmp_path):
     """Where commands are called arc-solver, only calls are: not what a path has in it."""
     for words in (["solve", "--tasks", "/me/bin/train/x.json"], ["solve", "model.path=~/bin/train"]):
         _, said = output_of(Forked("arc_solver", words, cwd=tmp_path), 2)
-        assert "/bin/train" in said and "arc-solver" not in said
+        assert "/bin/train" in said and "arc-solver train" not in said
     _, said = output_of(Forked("arc_solver", ["solve", "model.path=bin/train"], cwd=tmp_path), 2)
     assert "(arc-solver train configs/" in said
 
@@ -103,3 +105,65 @@ def test_a_choice_of_tasks_that_there_is_not_is_one_sentence():
     with pytest.raises(UserError, match=r"^unknown setting tasks\.limt; did you mean tasks\.limit\?$"):
         arc_solver.load_tasks("demo", limt=3)
     assert len(arc_solver.load_tasks("demo", sample=3, sample_seed=1).tasks) == 3
+
+
+def test_a_run_of_chosen_tasks_is_one_that_commands_understand(tmp_path, monkeypatch, capsys):
+    """Its folder names the tasks that it was given, and no others."""
+    monkeypatch.chdir(tmp_path)
+    tasks = arc_solver.load_tasks("demo", ids=("66e6c45b", "be03b35f"))
+    settings = ("adapt.enabled=false", "predict.views=2", "run.executor=inprocess", "run.show=0")
+    found = arc_solver.solve(tasks, *settings, out="run")
+    capsys.readouterr()
+    name, summary = read_status(tmp_path / "run")
+    assert (name, summary["tasks"], summary["answered"]) == ("demo", 2, 2)
+    assert as_lists(arc_solver.solve(tasks, *settings, out="run")) == as_lists(found)
+    with pytest.raises(UserError, match="leave tasks"):
+        arc_solver.solve(tasks, "tasks.limit=1", out="run")
+
+
+def test_what_is_given_in_the_wrong_place_is_one_sentence(toy_model):
+    tasks = arc_solver.load_tasks("demo", ids="66e6c45b", limit=None)
+    [task] = tasks.tasks
+    for call, said in (
+        (lambda: arc_solver.adapt(tasks, toy_model), r"task is a TaskSet, and should be a Task: give one of"),
+        (lambda: arc_solver.adapt(task, "runs/mine"), r"model is a str, .* give load_model\(\)"),
+        (lambda: arc_solver.adapt(task, toy_model, ["adapt.steps=2"]), r"settings are words"),
+        (lambda: arc_solver.predict(task, toy_model, "predict.views=2"), r"adapter is a str, .* or None"),
+        (lambda: arc_solver.choose_attempts({}, task), r"predictions is a dict"),
+        (lambda: arc_solver.solve("demo"), r"tasks is a str, .* load_tasks"),
+        (lambda: arc_solver.score({}, tasks), r"no answer to 66e6c45b"),
+        (lambda: arc_solver.score("submission.json", tasks), r"submission is a str"),
+        (lambda: arc_solver.score({"66e6c45b": [{"attempt_1": [[1]]}]}, tasks), r"not pairs of NumPy arrays"),
+    ):
+        with pytest.raises(UserError, match=said):
+            call()
+
+
+@pytest.mark.parametrize("words", [["data", "list"], ["data", "list", "--json"], ["show", "demo"]], ids=" ".join)
+def test_whoever_has_read_enough_sees_no_traceback(words):
+    command = [sys.executable, "-P", "-m", "arc_solver", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        said = process.stderr.read()
+    assert "Traceback" not in said and "Error" not in said
+
+
+def test_a_terminal_that_knows_no_sign_is_no_error(tmp_path):
+    answers = {t.id: [{"attempt_1": [[1]], "attempt_2": [[1]]} for _ in t.test] for t in arc_solver.load_tasks().tasks}
+    (tmp_path / "submission.json").write_text(json.dumps(answers))
+    words = ["show", "demo", "--limit", "1", "--submission", tmp_path / "submission.json"]
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-P", "-m", "arc_solver", *words], capture_output=True, text=True, env=env)
+    assert done.returncode == 0 and "attempt 1 ?" in done.stdout
+
+
+def test_a_leftover_rank_hides_no_sentence(tmp_path):
+    words = [sys.executable, "-P", "-m", "arc_solver", "score", "none.json", "--tasks", "nothing"]
+    env = {**os.environ, "RANK": "1", "WORLD_SIZE": "2"}
+    done = subprocess.run(words, capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: tasks 'nothing' not found")
+
+
+def test_a_name_that_is_too_long_is_one_sentence(tmp_path):
+    _, said = output_of(Forked("arc_solver", ["show", "x" * 300], cwd=tmp_path), 2)
+    assert said.startswith("error: ") and "\n" not in said.strip()

@@ -113,8 +113,10 @@ def read_submission(file: Path, tasks: Sequence[Task] | None) -> Submission:
     Raises:
         UserError: what is missing or wrong, and where.
     """
+    if (file / "submission.json").is_file():
+        file = file / "submission.json"
     if file.is_dir():
-        raise UserError(f"{file} is a folder: give the submission.json in it")
+        raise UserError(f"{file} is a folder without a submission.json: give one, or the folder of a run")
     content = read_json(file)
     lists = [outputs for outputs in content.values() if isinstance(outputs, list)] if isinstance(content, dict) else []
     answers = any(all(isinstance(both, dict) for both in outputs) for outputs in lists)
@@ -157,6 +159,8 @@ def _read_outputs(raw: Any, count: int | None, where: str) -> list[Attempts]:
         )
     outputs = []
     for i, both in enumerate(raw):
+        if isinstance(both, dict) and (lacking := [name for name in ATTEMPTS if name not in both]):
+            raise UserError(f"{where}, test input {i}: {' and '.join(lacking)} is missing, next to {excerpt(both)}")
         if not isinstance(both, dict) or set(both) != set(ATTEMPTS):
             raise UserError(f"{where}, test input {i}: expected exactly attempt_1 and attempt_2, got {excerpt(both)}")
         first, second = (make_grid(both[name], f"{where}, test input {i}, {name}") for name in ATTEMPTS)

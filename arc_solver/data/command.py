@@ -3,8 +3,9 @@
 import argparse
 import json
 import os
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 
@@ -16,14 +17,14 @@ from ..command import Parser, as_called, require_new_dir, user_path
 from ..config import AuditConfig, TasksConfig, ValidationConfig
 from ..errors import MachineError, UserError, counted
 from ..files import sha256
-from ..puzzles import TaskSet, load_tasks
+from ..puzzles import Pair, TaskSet, load_tasks
 from ..puzzles.task_files import BUILT_IN
 from ..waiting import Reporter, Wait, waiting
 from .corpus import make_partition, write_partition
 from .generate import write_re_arc
 from .leaks import pair_keys, shared_tasks
 from .published import GITHUB, PUBLISHED, PublishedSet, get
-from .sources import pairs_of, read_set
+from .sources import pairs_of, read_set, solved_pairs
 from .statistics import statistics
 
 SHARED = 3  # exit code of an audit that found something
@@ -107,8 +108,15 @@ def _show(wait: Wait, unit: str, done: int, of: int | None) -> None:
 
 def _get(args: argparse.Namespace) -> int:
     if args.name not in PUBLISHED:
-        built_in = f"{args.name} comes with arc_solver: give it to --tasks; " if args.name in BUILT_IN else ""
-        raise UserError(f"{built_in or f'there is no set {args.name!r}: '}bin/data get knows {', '.join(PUBLISHED)}")
+        if args.name in BUILT_IN:
+            raise UserError(f"{args.name} comes with arc_solver: give it to --tasks")
+        near = get_close_matches(args.name.lower(), PUBLISHED, 1)
+        maybe = f"did you mean {near[0]}? " if near else ""
+        raise UserError(f"there is no set {args.name!r}: {maybe}bin/data get knows {', '.join(PUBLISHED)}")
+    if not args.mirror.startswith(("https://", "http://")):
+        raise UserError(f"--mirror {args.mirror}: give an address that begins with https:// or http://")
+    if args.out.exists() and not args.out.is_dir():
+        raise UserError(f"--out {args.out} is a file: give a folder")
     wanted, say = PUBLISHED[args.name], Reporter(Console(stderr=True))
     with waiting(say, f"getting {wanted.name}") as wait:
         path, is_new = get(wanted, args.out, partial(_show, wait), say, args.archive, args.mirror.rstrip("/"))
@@ -147,7 +155,14 @@ def _partition(args: argparse.Namespace) -> int:
     if args.tasks < 1:
         raise UserError(f"--tasks is at least 1, got {args.tasks}")
     never = AuditConfig().exclude
-    partition = make_partition(ValidationConfig(of=args.of, tasks=args.tasks, seed=args.seed), never)
+    with waiting(Reporter(Console(stderr=True)), f"reading {args.of}"):
+        partition = make_partition(ValidationConfig(of=args.of, tasks=args.tasks, seed=args.seed), never)
+        kept, rest = (
+            {task.id: pair_keys(task.train + solved_pairs(task, part)) for task in part.tasks}
+            for part in (partition.validation, partition.rest)
+        )
+    twins = {shared.first: shared.second for shared in shared_tasks(rest, kept)}
+    partition = replace(partition, rest=partition.rest.without(twins))
     try:
         write_partition(partition, args.out)
     except OSError as error:
@@ -157,9 +172,13 @@ def _partition(args: argparse.Namespace) -> int:
         print(f"{files}: {counted(len(part.tasks), 'task')} of {args.of}")
     if left_out := [task.id for task in load_tasks(TasksConfig(spec=args.of)).tasks if task.id in never]:
         print(f"in neither: {', '.join(left_out)}, which share pairs with evaluation tasks (audit.exclude)")
+    if twins:
+        named = ", ".join(f"{first} with {second}" for first, second in twins.items())
+        print(f"in neither, as they share pairs with validation tasks: {named}")
+    own_pairs = "" if args.of == "arc-agi-1/training" else " validation.re_arc=false"  # the others have no generators
     print(
         f"to hold the same out of a training: validation.of={args.of} validation.tasks={args.tasks}"
-        f" validation.seed={args.seed}"
+        f" validation.seed={args.seed}{own_pairs} audit.overlap=exclude"
     )
     return 0
 
@@ -173,6 +192,8 @@ def _make(args: argparse.Namespace) -> int:
         raise UserError(f"--out {args.out}: give a name that ends in .json or .json.gz")
     if args.out.exists():
         raise UserError(f"{args.out} exists: give another --out, or remove it")
+    if not args.out.parent.is_dir() and args.out.parent.exists():
+        raise UserError(f"--out {args.out}: {args.out.parent} is a file, not a folder")
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         with waiting(Reporter(Console(stderr=True)), "making RE-ARC") as wait:
@@ -191,8 +212,13 @@ def _make(args: argparse.Namespace) -> int:
 # ---- sets that are there -------------------------------------------------------------------------------------------
 
 
+def _read(spec: str) -> TaskSet | Mapping[str, Sequence[Pair]]:
+    with waiting(Reporter(Console(stderr=True)), f"reading {spec}"):
+        return read_set(spec)
+
+
 def _stats(args: argparse.Namespace) -> int:
-    found = read_set(args.spec)
+    found = _read(args.spec)
     told = statistics(found)
     if args.json:
         print(json.dumps(asdict(told)))
@@ -214,7 +240,7 @@ def _stats(args: argparse.Namespace) -> int:
 
 def _audit(args: argparse.Namespace) -> int:
     specs = (args.first, args.second)
-    sets = [pairs_of(read_set(spec)) for spec in specs]
+    sets = [pairs_of(_read(spec)) for spec in specs]
     with waiting(Reporter(Console(stderr=True)), "comparing", sum(map(len, sets))) as wait:
         keys = [{task_id: pair_keys(pairs) for task_id, pairs in wait.over(lists.items())} for lists in sets]
     shared = shared_tasks(*keys)
@@ -237,7 +263,7 @@ def _audit(args: argparse.Namespace) -> int:
 
 
 def _hash(args: argparse.Namespace) -> int:
-    found = read_set(args.spec)
+    found = _read(args.spec)
     file = Path(args.spec).expanduser()
     of_file = sha256(file) if args.spec not in BUILT_IN and file.is_file() else None
     tasks = found if isinstance(found, TaskSet) else None

@@ -50,6 +50,13 @@ class TrainingData:
 
 
 NOTHING = TrainingData(frozenset(), frozenset())
+
+
+def demonstrations_of(task: Task) -> TrainingData:
+    """What an adapter of a task has seen: its demonstrations."""
+    return TrainingData(frozenset(), frozenset(), frozenset({task.id}), frozenset(pair_keys(task.train)))
+
+
 DATA_FILE = "training_data.json"  # in every checkpoint that says what it was trained on
 
 

@@ -233,10 +233,12 @@ def _lists_of_pairs(path: Path, label: str) -> Iterator[tuple[str, Any, str]]:
                 yield json_stem(name), leaf.load(name), leaf.where(name)
         return
     content = read_json(path)
+    if isinstance(content, list) and content and isinstance(content[0], dict) and "input" in content[0]:
+        content = {json_stem(path.name): content}  # one file of a folder as RE-ARC's
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected an object of lists of pairs, {{task id: [pair, ...]}}")
     for name, raw in content.items():
-        if isinstance(raw, dict):
+        if isinstance(raw, dict) or name in ("train", "test"):
             raise UserError(
                 f'{path} holds tasks, and kind = "pairs" means {{task id: [pair, ...]}}: its kind is "tasks", or'
                 ' "demonstrations" without the test pairs'

@@ -25,6 +25,8 @@ def explain_no_checkpoint(path: Path) -> str:
         return "it is an adapter; give it as model.adapter, and the model that it is for as model.path"
     if (path / "model" / "config.json").is_file():
         return f"it is a run of bin/train; give {path / 'model'}"
+    if (path / "run.json").is_file() and (path / "adapters").is_dir():
+        return f"it is a run of bin/solve; give the model that it used, and one of {path / 'adapters'} as model.adapter"
     return explain_no_safetensors(path)
 
 

@@ -6,7 +6,7 @@ base it belongs to (`base.json`) and what it was trained on.
 
 import json
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -179,11 +179,20 @@ def save_lora(
     options: dict[str, Any] = {"state_dict": whole} if whole else {}
     lora.save_pretrained(str(folder), save_embedding_layers=False, **options)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form of a model card
-    base = {"path": str(base_dir.resolve()), "fingerprint": fingerprint(base_dir)}
+    write_origin(folder, origin_of(base_dir), trained_on)
+
+
+def origin_of(base_dir: Path) -> dict[str, str]:
+    """What tells the base of adapters from others: its path and fingerprint."""
+    return {"path": str(base_dir.resolve()), "fingerprint": fingerprint(base_dir)}
+
+
+def write_origin(folder: Path, origin: Mapping[str, str], trained_on: TrainingData | None) -> None:
+    """Notes in an adapter's folder which base it is for (see `origin_of`), and what it was trained on, if known."""
     settings = json.loads((folder / CONFIG_FILE).read_text())
-    settings["base_model_name_or_path"] = base["path"]  # not the pretrained one, whose ids mean something else
+    settings["base_model_name_or_path"] = origin["path"]  # not the pretrained one, whose ids mean something else
     (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=1) + "\n")
-    (folder / BASE_FILE).write_text(json.dumps(base, indent=1) + "\n")
+    (folder / BASE_FILE).write_text(json.dumps(origin, indent=1) + "\n")
     if trained_on:
         (folder / DATA_FILE).write_text(json.dumps(trained_on.to_json()))
 

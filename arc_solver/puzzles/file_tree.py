@@ -142,7 +142,7 @@ def open_tree(path: Path) -> FileTree | None:
     try:
         if zipfile.is_zipfile(path):
             return _zip(path)
-        if not path.name.endswith(JSON_ENDINGS) and tarfile.is_tarfile(path):
+        if not is_json_name(path.name) and tarfile.is_tarfile(path):
             return _tar(path)
     except DAMAGED as error:
         raise UserError(f"{path} is a damaged archive: {first_line(error)}; get it again") from None
@@ -199,7 +199,7 @@ def _checked(path: Path, members: Mapping[str, tuple[Any, int]]) -> dict[str, An
         parts = PurePosixPath(name.replace("\\", "/")).parts
         if parts and parts[0] in ("/", "."):
             parts = parts[1:]
-        if not all(map(_is_visible, parts)) or not name.endswith(JSON_ENDINGS):
+        if not all(map(_is_visible, parts)) or not is_json_name(name):
             continue
         if size > MOST_BYTES:
             raise UserError(f"{path}: {name} would have {size:,} bytes, and {MOST_BYTES:,} are the most that are read")
@@ -219,16 +219,21 @@ def _json_names(names: list[str], where: str) -> list[str]:
     Raises:
         UserError: one is there in two forms.
     """
-    found = sorted(n for n in names if _is_visible(n) and n.endswith(JSON_ENDINGS) and json_stem(n) not in NO_TASKS)
+    found = sorted(n for n in names if _is_visible(n) and is_json_name(n) and json_stem(n) not in NO_TASKS)
     for before, name in pairwise(sorted(found, key=json_stem)):
         if json_stem(before) == json_stem(name):
             raise UserError(f"{where}/{before} and {where}/{name} are the same task: remove one of them")
     return found
 
 
+def is_json_name(name: str) -> bool:
+    return name.lower().endswith(JSON_ENDINGS)
+
+
 def json_stem(name: str) -> str:
     """A file's name without .json, .jsonl and .gz: of a task's own file, the task's id."""
-    return name.removesuffix(".gz").removesuffix(".json").removesuffix(".jsonl")
+    ending = next((end for end in sorted(JSON_ENDINGS, key=len, reverse=True) if name.lower().endswith(end)), "")
+    return name[: len(name) - len(ending)]
 
 
 # ---- one file ------------------------------------------------------------------------------------------------------
@@ -275,11 +280,11 @@ def parse_json(content: bytes, file: str) -> Any:
         return result
 
     content = _unpacked(content, file)
-    if what := _foreign(content):
+    if what := _foreign(content) or _NOT_JSON.get(PurePosixPath(file.lower()).suffix, ""):
         raise UserError(f"{file} is {what}")
     try:
         text = content.decode("utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig")
-        if file.removesuffix(".gz").endswith(".jsonl"):
+        if file.lower().removesuffix(".gz").endswith(".jsonl"):
             return _lines(text, file, unique)
         return json.loads(text, object_pairs_hook=unique)
     except json.JSONDecodeError as error:
@@ -343,10 +348,28 @@ _FOREIGN = {  # how files of other kinds begin, and what to say of them
     b"PK\x03\x04": "a zip archive, not JSON: unpack it, and give the file in it that is meant",
     b"<!DOCTYPE": "a web page, not JSON: what was downloaded is the page around the file (of GitHub's take `raw`)",
     b"<html": "a web page, not JSON: what was downloaded is the page around the file (of GitHub's take `raw`)",
+    b"<?xml": "XML, not JSON: maybe a server's answer that it has no such file, or does not give it",
+    b"404": "no JSON but a server's answer that it has no such file",
+    b"Rar!": "a RAR archive, not JSON: unpack it",
+    b"7z\xbc\xaf": "a 7-Zip archive, not JSON: unpack it",
+    b"\x28\xb5\x2f\xfd": "packed by Zstandard, not JSON: unpack it",
+    b"\x80\x04\x95": "a Python pickle, not JSON, and may run any code: export it as JSON",
+    b"\x89HDF": "an HDF5 file, not JSON: export it as JSON",
+    b"ARROW1": "an Arrow file, not JSON: export it as JSON lines, one task a line",
     b"GGUF": "a model in GGUF format, not JSON",
     b"\x93NUMPY": "a NumPy array, not JSON",
     b"PAR1": "a Parquet file, not JSON: export it as JSON lines, one task a line",
     b"SQLite format 3": "an SQLite database, not JSON",
+}
+
+
+_NOT_JSON = {  # endings that say it
+    ".csv": "a CSV file, not JSON: export it as JSON, one object of tasks by id",
+    ".tsv": "a TSV file, not JSON: export it as JSON, one object of tasks by id",
+    ".yaml": "YAML, not JSON: export it as JSON",
+    ".yml": "YAML, not JSON: export it as JSON",
+    ".toml": "a config, not JSON: it stands for itself, in front of the settings",
+    ".py": "a Python program, not JSON",
 }
 
 

@@ -43,7 +43,9 @@ def task_picture(
     shown = []
     for i, pair in enumerate(task.train[:demonstrations], 1):
         name = "a demonstration" if demonstrations == 1 else f"demonstration {i}"
-        shown += [_labelled(name, pair.input), _labelled("its output", pair.output)]
+        both = Table.grid(padding=(0, 2))  # side by side, whatever the width
+        both.add_row(_labelled(name, pair.input), _labelled("its output", pair.output))
+        shown.append(both)
     for t, test_input in enumerate(task.test):
         number = f" {t + 1}" if len(task.test) > 1 else ""
         shown.append(_labelled(f"test input{number}", test_input))

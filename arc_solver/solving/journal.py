@@ -35,9 +35,12 @@ from ..answers.revote import parse_predictions
 from ..answers.submission import blank_submission, candidate_grids, first_attempts, solved_outputs
 from ..answers.vote import rank
 from ..config import Config
+from ..data import NOTHING, TrainingData
+from ..data.leaks import demonstrations_of
 from ..errors import MachineError, UserError, first_line
 from ..files import git_commit, lock, write_json, write_whole
 from ..models import load_adapter, save_adapter
+from ..models.lora import write_origin
 from ..puzzles import Attempts, Task, TaskSet, challenge, read_json
 from .adapt import Adaptation
 from .run_config import config_text, refuse_another_run
@@ -133,6 +136,8 @@ class Journal:
         self.tasks = {task.id: task for task in task_set.tasks}
         self.statuses: dict[str, TaskStatus] = {}
         self.damaged: list[Path] = []  # files that could not be read, and were put aside
+        self.origin: Mapping[str, str] = {}  # of the base that adapters are for; none: no folder has it
+        self.learnt_before: TrainingData | None = NOTHING  # by the adapter that they go on from; None: not known
         self._submission = blank_submission(task_set)
         self._written_at, self._writing_s, self._stale = -math.inf, 0.0, True
         with self._writing():
@@ -181,6 +186,9 @@ class Journal:
                 shutil.rmtree(part, ignore_errors=True)
                 try:
                     save_adapter(adaptation.adapter, part)
+                    if self.origin:
+                        before = self.learnt_before
+                        write_origin(part, self.origin, before and before | demonstrations_of(task))
                     (part / "adaptation.json").write_text(json.dumps(adaptation.to_json()) + "\n")
                 except BaseException:
                     shutil.rmtree(part, ignore_errors=True)

@@ -40,6 +40,8 @@ def main(arguments: list[str]) -> int:
     spec, colon, task_id = args.tasks.rpartition(":")
     if colon and not Path(args.tasks).exists() and args.ids is None:
         args.tasks, args.ids = spec, task_id
+    if args.svg and args.svg.suffix != ".svg":
+        raise UserError(f"--svg {args.svg}: give a name that ends in .svg")
     if args.views < 0:
         raise UserError(f"--views is at least 0, got {args.views}")
     config = load_config(None, task_overrides(args)).tasks

@@ -23,14 +23,15 @@ from rich.text import Text
 
 from ..answers.submission import table_of
 from ..answers.vote import rank
-from ..clock import format_guess, process_age_s
+from ..clock import format_duration, format_guess, process_age_s
 from ..command import as_called
 from ..config import Config
-from ..data import TrainingData, leak_audit, read_training_data
+from ..data import NOTHING, TrainingData, leak_audit, read_training_data
 from ..decoding.engine_choice import check_engine, engine_kind
 from ..errors import counted
 from ..models import checkpoint_dir, describe_precision, fresh_adapter, pick_device, unverified_base_warning
 from ..models.hardware import whole_memory
+from ..models.lora import origin_of
 from ..models.model import require_ours
 from ..puzzles import Task, TaskSet
 from ..puzzles.pictures import save_picture, task_picture
@@ -83,7 +84,8 @@ def solve(scheduler: Scheduler, executor: Executor, deadline: float, console: Co
                 record = _log_record(finished, journal.tasks[finished.result.task_id], config)
                 journal.log(**record)
                 if finished.stage != "unadapted":
-                    console.print(_task_line(finished, record), soft_wrap=True)
+                    so_far = f"{len(journal.statuses)}/{len(task_set.tasks)}"
+                    console.print(f"{so_far:>7}  {_task_line(finished, record)}", soft_wrap=True)
             journal.refresh_submission()
             meter.keep(journal, scheduler.share_done)
             shown.note()
@@ -197,7 +199,7 @@ def _log_record(finished: FinishedTask, task: Task, config: Config) -> dict[str,
 
 def _task_line(finished: FinishedTask, record: dict[str, Any]) -> str:
     result = finished.result
-    parts = [f"{result.task_id}  {result.seconds:4.0f} s"]
+    parts = [f"{result.task_id:<10} {result.seconds:4.0f} s"]
     if result.fallback:
         last = escape((result.error or "no time").strip().splitlines()[-1])
         says = {"unadapted": "answered without adaptation", "placeholder": "failed, and has no answer"}
@@ -214,10 +216,6 @@ def _task_line(finished: FinishedTask, record: dict[str, Any]) -> str:
                 for votes, distinct in zip(record["votes"], record["distinct"], strict=True)
             )
         )
-    if cost := record["cost"]:
-        parts.append(counted(cost["forward_steps"], "forward step"))
-        if cost["drafted"]:
-            parts.append(f"{cost['accepted']} of {cost['decoded']} ids from drafts")
     if record["dropped"]:
         parts.append(f"prompts lost up to {counted(record['dropped'], 'demonstration')}")
     if record["too_long"]:
@@ -244,15 +242,18 @@ def _picture(
     drawn = config.run.show
     if not summary["answered"]:
         shown.append(Text("no task has an answer, so there is no score"))
-    elif not summary["score"]:
-        shown += [task_picture(t, attempts[t.id], None) for t in task_set.tasks if t.id in attempts][:drawn]
     else:
-        per_task = {i: share for i, share in summary["score"]["per_task"].items() if i in attempts}
-        for title, is_wanted in (("Solved", lambda share: share == 1), ("Not solved", lambda share: share < 1)):
-            ids = [i for i, share in per_task.items() if is_wanted(share)]
+        per_task = summary["score"]["per_task"] if summary["score"] else {}
+        kinds = {
+            "solved": [i for i in attempts if per_task.get(i) == 1],
+            "not solved": [i for i in attempts if per_task.get(i, 1) < 1],
+            "without a known solution": [i for i in attempts if i not in per_task],
+        }
+        for title, ids in kinds.items():
             if ids and drawn:
-                shown.append(Rule(f"{title}: {min(len(ids), drawn)} of {len(ids)}"))
-                shown += [task_picture(journal.tasks[i], attempts[i], task_set.solutions[i]) for i in ids[:drawn]]
+                some = f"{drawn} of the {len(ids)} that are" if len(ids) > drawn else f"{len(ids)}"
+                shown.append(Rule(f"{some} {title}"))
+                shown += [task_picture(journal.tasks[i], attempts[i], task_set.solutions.get(i)) for i in ids[:drawn]]
     title = f"{task_set.name}, {counted(len(task_set.tasks), 'task')}, seed {config.run.seed}"
     shown.append(table_of(title, status.summary_rows(summary)))
     if summary["score"] and summary["answered"]:
@@ -317,6 +318,9 @@ def run(config: Config, task_set: TaskSet, run_dir: Path, remark: str = "") -> i
                 plain(f"continued: {len(journal.statuses)} of {counted(len(task_set.tasks), 'task')} answered")
             for file in journal.damaged:
                 plain(f"{file} could not be read and is solved again")
+            if not config.model.adapter or config.adapt.start == "pretrained":  # else the base is merged, in no folder
+                journal.origin = origin_of(checkpoint_dir(used.model.path))
+                journal.learnt_before = read_training_data(Path(used.model.adapter)) if used.model.adapter else NOTHING
             chunks, budget = partial(prediction_groups, device=device), Budget(executor.count, deadline)
             starting = f"starting {counted(executor.count, 'worker')}{', vLLM takes minutes' * (kind == 'vllm')}"
             scheduler = Scheduler(groups, chunks, config, journal, budget)
@@ -347,8 +351,8 @@ def _conclude(tasks: int, journal: Journal, summary: dict[str, Any], say: Any) -
     """The last lines, and the exit code."""
     run_dir = journal.run_dir
     say(
-        f"{summary['seconds']['whole'] / 60:.1f} minutes. Submission: {run_dir}/submission.json; beside it report.svg,"
-        " log.jsonl, tasks/ and adapters/"
+        f"{format_duration(summary['seconds']['whole'])}. Submission: {run_dir}/submission.json; beside it report.svg,"
+        f" log.jsonl, tasks/ and adapters/. {as_called('bin/show')} {run_dir} draws all tasks and answers"
     )
     cheap = sum(status.stage == "unadapted" for status in journal.statuses.values())
     if cheap:

@@ -19,8 +19,9 @@ from ..answers import Score
 from ..answers.chances import expected_solved
 from ..answers.revote import tasks_of_run
 from ..answers.submission import Row, data_rows, score_of, score_rows, table_of
-from ..command import Parser, user_path
+from ..command import Parser, as_called, user_path
 from ..errors import UserError, counted
+from ..files import is_locked
 from ..puzzles import TaskSet, read_json
 from .executors import JobResult
 from .journal import Journal, TaskStatus, read_statuses
@@ -105,6 +106,9 @@ def counts(task_set: TaskSet, statuses: Mapping[str, TaskStatus]) -> dict[str, A
         "tasks": len(task_set.tasks),
         "data": task_set.data,
         "answered": sum(status.fallback != "placeholder" for status in statuses.values()),
+        "answered_of_scored": sum(
+            i in task_set.solutions and status.fallback != "placeholder" for i, status in statuses.items()
+        ),
         "adapted": sum(status.adapted for status in statuses.values()),
         "again": sum(status.stage == "again" for status in statuses.values()),
         "expected": expected_solved([status.chance for status in statuses.values()]),
@@ -145,6 +149,10 @@ def summary_rows(content: Mapping[str, Any]) -> list[Row]:
         shown.append(("fallen back", describe_fallbacks(content["fallen_back"], content["tasks"])))
     if content["score"] and content["answered"]:  # where all failed, there is nothing to score
         shown += score_rows(content["pass@1"], content["score"], content["coverage"])
+        if (asked := content["answered_of_scored"]) < content["score"]["tasks"]:
+            shown.append(
+                ("of those answered so far", f"{content['score']['tasks_solved']} of {counted(asked, 'task')}")
+            )
         if unscored := content["tasks"] - content["score"]["tasks"]:
             shown.append(("tasks without a known solution, not scored", f"{unscored}"))
     if content["answered"] and (not content["score"] or content["score"]["tasks"] < content["tasks"]):
@@ -184,7 +192,8 @@ def read_status(run_dir: Path) -> tuple[str, dict[str, Any]]:
         UserError: it is no run's folder, or its tasks are not found any more.
     """
     task_set, statuses = best_statuses(run_dir)
-    return task_set.name, {**last_summary(run_dir), **counts(task_set, statuses)}
+    runs = is_locked(run_dir / "lock")
+    return task_set.name, {**last_summary(run_dir), **counts(task_set, statuses), "running": runs}
 
 
 def best_statuses(run_dir: Path) -> tuple[TaskSet, dict[str, TaskStatus]]:
@@ -222,7 +231,10 @@ def main(arguments: list[str]) -> int:
         print(json.dumps(content))
         return 0
     table = table_of(f"{args.status}: {name}", summary_rows(content))
-    if content.get("projected_end") and content["share_done"] < 1:
+    unfinished = len(content["fallen_back"]) + content["answered"] < content["tasks"]
+    if unfinished and not content["running"]:
+        table.add_row("no process works on it", as_called(f"bin/solve --out {args.status} goes on"))
+    elif content.get("projected_end") and content["share_done"] < 1:
         table.add_row("projected end", time.strftime("%Y-%m-%d %H:%M", time.localtime(content["projected_end"])))
     Console().print(table)
     return 0

@@ -18,7 +18,7 @@ from ..waiting import IMPORTING_S, Reporter, waiting
 def main(arguments: list[str]) -> int:
     began = time.monotonic() - command_age_s()
     parser = Parser(prog="bin/train", description="Train a model offline on ARC tasks, RE-ARC and other sources.")
-    parser.add_argument("config", help="TOML file, e.g. configs/bundled.toml")
+    parser.add_argument("config", nargs="?", help="TOML file, e.g. configs/bundled.toml; with --resume that of the run")
     parser.add_argument("--out", type=user_path, help="folder for the log, the checkpoint and the model")
     parser.add_argument(
         "--max-minutes",
@@ -34,6 +34,14 @@ def main(arguments: list[str]) -> int:
     if not args.max_minutes > 0:
         raise UserError(f"--max-minutes must be above 0, got {args.max_minutes:g}")
     seed = [] if args.seed is None else [f"run.seed={args.seed}"]
+    if args.resume and args.config and "=" in args.config:
+        args.overrides, args.config = [args.config, *args.overrides], None
+    if not args.config and args.resume and args.out and (args.out / "config.json").is_file():
+        args.config = args.out / "config.json"
+    if not args.config:
+        raise UserError(
+            "give a config, such as configs/bundled.toml, or --resume with the --out of a run; see bin/train --help"
+        )
     config = load_config(args.config, [*args.overrides, *seed])
     if not args.out and not args.plot_lr:
         raise UserError("--out is missing: give a folder for the log, the checkpoints and the model")

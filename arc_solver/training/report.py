@@ -38,6 +38,7 @@ from .optimize import step_rate
 from .parallel import ParallelContext
 from .run import Run, stage_stream
 
+PRETRAINED_LR = 1e-3  # to adapt a pretrained model with (docs/real-models.md); the default is for the bundled one
 PROBE_TOKENS = 2048  # the most that the memory estimate tries
 DISK_BYTES_S = 100e6  # of a slow disk: what is written is guessed to take, until it was measured
 VALIDATION_SHARE, ANSWERS_SHARE = 0.2, 0.05  # of a run's time: the most for its loss; a guess for generated answers
@@ -54,8 +55,10 @@ class Plan:
 def show_plan(config: Config, corpus: Corpus, model: Model, parallel: ParallelContext, say: Reporter) -> Plan:
     """Prints what is about to happen."""
     trained = sum(p.numel() for p in model.lm.parameters() if p.requires_grad)
+    base = config.model.adapter or config.model.path
     say(
-        f"{model.parameters_count:,} parameters, {trained:,} of them trained, on {parallel.device},"
+        f"{f'training goes on from {base}' if base else 'new weights, as no model.path is given'}:"
+        f" {model.parameters_count:,} parameters, {trained:,} of them trained, on {parallel.device},"
         f" {parallel.precision}; {parallel.processes} process{'es' * (parallel.processes > 1)}"
     )
     if not target_names(model):
@@ -194,6 +197,10 @@ def _show_results(run: Run, estimate: MemoryEstimate, peak: int, folders: Sequen
     figures = {"validation_loss": run.progress.validation_loss, "accuracy": run.progress.accuracy}
     measured = {name: value for name, value in figures.items() if not math.isnan(value)}
     run.say(f"{format_metrics(measured) or 'not validated'}; {' and '.join(map(str, folders))}")
+    done, of = run.progress.total_steps, sum(stage.train.steps for stage in run.config.stages)
+    if done < of:
+        again = as_called(f"bin/train {shlex.quote(str(run.out_dir / 'config.json'))} --out {run.out_dir} --resume")
+        run.say(f"the clock ended it after {done:,} of {of:,} steps; with more time: {again} --max-minutes M")
 
 
 def _solve_command(run: Run, result: Path) -> str:
@@ -207,6 +214,8 @@ def _solve_command(run: Run, result: Path) -> str:
         words.append("adapt.enabled=false")
     elif targets != AdaptConfig().targets:
         words.append(f"adapt.targets={json.dumps(targets, separators=(',', ':'))}")
+    if targets and run.model.trained_on and run.model.trained_on.pretrained:
+        words.append(f"adapt.lr={PRETRAINED_LR:g}")
     return f"{as_called('bin/solve')} {shlex.join(words)}"
 
 

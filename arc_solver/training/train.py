@@ -26,7 +26,7 @@ from ..command import require_new_dir
 from ..config import Config, StageConfig, TrainConfig, load_config
 from ..data.corpus import Corpus, make_corpus, write_partition
 from ..data.stream import COUNTS, Batch, BatchStream, SampleStream, batches
-from ..errors import MachineError, UserError
+from ..errors import MachineError, UserError, counted
 from ..files import write_json
 from ..models import packed_loss
 from ..models.model import recompute_activations
@@ -96,6 +96,8 @@ def train(
             if fresh and parallel.is_main:  # the same --out can be given again
                 shutil.rmtree(out_dir, ignore_errors=True)
             raise
+        if checkpoint:
+            say(f"continued from {checkpoint}, after {counted(progress.total_steps, 'step')}")
         with waiting(say, "trying the model, for the estimates"):
             plan = show_plan(config, corpus, start.model, parallel, say)
         if config.train.checkpointing:

@@ -102,7 +102,7 @@ def test_another_file_of_a_run_is_no_submission(tmp_path):
         (lambda c: c.pop("bb"), "no answer to 1 of 2 tasks, e.g. bb"),
         (lambda c: c.update(zz=[]), "1 task that --tasks does not hold, e.g. 'zz'"),
         (lambda c: c["aa"].pop(), "task aa: expected a list of 2 answers.*got 1"),
-        (lambda c: c["aa"][1].pop("attempt_2"), "task aa, test input 1: expected exactly"),
+        (lambda c: c["aa"][1].pop("attempt_2"), "task aa, test input 1: attempt_2 is missing"),
         (lambda c: c["aa"][1].update(attempt_2=[]), "attempt_2: expected a grid"),
         (lambda c: c["aa"][0].update(attempt_1=[[1], [2, 3]]), "attempt_1, row 1"),
         (lambda c: c["aa"][0].update(attempt_1=[[1.0]]), "attempt_1, row 0: expected whole numbers"),

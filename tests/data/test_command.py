@@ -49,11 +49,32 @@ def test_a_partition_is_that_of_bin_train(tmp_path, capsys, seed):
     )
     said = capsys.readouterr().out
     settings = next(line for line in said.splitlines() if "validation.of=" in line).partition(": ")[2].split()
-    expected = make_corpus(load_config(None, [*settings, "audit.overlap=exclude"])).partition
-    for name, part in (("validation", expected.validation), ("training", expected.rest)):
-        found = load_tasks(TasksConfig(spec=str(tmp_path / f"{name}_challenges.json")))
-        assert found.digest == part.digest, name
+    expected = make_corpus(load_config(None, [*settings, 'corpus.sources=[{kind="tasks", path="arc-agi-1/training"}]']))
+    validation, training = (
+        load_tasks(TasksConfig(spec=str(tmp_path / f"{name}_challenges.json"))) for name in ("validation", "training")
+    )
+    assert validation.digest == expected.partition.validation.digest
+    [[source]] = expected.mixtures
+    assert {task.id for task in training.tasks} == source.tasks.keys()
     assert "in neither: 40853293, caa06a1f" in said
+
+
+def test_what_validation_has_is_not_in_training_either(tmp_path, capsys, pairs):
+    """Of a set in which every task is there twice, turned and recoloured."""
+    turned = [Augmentation(5, (3, 5, 0, 8, 1, 9, 2, 4, 7, 6)).apply_pair(pair) for pair in pairs]
+    tasks = {
+        f"{name}{i}": {"train": [listed(pair)], "test": [listed(pair)]}
+        for name, of in (("a", pairs), ("b", turned))
+        for i, pair in enumerate(of)
+    }
+    file = write(tmp_path / "set.json", tasks)
+    assert main(["partition", "--of", str(file), "--tasks", "4", "--out", str(tmp_path / "parts")]) == 0
+    ids = [
+        {i[1:] for i in json.loads((tmp_path / "parts" / f"{name}_challenges.json").read_text())}
+        for name in ("validation", "training")
+    ]
+    assert ids[0] and ids[1] and not ids[0] & ids[1]
+    assert "as they share pairs with validation tasks" in capsys.readouterr().out
 
 
 def test_a_partition_of_a_part_of_nothing(tmp_path):

@@ -268,6 +268,9 @@ def test_known_sets_are_listed_with_all_that_matters(tmp_path, monkeypatch, caps
     assert [each["name"] for each in json.loads(capsys.readouterr().out)] == [*PUBLISHED]
 
 
-@pytest.mark.parametrize("name", ["nope", "demo", "conceptarc"])
-def test_unknown_sets_are_refused_with_those_that_are_known(name):
-    assert "concept-arc, mini-arc" in refused("get", name)
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("nope", "concept-arc, mini-arc"), ("ConceptARC", "did you mean concept-arc"), ("demo", "comes with arc_solver")],
+)
+def test_unknown_sets_are_refused_with_what_helps(name, said):
+    assert said in refused("get", name)

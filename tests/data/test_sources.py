@@ -473,3 +473,13 @@ def test_makers_of_files_can_be_pickled(kind, layout, tmp_path):
 def test_makers_of_generators_can_be_pickled(kind):
     found = source(kind, max_tasks=12)
     assert content(pickle.loads(pickle.dumps(found))) == content(found)
+
+
+def test_one_file_of_a_folder_of_pairs_is_a_source(tmp_path):
+    pair = {"input": [[1]], "output": [[2]]}
+    (tmp_path / "007bbfb7.json").write_text(json.dumps([pair] * 3))
+    source = read_source(SourceConfig(kind="pairs", path=str(tmp_path / "007bbfb7.json")))
+    assert source.tasks.keys() == {"007bbfb7"} and len(source.known_pairs("007bbfb7")) == 3
+    (tmp_path / "golf.json").write_text(json.dumps({"train": [pair], "test": [pair], "arc-gen": [pair]}))
+    with pytest.raises(UserError, match='its kind is "tasks"'):
+        read_source(SourceConfig(kind="pairs", path=str(tmp_path / "golf.json")))

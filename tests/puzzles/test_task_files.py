@@ -381,3 +381,52 @@ def test_the_same_grids_whatever_the_wrapping(tmp_path):
     (tmp_path / "aa.json").write_bytes(buffer.getvalue())  # a zip by another name
     (ours,), (theirs,) = load(folder).tasks, load(tmp_path / "aa.json").tasks
     assert [grid_key(pair.input) for pair in ours.train] == [grid_key(pair.input) for pair in theirs.train]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("x.csv", b"id,input\n1,2\n", "a CSV file"),
+        ("x.yaml", b"a: 1\n", "YAML"),
+        ("x.json", b"404: Not Found", "no such file"),
+        ("x.json", b"<?xml version='1.0'?><Error/>", "a server's answer"),
+        ("x.json", b"Rar!\x1a\x07", "a RAR archive"),
+        ("x.json", b"7z\xbc\xaf\x27\x1c", "7-Zip"),
+        ("x.json", b"\x80\x04\x95\x00", "pickle"),
+        ("x.json", b"\x89HDF\r\n", "HDF5"),
+        ("x.json", b'{"code": 403, "message": "no permission"}', "a server's answer, not tasks"),
+        ("x.json", b'{"cells": [], "nbformat": 4}', "a notebook"),
+    ],
+)
+def test_more_files_that_are_no_tasks_are_called_by_their_name(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    assert said in refused(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("https://github.com/fchollet/ARC-AGI", "download it first"),
+        ("66e6c45b", "--ids 66e6c45b"),
+        ("ARC-AGI-1/Evaluation", "did you mean arc-agi-1/evaluation"),
+        ("concept-arc", "bin/data list"),
+    ],
+)
+def test_names_under_which_no_tasks_are(tmp_path, monkeypatch, spec, said):
+    monkeypatch.chdir(tmp_path)
+    assert said in refused(spec)
+
+
+def test_pairs_without_names_are_a_task(tmp_path):
+    """As in BARC's data sets: the last pair is the test pair."""
+    lines = [{"examples": [[[[i]], [[i + 1]]] for i in range(k, k + 3)], "source": "def f(): ..."} for k in (0, 4)]
+    (tmp_path / "barc.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    found = load(tmp_path / "barc.jsonl")
+    assert [task.id for task in found.tasks] == ["barc-0", "barc-1"]
+    assert [len(task.train) for task in found.tasks] == [2, 2]
+    assert found.tasks[1].test[0].tolist() == [[6]] and found.solutions["barc-1"][0].tolist() == [[7]]
+
+
+def test_endings_in_capitals(tmp_path):
+    folder = tree(tmp_path / "set", "aa.JSON", "bb.Json", content=SOLVED)
+    assert {task.id for task in load(folder).tasks} == {"aa", "bb"}

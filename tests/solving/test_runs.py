@@ -252,3 +252,40 @@ def test_chances_are_said_of_unknown_tasks_and_compared_with_what_came_of_known_
     says = solve(["--reliability", str(whole), "--picture", str(tmp_path / "no" / "curve.svg")], expect=2)
     assert "cannot be written" in says
     assert "is no folder" in solve(["--reliability", str(tmp_path / "nothing")], expect=2)
+
+
+def test_a_submission_is_written_over_nothing_else(checkpoint, challenges, tmp_path):
+    mine = tmp_path / "mine.json"
+    mine.write_bytes(challenges.read_bytes())
+    said = finish(start([*words_for(checkpoint, challenges, tmp_path / "out"), "--submission", mine]), expect=2)
+    assert "exists and is no submission" in said and mine.read_bytes() == challenges.read_bytes()
+
+
+def test_adapters_of_tasks_say_what_they_are_for(checkpoint, challenges, whole, tmp_path):
+    """Another base refuses them, and the leak audit knows that they have seen the demonstrations alone."""
+    adapter = sorted((whole / "adapters").iterdir())[0]
+    origin = json.loads((adapter / "base.json").read_text())
+    assert origin["path"] == str(checkpoint.resolve())
+    other = tmp_path / "other"
+    shutil.copytree(checkpoint, other)
+    weights = other / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    words = [*QUICK, "--tasks", challenges, "--ids", adapter.name, f"model.adapter={adapter}", "adapt.enabled=false"]
+    said = solve([*words, f"model.path={other}", "--out", tmp_path / "a"], expect=2)
+    assert "is for another base" in said
+    said = solve([*words, f"model.path={checkpoint}", "--out", tmp_path / "b"])
+    assert "only shapes are compared" not in said
+    assert "the demonstrations, not the test pairs, of 1 of them are" in " ".join(said.split())
+
+
+def test_status_says_that_nothing_works_on_a_run(whole, challenges, tmp_path):
+    stopped = tmp_path / "stopped"
+    shutil.copytree(whole, stopped)
+    for file in sorted((stopped / "tasks").iterdir())[:5]:
+        file.unlink()
+    said = solve(["--status", stopped])
+    assert "no process works on it" in said and "of those answered so far" in said
+    said = solve(["--status", whole])
+    assert "no process works on it" not in said and "so far" not in said
