@@ -18,7 +18,8 @@ from .adapters import Adapter, LoraBank, attach_adapters, fresh_adapter, load_ad
 from .attention import Packing, to_device
 from .hardware import cpu_name, describe_precision, fast_dtype, free_memory, peak_memory, pick_device, resident_memory
 from .lora import attach_lora, merge_saved_adapter, unverified_base_warning
-from .model import Model, checkpoint_dir, load_model, new_model, packed_loss, save_model
+from .model import Model, checkpoint_dir, load_model, new_model, packed_loss, require_ours, save_model
+from .peft_format import check_adapter
 
 __all__ = [
     "Adapter",
@@ -27,6 +28,7 @@ __all__ = [
     "Packing",
     "attach_adapters",
     "attach_lora",
+    "check_adapter",
     "checkpoint_dir",
     "cpu_name",
     "describe_precision",
@@ -40,6 +42,7 @@ __all__ = [
     "packed_loss",
     "peak_memory",
     "pick_device",
+    "require_ours",
     "resident_memory",
     "save_adapter",
     "save_model",

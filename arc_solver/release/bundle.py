@@ -132,6 +132,7 @@ def _replace(old: Path, new: Path) -> None:
 
 
 def _make(config: Config, folder: Path, cache: Path, say: Say) -> Release:
+    _require_usable(config)
     kaggle = config.kaggle
     owner, slugs = kaggle.owner or NOBODY, {"wheels": f"{kaggle.name}-wheels"}
     wheels = folder / "datasets" / slugs["wheels"]
@@ -182,6 +183,16 @@ def _make(config: Config, folder: Path, cache: Path, say: Say) -> Release:
 _WEIGHTS = r".*\.(safetensors|json|jinja|model|txt)"
 _ADAPTER = r"adapter_config\.json|adapter_model\.safetensors|training_data\.json"
 _NOWHERE = {"path": "", "adapter": ""}  # where they are there, the notebook finds out
+
+
+def _require_usable(config: Config) -> None:
+    """Refuses a model or an adapter that bin/solve would refuse there, before anything is fetched for it."""
+    from ..models import check_adapter, require_ours  # here, as they import PyTorch
+
+    if config.model.path:
+        require_ours(Path(config.model.path))
+    if config.model.adapter:
+        check_adapter(Path(config.model.adapter))
 
 
 def _copy_weights(source: Path, folder: Path, names: str, setting: str) -> None:

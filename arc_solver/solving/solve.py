@@ -29,10 +29,16 @@ from ..config import Config
 from ..data import NOTHING, TrainingData, leak_audit, read_training_data
 from ..decoding.engine_choice import check_engine, engine_kind
 from ..errors import counted
-from ..models import checkpoint_dir, describe_precision, fresh_adapter, pick_device, unverified_base_warning
+from ..models import (
+    checkpoint_dir,
+    describe_precision,
+    fresh_adapter,
+    pick_device,
+    require_ours,
+    unverified_base_warning,
+)
 from ..models.hardware import whole_memory
 from ..models.lora import origin_of
-from ..models.model import require_ours
 from ..puzzles import Task, TaskSet
 from ..puzzles.pictures import save_picture, task_picture
 from ..puzzles.task_files import smallest

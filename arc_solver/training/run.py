@@ -24,6 +24,7 @@ from ..errors import UserError
 from ..models import (
     Model,
     attach_lora,
+    check_adapter,
     load_model,
     merge_saved_adapter,
     new_model,
@@ -32,7 +33,6 @@ from ..models import (
     unverified_base_warning,
 )
 from ..models.lora import check_targets, combined_training_data, continue_lora
-from ..models.peft_format import check_adapter
 from ..models.pretrained import fetch_checkpoint, load_any
 from ..rng import named_rng
 from ..waiting import Reporter, Wait, waiting

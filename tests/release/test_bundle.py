@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -132,9 +133,22 @@ def test_weights_travel_apart_and_without_training_state(checkpoint, release, re
 
 
 def test_a_model_that_is_no_folder_is_one_sentence(releases):
-    with pytest.raises(UserError, match=r"there are no weights in model\.path=Qwen/Qwen2\.5-0\.5B: make them"):
+    with pytest.raises(UserError, match=r"names on the Hugging Face hub are for bin/train alone"):
         build(load_config(CPU, ["model.path=Qwen/Qwen2.5-0.5B"]), releases, ignore)
     assert not list(releases.glob(".part-*"))
+
+
+def test_what_bin_solve_would_refuse_is_not_built(releases, tmp_path, checkpoint):
+    foreign = tmp_path / "foreign"
+    shutil.copytree(checkpoint, foreign)
+    about = json.loads((foreign / "config.json").read_text())
+    (foreign / "config.json").write_text(json.dumps({k: v for k, v in about.items() if k != "arc_format"}))
+    with pytest.raises(UserError, match="a vocabulary of its own"):
+        build(load_config(CPU, [f"model.path={foreign}"]), releases, ignore)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3"}))
+    with pytest.raises(UserError, match="adapter"):
+        build(load_config(CPU, [f"model.path={checkpoint}", f"model.adapter={tmp_path / 'adapter'}"]), releases, ignore)
 
 
 @pytest.mark.parametrize("name", ["kaggle-cpu", "kaggle-t4", "kaggle-2026"])
