@@ -199,8 +199,8 @@ def _show_results(run: Run, estimate: MemoryEstimate, peak: int, folders: Sequen
     run.say(f"{format_metrics(measured) or 'not validated'}; {' and '.join(map(str, folders))}")
     done, of = run.progress.total_steps, sum(stage.train.steps for stage in run.config.stages)
     if done < of:
-        again = as_called(f"bin/train {shlex.quote(str(run.out_dir / 'config.json'))} --out {run.out_dir} --resume")
-        run.say(f"the clock ended it after {done:,} of {of:,} steps; with more time: {again} --max-minutes M")
+        again = f"{as_called('bin/train')} --out {shlex.quote(str(run.out_dir))} --resume --max-minutes M"
+        run.say(f"the clock ended it after {done:,} of {of:,} steps; it goes on with more time: {again}")
 
 
 def _solve_command(run: Run, result: Path) -> str:

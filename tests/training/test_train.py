@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import make_checkpoint
-from forked import output_of
+from forked import Forked, output_of
 from rich.console import Console
 from small_runs import finish, log, small, start_training, weights, write_config
 from toys import KILLS, TOY
@@ -375,12 +375,16 @@ def test_a_run_that_ended_by_the_clock_goes_on_with_more_time(ticking, tmp_path)
     assert steps[-1]["rate"] < 0.1 and steps[-1]["elapsed_s"] < 200.0
 
 
-def test_a_stage_has_its_share_of_the_time(ticking, tmp_path):
+def test_a_stage_has_its_share_of_the_time(ticking, tmp_path, capfd):
     stages = [{"name": name, "train": {"steps": steps}} for name, steps in (("a", 10_000), ("b", 30_000))]
     train(small(stages, validation={"every": 1000}), tmp_path / "a", max_s=100.0)
     *steps, _ = log(tmp_path / "a")
     ends = {step["stage"]: step for step in steps}
     assert ends["a"]["elapsed_s"] == pytest.approx(25.0, abs=5.0) and ends["b"]["elapsed_s"] < 100.0
+    said = capfd.readouterr().err
+    assert (
+        f"the clock ended it after {steps[-1]['step']} of" in said and "new weights, as no model.path is given" in said
+    )
     assert all(step["rate"] < 0.15 for step in ends.values())
 
 
@@ -709,7 +713,8 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written(tmp_path):
     assert "could not be written" in said and f"last good checkpoint is {good}" in said
     assert "Traceback" not in said
     assert {file: file.read_bytes() for file in good.rglob("*") if file.is_file()} == before
-    finish(start_training(file, out_dir, "--resume"))
+    said = finish(Forked("arc_solver.train", ["--out", out_dir, "--resume"]))  # its config is in its folder
+    assert f"continued from {good}" in said
     assert same(weights(tmp_path / "whole" / "model"), weights(out_dir / "model"))
 
 
