@@ -28,12 +28,9 @@ from typing import IO, Any, Self
 from safetensors import SafetensorError
 
 from .. import __version__
-from ..answers import Predictions, choose_attempts, write_submission
-from ..answers.candidates import STAGES
+from ..answers import STAGES, Predictions, choose_attempts, parse_predictions, rank, write_submission
 from ..answers.chances import solved_chance
-from ..answers.revote import parse_predictions
 from ..answers.submission import blank_submission, candidate_grids, first_attempts, solved_outputs
-from ..answers.vote import rank
 from ..config import Config
 from ..errors import MachineError, UserError, first_line
 from ..files import git_commit, lock, write_json, write_whole

@@ -21,8 +21,8 @@ from rich.markup import escape
 from rich.rule import Rule
 from rich.text import Text
 
+from ..answers import rank
 from ..answers.submission import table_of
-from ..answers.vote import rank
 from ..clock import format_guess, process_age_s
 from ..command import as_called
 from ..config import Config
@@ -41,7 +41,7 @@ from ..waiting import Reporter, Wait, waiting
 from . import status
 from .adapt import group_by_length, max_group_size
 from .budget import Budget
-from .executors import SPAWN, Executor, cores, make_executor, start_preloading
+from .executors import SPAWN, Executor, JobResult, cores, make_executor, start_preloading
 from .joint import joint_record, require_demonstrations, train_jointly
 from .journal import Journal, open_journal
 from .scheduler import FinishedTask, Scheduler
@@ -74,11 +74,14 @@ def solve(scheduler: Scheduler, executor: Executor, deadline: float, console: Co
     meter = Meter(executor.count, deadline, status.last_summary(journal.run_dir), joint_record(journal.run_dir))
     say = Reporter(console)
     say(_to_do(scheduler))
+    ends = None if deadline == math.inf else round(time.time() + deadline - time.monotonic(), 2)
+    journal.log(event="begin", time=round(time.time(), 2), workers=executor.count, deadline=ends)
     with waiting(say, starting, 1.0) as wait:
         shown = _Shown(scheduler, say, wait, deadline)
         executor.on_progress = shown.note
         for done in executor.map_unordered(scheduler.jobs(), until=deadline):
             meter.note(done)
+            journal.log(**_job_record(done))
             for finished in scheduler.handle_result(done):
                 record = _log_record(finished, journal.tasks[finished.result.task_id], config)
                 journal.log(**record)
@@ -170,6 +173,19 @@ class _Shown:
         what = f"{up_to}about {format_guess(seconds)}{less}" if seconds <= left_s else "all the time that there is"
         each = f"each of {budget.workers} workers" if budget.workers > 1 else "one worker"
         self.say(f"this takes {what}: {1 / token_s:,.0f} tokens/s of {each}, measured just now")
+
+
+def _job_record(done: JobResult) -> dict[str, Any]:
+    """Which worker had a job until when, in seconds since 1970, and for how long; None: it failed, and nobody says."""
+    return {
+        "event": "job",
+        "job": "adapt" if isinstance(done.job, AdaptJob) else "ask",
+        "stage": done.job.stage,
+        "tasks": [task.id for task in done.job.tasks],
+        "worker": done.worker,
+        "ended": round(time.time(), 2),
+        "seconds": None if done.error is not None else round(done.value.usage.seconds, 2),
+    }
 
 
 def _log_record(finished: FinishedTask, task: Task, config: Config) -> dict[str, Any]:
