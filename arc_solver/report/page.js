@@ -112,7 +112,7 @@ function gridFigure(title, text, options) {
     const off = differences(text, options.right), isRight = off === 0;
     figure.className = isRight ? "right" : "wrong";
     caption.firstChild.textContent = `${title} ${isRight ? SYMBOLS.right : SYMBOLS.wrong}`;
-    if (!isRight) caption.append(off === null ? ` ${shapeOf(text)} instead of ${shapeOf(options.right)}` : ` ${off} cell${off === 1 ? "" : "s"} differ`);
+    if (!isRight) caption.append(off === null ? ` ${shapeOf(text)} instead of ${shapeOf(options.right)}` : ` ${off} ${off === 1 ? "cell differs" : "cells differ"}`);
   } else if (options.says) caption.append(" " + options.says);
   return figure;
 }
@@ -133,7 +133,7 @@ function candidateItem(one, place, t, content) {
     element("p", {}, sum === null ? "not scored" : `${sum.toFixed(2)} nats in all`));
   if (right && !isRight) {
     const off = differences(one.g, right);
-    says.append(element("p", { class: "muted" }, off === null ? shapeOf(one.g) : `${off} cell${off === 1 ? "" : "s"} differ`));
+    says.append(element("p", { class: "muted" }, off === null ? shapeOf(one.g) : `${off} ${off === 1 ? "cell differs" : "cells differ"}`));
   }
   const strip = element("div", { class: "strip", role: "img", "aria-label": `log-probability in ${known.length} of ${views} views; answered by views ${one.v.map((v) => v + 1).join(", ") || "none"}` });
   one.p.forEach((p, v) => {
@@ -198,8 +198,11 @@ function learning(content) {
   return made;
 }
 
+// So large that a pair has room beside each other.
+const sideOfPairs = () => Math.min(260, Math.max(90, (document.documentElement.clientWidth - 90) / 2));
+
 function pairs(content) {
-  const side = Math.min(260, Math.max(90, (document.documentElement.clientWidth - 90) / 2));
+  const side = sideOfPairs();
   return element("div", { class: "pairs" }, ...content.train.map(([input, output], k) => {
     const grids = [["input", input], ["output", output]].map(([name, text]) => gridCanvas(`demonstration ${k + 1}, ${name}`, text, { name: `train-${k}-${name}`, side }));
     const arrow = element("span", { class: "arrow", "aria-hidden": "true" }, "→");
@@ -210,18 +213,19 @@ function pairs(content) {
 
 function attemptsOf(content, attempts, t, prefix = "") {
   const right = content.solution && content.solution[t];
-  return attempts.map((grid, k) => gridFigure(`${prefix}attempt ${k + 1}`, grid, { name: `attempt-${t}-${k}`, right, says: right ? "" : shapeOf(grid) }));
+  return attempts.map((grid, k) => gridFigure(`attempt ${k + 1}`, grid, { name: `${prefix}attempt-${t}-${k}`, side: sideOfPairs(), right, says: right ? "" : shapeOf(grid) }));
 }
 
 function show(i) {
-  const content = task(i), row = rows[i], body = $("task-body"), state = row.cells[1].textContent;
-  body.replaceChildren(element("h1", {}, content.id, element("span", { class: "state" }, element("span", { class: "s-" + row.dataset.state }, row.cells[1].firstElementChild.textContent + " "), state.replace(row.cells[1].firstElementChild.textContent, ""))));
-  if (content.reasons.length) body.append(element("ul", { class: "why" }, ...content.reasons.map((says) => element("li", {}, says))));
+  const content = task(i), row = rows[i], body = $("task-body");
+  body.replaceChildren(element("h1", {}, element("span", { class: "id" }, content.id), " ", element("span", { class: "state" }, ...[...row.cells[1].cloneNode(true).childNodes])));
+  if (content.reasons && content.reasons.length) body.append(element("ul", { class: "why" }, ...content.reasons.map((says) => element("li", {}, says))));
   body.append(element("h3", {}, "Demonstrations"), pairs(content));
+  if (content.runs) { showBeside(content, body); place(i); return; }
   content.test.forEach((input, t) => {
     const many = content.test.length > 1 ? ` ${t + 1}` : "", right = content.solution && content.solution[t];
-    const shown = [gridFigure("test input", input, { name: `test-${t}`, says: shapeOf(input) }), ...attemptsOf(content, content.attempts[t] || [], t)];
-    if (right) shown.push(gridFigure("right output", right, { name: `solution-${t}`, says: shapeOf(right) }));
+    const shown = [gridFigure("test input", input, { name: `test-${t}`, side: sideOfPairs(), says: shapeOf(input) }), ...attemptsOf(content, content.attempts[t] || [], t)];
+    if (right) shown.push(gridFigure("right output", right, { name: `solution-${t}`, side: sideOfPairs(), says: shapeOf(right) }));
     body.append(element("h3", {}, `Test${many}`), element("div", { class: "pairs" }, ...shown));
     if (!right) body.append(element("p", { class: "muted" }, "The solution is not known."));
   });
@@ -233,6 +237,26 @@ function show(i) {
     body.append(element("ol", { class: "candidates" }, ...found.map((one, place) => candidateItem(one, place, t, content))));
   });
   if (content.error) body.append(element("details", {}, element("summary", {}, "What went wrong"), element("pre", {}, content.error)));
+  place(i);
+}
+
+function showBeside(content, body) { // two runs of it
+  content.test.forEach((input, t) => {
+    const many = content.test.length > 1 ? ` ${t + 1}` : "", right = content.solution[t], side = sideOfPairs();
+    body.append(element("h3", {}, `Test${many}`), element("div", { class: "pairs" },
+      gridFigure("test input", input, { name: `test-${t}`, side, says: shapeOf(input) }),
+      gridFigure("right output", right, { name: `solution-${t}`, side, says: shapeOf(right) })));
+    body.append(element("div", { class: "two" }, ...content.runs.map((run, k) => element("div", {},
+      element("h4", {}, element("b", { class: "letter" }, "AB"[k]), run.attempts.length ? ` ${run.votes} of ${run.views} views gave attempt 1; ${run.candidates} candidates` : " no answer"),
+      element("div", { class: "pairs" }, ...attemptsOf(content, run.attempts[t] || [], t, "AB"[k]))))));
+  });
+  body.append(element("div", { class: "two" }, ...content.runs.map((run, k) => element("div", {},
+    element("h3", {}, element("b", { class: "letter" }, "AB"[k]), " Why"),
+    run.reasons.length ? element("ul", { class: "why" }, ...run.reasons.map((says) => element("li", {}, says))) : element("p", {}, "Solved."),
+    ...(run.adaptation && run.adaptation.losses && run.adaptation.losses.length ? [lossCurve(run.adaptation.losses, run.adaptation.steps)] : [])))));
+}
+
+function place(i) {
   const at = order.indexOf(i);
   $("place").textContent = at < 0 ? "" : `${at + 1} of ${order.length}`;
   $("previous").disabled = at <= 0;
@@ -242,7 +266,7 @@ function show(i) {
 // ---- the list ----
 
 const rows = all("#table tbody tr"), cards = all(".card");
-const state = { search: "", states: [], kind: "", sort: 0, down: false, table: false, numbers: false, scroll: 0 };
+const state = { search: "", states: [], kind: "", sort: rows.length ? Number($("table").dataset.sort) : 0, down: false, table: false, numbers: false, scroll: 0 };
 let order = rows.map((_, i) => i), open = null;
 
 const kept = {
@@ -297,14 +321,18 @@ function thumbnails(entries) {
   for (const entry of entries) {
     if (!entry.isIntersecting) continue;
     watcher.unobserve(entry.target);
-    const content = task(Number(entry.target.dataset.i)), [input, answer] = all("canvas", entry.target);
-    const side = document.documentElement.clientWidth <= 640 ? 44 : 66;
-    draw(input, content.test[0], side, { most: 10 });
-    const given = content.attempts[0] && content.attempts[0][0];
-    if (given) draw(answer, given, side, { most: 10, marks: true, right: content.solution && content.solution[0] });
+    thumbnail(entry.target);
   }
 }
-const watcher = "IntersectionObserver" in window ? new IntersectionObserver(thumbnails, { rootMargin: "400px" }) : null;
+const watcher = new IntersectionObserver(thumbnails, { rootMargin: "400px" });
+
+function thumbnail(card) {
+  const content = task(Number(card.dataset.i)), [input, answer] = all("canvas", card);
+  const side = document.documentElement.clientWidth <= 640 ? 44 : 66;
+  draw(input, content.test[0], side, { most: 10 });
+  const given = content.runs ? content.solution[0] : content.attempts[0] && content.attempts[0][0];
+  if (given) draw(answer, given, side, { most: 10 });
+}
 
 function go(i) {
   location.hash = i === null ? "" : "task=" + encodeURIComponent(task(i).id);
@@ -378,8 +406,8 @@ function start() {
   document.addEventListener("keydown", onKey);
   window.addEventListener("hashchange", follow);
   arrange();
-  if (watcher) cards.forEach((card) => watcher.observe(card));
-  else thumbnails(cards.map((card) => ({ target: card, isIntersecting: true })));
+  cards.forEach((card) => watcher.observe(card));
+  window.addEventListener("beforeprint", () => cards.forEach(thumbnail));
   follow();
 }
 

@@ -9,9 +9,10 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from statistics import median
 from typing import Any
 from urllib.parse import quote
 
@@ -19,11 +20,14 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
 from .. import __version__
-from ..answers import data_rows
+from ..answers import data_rows, score_of
 from ..clock import format_duration
 from ..errors import counted
+from ..puzzles.pictures import line_chart
 from .collect import STATES, RunFacts, Session, TaskFacts
+from .compare import OUTCOMES, Beside, Comparison
 from .reasons import KINDS
+from .training import TrainingFacts
 
 HERE = Path(__file__).parent
 SYMBOLS = {"solved": "✓", "covered": "◐", "missed": "✗", "fell-back": "↯", "answered": "●", "waiting": "○"}
@@ -39,6 +43,31 @@ COLUMNS = (  # of the table, and what each says
     ("tokens", "of the task"),
     ("why", "the first of the reasons"),
 )
+COMPARED = (  # of the table of two runs
+    ("task", "its id"),
+    ("solved", "by which of the two"),
+    ("A", "test outputs that A solves"),
+    ("B", "test outputs that B solves"),
+    ("votes, A", "views of A that gave its first attempt"),
+    ("votes, B", "views of B that gave its first attempt"),
+    ("tokens", "of the task"),
+    ("why not A", "the first of the reasons"),
+    ("why not B", "the first of the reasons"),
+)
+OUTCOME_SYMBOLS = {"first": "A", "second": "B", "both": "✓", "neither": "✗"}
+AUDIT_CLASSES = {True: "passed", False: "failed", None: "unknown"}
+ABOUT_TRAINING = {  # of a training's own record, what is said and how
+    "machine": "machine",
+    "processes": "processes",
+    "commit": "commit",
+    "arc_solver": "arc_solver",
+    "torch": "PyTorch",
+    "seed": "seed",
+    "began_with": "began with",
+    "held_out": "held-out tasks",
+    "left_out": "left out for the audit",
+}
+LOG_FROM = 4.0  # times the smallest loss of a curve is the largest: then its axis is logarithmic
 TICKS = 6  # of a time axis, about
 
 
@@ -66,11 +95,85 @@ def run_page(run: RunFacts) -> str:
         has_deadline=any(session.deadline for session in run.sessions),
         has_failed=any(job.failed for session in run.sessions for job in session.jobs),
         audit=run.audit[1],
-        audit_class={True: "passed", False: "failed", None: "unknown"}[run.audit[0]],
+        audit_class=AUDIT_CLASSES[run.audit[0]],
         facts=_facts(run),
         unusual=[(key, _said(value), _said(usual)) for key, (value, usual) in run.unusual.items()],
         settings=[(key, _said(value)) for key, value in run.settings.items()],
         data=[in_script(task.text) for task in run.tasks],
+    )
+
+
+def comparison_page(both: Comparison) -> str:
+    """The page of two runs beside each other."""
+    first, second = both.first, both.second
+    outcomes = Counter(beside.outcome for beside in both.tasks)
+    about = [f"{counted(len(both.tasks), 'task')} that both have, of {_title(first.task_set.name)}"]
+    if both.left_out:
+        about.append(f"{both.left_out} left out: in one of them only, other grids, or no known solution")
+    return _render(
+        "comparison.html",
+        title=f"{first.name} and {second.name}",
+        kicker="two runs of bin/solve",
+        about=" · ".join(about),
+        running=first.is_running or second.is_running,
+        scores=_scores_beside(both),
+        verdict=_verdict(both),
+        states=[
+            {
+                "state": outcome,
+                "title": f"solved {title}",
+                "symbol": OUTCOME_SYMBOLS[outcome],
+                "count": outcomes[outcome],
+            }
+            for outcome, title in OUTCOMES.items()
+            if outcomes[outcome]
+        ],
+        columns=[{"title": title, "says": says} for title, says in COMPARED],
+        rows=[_row_beside(beside) for beside in both.tasks],
+        settings=[(name, *("–" if v is None else _said(v) for v in pair)) for name, *pair in both.settings],
+        runs=[
+            {
+                "letter": letter,
+                "name": run.name,
+                "audit": run.audit[1],
+                "audit_class": AUDIT_CLASSES[run.audit[0]],
+                "facts": _facts(run),
+            }
+            for letter, run in (("A", first), ("B", second))
+        ],
+        data=[in_script(beside.text) for beside in both.tasks],
+    )
+
+
+def training_page(training: TrainingFacts) -> str:
+    """The page of a training."""
+    about = training.about
+    losses = [("training, smoothed", *training.loss)]
+    losses += [("held-out tasks", *training.validation)] if training.validation[0] else []
+    values = [value for _, _, curve in losses for value in curve]
+    charts = [("Loss", losses, "tokens", "loss, nats a token", max(values) > LOG_FROM * min(values))]
+    charts.append(("Learning rate", [("learning rate", *training.rate)], "step", "learning rate (train.lr)", False))
+    if training.accuracy[0]:
+        generated = [("generated", *training.accuracy)]
+        charts.append(("Generated answers that are right", generated, "tokens", "share of the answers", False))
+    if training.speed[0]:
+        charts.append(("Speed", [("speed", *training.speed)], "tokens", "tokens/s", False))
+    audit = about.get("leak_audit", "")
+    return _render(
+        "training.html",
+        title=training.name,
+        kicker="a training of bin/train",
+        about="finished" if training.is_finished else "as far as it is",
+        running=False,
+        top_figures=_top_figures_of_training(training),
+        charts=[{"title": title, "svg": Markup(line_chart(lines, x, y, log))} for title, lines, x, y, log in charts],
+        columns=("source", "samples", "share of samples", "tokens", "demonstrations dropped", "too long", "left out"),
+        sources=_source_rows(training.sources),
+        counted_until=f"step {about.get('steps', about.get('total_steps', 0)):,}",
+        audit=audit,
+        audit_class="passed" if audit.startswith("leak audit passed") else "failed",
+        facts=[(name, _said(about[key])) for key, name in ABOUT_TRAINING.items() if about.get(key) not in (None, "")],
+        settings=[(key, _said(value)) for key, value in training.settings.items()],
     )
 
 
@@ -201,6 +304,88 @@ def _row(task: TaskFacts) -> dict[str, Any]:
         "words": words,
         "cells": [{"value": value, "text": text} for value, text in cells],
     }
+
+
+# ---- two runs ----
+
+
+def _scores_beside(both: Comparison) -> list[tuple[str, ...]]:
+    """Rows with what each run scores on the tasks that both have."""
+    rows = []
+    for name, which in (("pass@1", "first"), ("pass@2, the score", "solved"), ("coverage", "covered")):
+        cells = []
+        for side in ("first", "second"):
+            score = score_of({b.first.task.id: getattr(getattr(b, side), which) for b in both.tasks})
+            outputs = f"{score.outputs_solved} of {counted(score.outputs, 'output')}"
+            cells.append(f"{score.tasks_solved} of {counted(len(both.tasks), 'task')}, {outputs}")
+        rows.append((name, *cells))
+    times = [run.summary.get("seconds", {}).get("whole") for run in (both.first, both.second)]
+    rows.append(("time", *("–" if seconds is None else format_duration(seconds) for seconds in times)))
+    return rows
+
+
+def _verdict(both: Comparison) -> str:
+    found, outcomes = both.difference, Counter(beside.outcome for beside in both.tasks)
+    net, (low, high) = found.won - found.lost, found.interval
+    more = f"{abs(net)} {'more' if net > 0 else 'fewer'} than" if net else "as many as"
+    return (
+        f"A solves {counted(outcomes['first'], 'task')} that B does not, and B {outcomes['second']} that A does not. In"
+        f" test outputs A wins {found.won} and loses {found.lost}: {more} B, {low:+.0f} to {high:+.0f} (95%),"
+        f" p = {found.p:.2g}."
+    )
+
+
+def _row_beside(beside: Beside) -> dict[str, Any]:
+    a, b, outcome = beside.first, beside.second, beside.outcome
+    outputs, title = len(a.task.test), f"solved {OUTCOMES[outcome]}"
+    whys = [KINDS.get(task.main_reason, "") for task in (a, b)]
+    cells = (
+        (a.task.id, a.task.id),
+        (list(OUTCOMES).index(outcome), title),
+        *((sum(task.solved), f"{sum(task.solved)} of {outputs}") for task in (a, b)),
+        *(("", "–") if t.votes is None else (t.votes / max(1, t.views), f"{t.votes} of {t.views}") for t in (a, b)),
+        (a.task.tokens, f"{a.task.tokens:,}"),
+        *((why, why) for why in whys),
+    )
+    return {
+        "id": a.task.id,
+        "link": quote(a.task.id, safe=""),
+        "state": outcome,
+        "state_title": title,
+        "symbol": OUTCOME_SYMBOLS[outcome],
+        "kinds": "",
+        "words": " ".join([a.task.id, title, *whys]).lower(),
+        "cells": [{"value": value, "text": text} for value, text in cells],
+    }
+
+
+# ---- a training ----
+
+
+def _top_figures_of_training(training: TrainingFacts) -> list[tuple[str, str]]:
+    tokens, losses = training.loss
+    rows = [("steps", f"{training.rate[0][-1]:,.0f}"), ("tokens", f"{tokens[-1]:,.0f}")]
+    rows.append(("training loss, smoothed", f"{losses[-1]:.4f} nats a token"))
+    if training.validation[1]:
+        rows.append(("loss on held-out tasks", f"{training.validation[1][-1]:.4f} nats a token"))
+    if training.accuracy[1]:
+        rows.append(("generated answers that are right", f"{training.accuracy[1][-1]:.1%}"))
+    if training.speed[1]:
+        rows.append(("speed, median", f"{median(training.speed[1]):,.0f} tokens/s"))
+    if parameters := training.about.get("parameters"):
+        rows.append(("parameters", f"{parameters:,}"))
+    if len(training.stages) > 1:
+        rows.append(("stages, and their last steps", ", ".join(f"{name} {end:,}" for name, end in training.stages)))
+    return rows
+
+
+def _source_rows(sources: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    samples = max(1, sum(of["samples"] for of in sources.values()))
+    names = ("tokens", "demonstrations_dropped", "too_long", "left_out")
+    return [
+        (label, f"{of['samples']:,}", f"{of['samples'] / samples:.1%}", *(f"{of[name]:,}" for name in names))
+        for label, of in sources.items()
+    ]
 
 
 # ---- time ----

@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+import platform
 import shutil
 import time
 from collections import defaultdict
@@ -25,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Self
 
+import torch
 from safetensors import SafetensorError
 
 from .. import __version__
@@ -278,6 +280,8 @@ def open_journal(run_dir: Path, task_set: TaskSet, config: Config, weights: Sequ
     facts = {
         "version": __version__,
         "commit": git_commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
         "tasks": _digest(json.dumps([[task.id, challenge(task)] for task in task_set.tasks]).encode()),
         "checkpoint": _digest(
             *(_parts_of(file) for folder in weights for file in sorted(folder.glob("*.safetensors")))

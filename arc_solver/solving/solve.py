@@ -35,6 +35,7 @@ from ..models.model import require_ours
 from ..puzzles import Task, TaskSet
 from ..puzzles.pictures import save_picture, task_picture
 from ..puzzles.task_files import smallest
+from ..report.writer import PageWriter
 from ..rng import named_rng
 from ..training.parallel import require_packages
 from ..waiting import Reporter, Wait, waiting
@@ -63,10 +64,13 @@ INTERRUPTED = 1  # exit code of a run that was asked to end
 INCOMPLETE = 3  # exit code of a run that ended as it should, but not with an answer of the adapted model to every task
 
 
-def solve(scheduler: Scheduler, executor: Executor, deadline: float, console: Console, starting: str) -> dict[str, Any]:
+def solve(
+    scheduler: Scheduler, executor: Executor, pages: PageWriter, deadline: float, console: Console, starting: str
+) -> dict[str, Any]:
     """Solves what is not solved yet, until `deadline` of `time.monotonic()`. The summary of the run.
 
     Args:
+        pages: kept up to date meanwhile.
         starting: what is waited for until the first job says something.
     """
     journal, config = scheduler.journal, scheduler.config
@@ -89,10 +93,12 @@ def solve(scheduler: Scheduler, executor: Executor, deadline: float, console: Co
                     console.print(_task_line(finished, record), soft_wrap=True)
             journal.refresh_submission()
             meter.keep(journal, scheduler.share_done)
+            pages.refresh()
             shown.note()
     journal.rewrite_submission()
     summary = meter.summary(task_set, journal.statuses, scheduler.share_done)
     journal.write_summary(summary)
+    pages.finish(deadline + MARGIN_S / 2)
     return summary
 
 
@@ -309,6 +315,7 @@ def run(config: Config, task_set: TaskSet, run_dir: Path, remark: str = "") -> i
     groups = group_by_length(chosen, config.adapt, device, most)
     weights = [checkpoint_dir(config.model.path), *([Path(config.model.adapter)] if config.model.adapter else [])]
     count = worker_count(config, len(groups))
+    pages: PageWriter | None = None
     with ExitStack() as stack:
         begin = partial(open_journal, run_dir, task_set, config, weights)
         try:
@@ -336,10 +343,13 @@ def run(config: Config, task_set: TaskSet, run_dir: Path, remark: str = "") -> i
             chunks, budget = partial(prediction_groups, device=device), Budget(executor.count, deadline)
             starting = f"starting {counted(executor.count, 'worker')}{', vLLM takes minutes' * (kind == 'vllm')}"
             scheduler = Scheduler(groups, chunks, config, journal, budget)
-            summary = solve(scheduler, executor, deadline, console, starting)
+            pages = PageWriter(run_dir, task_set, plain)
+            summary = solve(scheduler, executor, pages, deadline, console, starting)
         except KeyboardInterrupt:
             if not journal:
                 raise
+            if pages:
+                pages.finish()
             print(
                 as_called(
                     f"interrupted; the answers so far are in {run_dir}/submission.json, and bin/solve --out {run_dir}"
@@ -363,8 +373,8 @@ def _conclude(tasks: int, journal: Journal, summary: dict[str, Any], say: Any) -
     """The last lines, and the exit code."""
     run_dir = journal.run_dir
     say(
-        f"{summary['seconds']['whole'] / 60:.1f} minutes. Submission: {run_dir}/submission.json; beside it report.svg,"
-        " log.jsonl, tasks/ and adapters/"
+        f"{summary['seconds']['whole'] / 60:.1f} minutes. Submission: {run_dir}/submission.json; beside it report.html,"
+        " report.svg, log.jsonl, tasks/ and adapters/"
     )
     cheap = sum(status.stage == "unadapted" for status in journal.statuses.values())
     if cheap:

@@ -74,6 +74,7 @@ def test_the_whole_sentence_is_reproducible(checkpoint, challenges, tmp_path):
         "config.json",
         "log.jsonl",
         "summary.json",
+        "report.html",
         "tasks/task2.json",
         "adapters/task3/adapter_config.json",
     ):
