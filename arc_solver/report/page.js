@@ -50,7 +50,7 @@ function changed(first, changes) { // cell and colour in turn
 function draw(canvas, text, side, options = {}) {
   const rows = rowsOf(text), height = rows.length, width = rows[0].length;
   const cell = Math.max(2, Math.min(options.most || 28, Math.floor(side / Math.max(height, width))));
-  const gap = cell > 9 ? 1 : cell > 3 ? 0.5 : 0, ratio = 2;
+  const gap = cell > 6 ? 1 : 0, ratio = 2;
   canvas.width = (width * cell + gap) * ratio;
   canvas.height = (height * cell + gap) * ratio;
   canvas.style.width = canvas.width / ratio + "px";
@@ -336,6 +336,7 @@ function thumbnail(card) {
 
 function go(i) {
   location.hash = i === null ? "" : "task=" + encodeURIComponent(task(i).id);
+  follow(); // at once: the browser says so later, and the next key may come before
 }
 
 function follow() { // the address says which task is open
@@ -344,6 +345,7 @@ function follow() { // the address says which task is open
   try { id = wanted && decodeURIComponent(wanted[1]); } catch { /* no address of ours */ }
   const i = id === null ? -1 : rows.findIndex((row) => row.cells[0].dataset.v === id);
   const before = open;
+  if (i === (before === null ? -1 : before)) return;
   if (before === null && i >= 0) state.scroll = window.scrollY;
   open = i >= 0 ? i : null;
   $("overview").hidden = open !== null;

@@ -151,13 +151,13 @@ def training_page(training: TrainingFacts) -> str:
     losses = [("training, smoothed", *training.loss)]
     losses += [("held-out tasks", *training.validation)] if training.validation[0] else []
     values = [value for _, _, curve in losses for value in curve]
-    charts = [("Loss", losses, "tokens", "loss, nats a token", max(values) > LOG_FROM * min(values))]
+    charts = [("Loss", losses, "million tokens", "loss, nats a token", max(values) > LOG_FROM * min(values))]
     charts.append(("Learning rate", [("learning rate", *training.rate)], "step", "learning rate (train.lr)", False))
     if training.accuracy[0]:
         generated = [("generated", *training.accuracy)]
-        charts.append(("Generated answers that are right", generated, "tokens", "share of the answers", False))
+        charts.append(("Generated answers that are right", generated, "million tokens", "share of the answers", False))
     if training.speed[0]:
-        charts.append(("Speed", [("speed", *training.speed)], "tokens", "tokens/s", False))
+        charts.append(("Speed", [("speed", *training.speed)], "million tokens", "tokens/s", False))
     audit = about.get("leak_audit", "")
     return _render(
         "training.html",
@@ -364,7 +364,7 @@ def _row_beside(beside: Beside) -> dict[str, Any]:
 
 def _top_figures_of_training(training: TrainingFacts) -> list[tuple[str, str]]:
     tokens, losses = training.loss
-    rows = [("steps", f"{training.rate[0][-1]:,.0f}"), ("tokens", f"{tokens[-1]:,.0f}")]
+    rows = [("steps", f"{training.rate[0][-1]:,.0f}"), ("tokens", f"{tokens[-1]:,.1f} million")]
     rows.append(("training loss, smoothed", f"{losses[-1]:.4f} nats a token"))
     if training.validation[1]:
         rows.append(("loss on held-out tasks", f"{training.validation[1][-1]:.4f} nats a token"))

@@ -11,6 +11,7 @@ from ..puzzles import read_json
 from .collect import flat, read_log
 
 PIECES = 100  # that the speed is averaged over
+MILLION = 1_000_000
 SMOOTH = 0.98  # weight of what was before, in a smoothed loss
 
 Curve = tuple[Sequence[float], Sequence[float]]
@@ -25,11 +26,11 @@ class TrainingFacts:
     about: Mapping[str, Any]  # training.json beside the weights, or a checkpoint's progress; empty before the first
     settings: Mapping[str, Any]
     stages: Sequence[tuple[str, int]]  # names, and their last steps so far
-    loss: Curve  # of training, smoothed, over tokens
+    loss: Curve  # of training, smoothed, over millions of tokens
     validation: Curve
     accuracy: Curve  # share of generated answers that are right
     rate: Curve  # learning rate over steps
-    speed: Curve  # tokens/s over tokens
+    speed: Curve  # tokens/s over millions of tokens
 
     @property
     def sources(self) -> Mapping[str, Mapping[str, Any]]:
@@ -61,7 +62,7 @@ def read_training(out_dir: Path) -> TrainingFacts:
         _about(out_dir),
         flat(config),
         list(stages.items()),
-        _smoothed([(step["tokens"], step["loss"]) for step in steps]),
+        _smoothed([(step["tokens"] / MILLION, step["loss"]) for step in steps]),
         _measured(records, "validation_loss"),
         _measured(records, "accuracy"),
         ([step["step"] for step in steps], rates),
@@ -88,7 +89,7 @@ def _smoothed(points: Sequence[tuple[float, float]]) -> Curve:
 
 
 def _measured(records: Sequence[Mapping[str, Any]], name: str) -> Curve:
-    found = [(record["tokens"], record[name]) for record in records if record.get(name) is not None]
+    found = [(record["tokens"] / MILLION, record[name]) for record in records if record.get(name) is not None]
     return [tokens for tokens, _ in found], [value for _, value in found]
 
 
@@ -100,6 +101,6 @@ def _speed(steps: Sequence[Mapping[str, Any]]) -> Curve:
         piece = steps[k : k + size]
         seconds = sum(step["elapsed_s"] - step["began_s"] for step in piece)
         if seconds > 0:
-            tokens.append(piece[-1]["tokens"])
+            tokens.append(piece[-1]["tokens"] / MILLION)
             speeds.append((piece[-1]["tokens"] - steps[k - 1]["tokens"]) / seconds)
     return tokens, speeds

@@ -95,6 +95,7 @@ def test_the_grids_drawn_are_those_of_the_journal(browser, demo):
         for facts in run.tasks:
             journal = json.loads((demo / "tasks" / f"{facts.task.id}.json").read_text())
             page.locator(f'.card:has-text("{facts.task.id}")').click()
+            page.locator("#task").wait_for(state="visible")
             assert page.locator("#task h1 .id").inner_text() == facts.task.id
             for k, pair in enumerate(facts.task.train):
                 assert drawn(page, f"train-{k}-input") == pair.input.tolist()
@@ -142,6 +143,7 @@ def test_arrows_move_between_tasks(browser, demo):
         page.keyboard.press("ArrowRight")
         page.keyboard.press("ArrowRight")
         page.keyboard.press("Enter")
+        page.locator("#task").wait_for(state="visible")
 
         def title():
             return page.locator("#task h1 .id").inner_text()
@@ -181,6 +183,21 @@ def test_it_fits_a_phone_and_has_a_light_and_a_dark_side(browser, demo, width):
     assert (light, dark) == (switched_to_light, switched_to_dark) and light != dark
 
 
+def test_the_page_of_a_run_that_goes_on_reloads_itself_from_the_disk(browser, demo, tmp_path):
+    run, file = RunReader(demo).read(), tmp_path / "page.html"
+    file.write_text(run_page(replace(run, is_running=True, tasks=run.tasks[:2])))
+    with opened(browser, file) as page:
+        page.clock.install()
+        page.reload()
+        page.locator("#as-table").check()
+        assert page.locator("#table tbody tr").count() == 2
+        file.write_text(run_page(run))
+        with page.expect_navigation():
+            page.clock.run_for(11_000)
+        assert page.locator("#table tbody tr:visible").count() == 6
+        assert page.locator("#reload").count() == 0
+
+
 def test_a_name_with_markup_in_it_is_text(browser, demo, tmp_path):
     evil = "</script><script>document.title='owned'</script><b>x"
     run = RunReader(demo).read()
@@ -191,6 +208,7 @@ def test_a_name_with_markup_in_it_is_text(browser, demo, tmp_path):
     with opened(browser, file) as page:
         assert shown_cards(page) == [evil]
         page.locator(".card").click()
+        page.locator("#task").wait_for(state="visible")
         assert page.locator("#task h1 .id").inner_text() == evil
         assert page.title() == "demo"
 

@@ -56,7 +56,7 @@ def test_a_training_has_curves_and_its_mixture(training_dir):
     facts = read_training(training_dir)
     assert not facts.is_finished and facts.stages == [("a", 30), ("b", 40)]
     assert facts.rate[1][0] == 5e-4 and facts.rate[1][-1] == 2.5e-4
-    assert (facts.validation, facts.accuracy) == (([2000], [0.7]), ([2000], [0.25]))
+    assert (facts.validation, facts.accuracy) == (([0.002], [0.7]), ([0.002], [0.25]))
     assert set(facts.speed[1]) == {100.0}  # of steps alone: a second each, whatever lies between them
     assert main([str(training_dir)]) == 0
     page = Reader((training_dir / "report.html").read_text())
