@@ -6,6 +6,7 @@ const DARK = [0, 2, 9]; // colours on which a digit is white
 const SYMBOLS = { right: "✓", wrong: "✗" };
 const GEOMETRIES = ["as it is", "¼ turn", "½ turn", "¾ turn", "transposed", "transposed, ¼ turn", "transposed, ½ turn", "transposed, ¾ turn"];
 const NATS = 100; // log-probabilities are whole hundredths
+const HALF = 5; // nats less than certain, at which a bar is half as tall
 const RELOAD_MS = 10000;
 const $ = (id) => document.getElementById(id);
 const all = (selector, of = document) => [...of.querySelectorAll(selector)];
@@ -137,7 +138,7 @@ function candidateItem(one, place, t, content) {
   }
   const strip = element("div", { class: "strip", role: "img", "aria-label": `log-probability in ${known.length} of ${views} views; answered by views ${one.v.map((v) => v + 1).join(", ") || "none"}` });
   one.p.forEach((p, v) => {
-    const height = p === null ? 1 : Math.max(2, 38 * Math.exp(-p / NATS / 4));
+    const height = p === null ? 1 : 38 / (1 + p / NATS / HALF); // so that far behind and very far behind differ too
     const classes = [p === null ? "unknown" : "", one.v.includes(v) ? "voted" : "", one.s.includes(v) ? "searched" : ""];
     strip.append(element("i", { class: classes.join(" ").trim(), style: `height:${height.toFixed(0)}px`, title: viewText(one, v, content) }));
   });

@@ -76,14 +76,13 @@ def run_page(run: RunFacts) -> str:
     about = [counted(len(run.tasks), "task") + (f", {chosen}" if (chosen := run.task_set.chosen) else "")]
     about += [f"seed {run.settings.get('run.seed', '?')}", f"run {run.name}"]
     missed = [task for task in run.tasks if task.reasons]
-    tasks = sum(task.predictions is not None for task in run.tasks)
     return _render(
         "run.html",
         title=_title(run.task_set.name),
         kicker="a run of bin/solve",
         about=" · ".join(about),
         running=run.is_running,
-        progress=f"{tasks} of {counted(len(run.tasks), 'task')} answered",
+        progress=_progress(run),
         headline=_headline(run),
         top_figures=_top_figures(run),
         kinds=_kinds(missed),
@@ -225,6 +224,13 @@ def _headline(run: RunFacts) -> dict[str, str] | None:
         "first": f"{first.to_json()['share_of_tasks']:.1%}",
         "covered": f"{covered.to_json()['share_of_tasks']:.1%}",
     }
+
+
+def _progress(run: RunFacts) -> str:
+    """How far a run is that goes on."""
+    share = run.summary.get("share_done")
+    done = "" if share is None else f", {share:.0%} of the work done"
+    return f"{run.answered} of {counted(len(run.tasks), 'task')} answered{done}"
 
 
 def _top_figures(run: RunFacts) -> list[tuple[str, str]]:
