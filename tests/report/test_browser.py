@@ -11,11 +11,14 @@ from pathlib import Path
 
 import pytest
 from forked import Forked, output_of
+from pages import write_training
 
 from arc_solver.puzzles.pictures import PALETTE
 from arc_solver.puzzles.tasks import Task
 from arc_solver.report.collect import RunReader
-from arc_solver.report.page import run_page
+from arc_solver.report.compare import compare
+from arc_solver.report.page import comparison_page, run_page, training_page
+from arc_solver.report.training import read_training
 
 pytestmark = pytest.mark.browser
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
@@ -196,6 +199,28 @@ def test_the_page_of_a_run_that_goes_on_reloads_itself_from_the_disk(browser, de
             page.clock.run_for(11_000)
         assert page.locator("#table tbody tr:visible").count() == 6
         assert page.locator("#reload").count() == 0
+
+
+def test_two_runs_are_drawn_beside_each_other(browser, demo, tmp_path):
+    run, file = RunReader(demo).read(), tmp_path / "page.html"
+    other = [replace(task, attempts=[both[::-1] for both in task.attempts]) for task in run.tasks]
+    file.write_text(comparison_page(compare(run, replace(run, name="other", tasks=other))))
+    facts = run.tasks[0]
+    with opened(browser, file) as page:
+        page.locator("#search").fill(facts.task.id)
+        page.locator(".card:visible").click()
+        page.locator("#task").wait_for(state="visible")
+        for k, attempt in enumerate(facts.attempts[0]):
+            assert drawn(page, f"Aattempt-0-{k}") == drawn(page, f"Battempt-0-{1 - k}") == attempt.tolist()
+
+
+def test_the_page_of_a_training_has_its_curves(browser, tmp_path):
+    file = tmp_path / "page.html"
+    file.write_text(training_page(read_training(write_training(tmp_path / "training"))))
+    with opened(browser, file, 390) as page:
+        assert page.locator(".charts svg").count() == 4
+        assert "learning rate (train.lr)" in page.locator(".charts").inner_text()
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
 def test_a_name_with_markup_in_it_is_text(browser, demo, tmp_path):

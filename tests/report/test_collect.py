@@ -5,28 +5,20 @@ import shutil
 
 import numpy as np
 import pytest
+from pages import facts_of
 from toys import flip_task, random_grid
 
 from arc_solver.answers.candidates import Candidate, Predictions
-from arc_solver.answers.vote import rank
-from arc_solver.config import VoteConfig
 from arc_solver.errors import UserError
 from arc_solver.files import lock
 from arc_solver.puzzles.tasks import freeze
-from arc_solver.report.collect import NATS, RunReader, TaskFacts, grid_text
+from arc_solver.report.collect import NATS, RunReader, grid_text
 
 
 @pytest.fixture
 def run_dir(whole, tmp_path):
     """A run that a test may change."""
     return shutil.copytree(whole, tmp_path / "run")
-
-
-def facts_of(task, found, solution=None) -> TaskFacts:
-    """A task as a run knows it that selects by votes."""
-    ranked = [rank(found, task, test, VoteConfig(rule="votes")) for test in range(len(task.test))]
-    attempts = [(r[0].grid, r[1 if len(r) > 1 else 0].grid) for r in ranked]
-    return TaskFacts(task, solution, found, ranked, attempts, "tasks", None, 1.0, 1.0, None, None, [])
 
 
 def test_a_run_says_what_its_summary_says(whole):

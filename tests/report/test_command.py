@@ -1,14 +1,13 @@
 """`bin/report`: a run, two runs, a training, and what is refused."""
 
-import json
 import shutil
 import subprocess
 import sys
 
 import pytest
 from forked import Forked
+from pages import Reader, write_training
 from solve_runs import finish
-from test_page import Reader
 
 from arc_solver.errors import MachineError, UserError
 from arc_solver.files import lock
@@ -19,24 +18,7 @@ from arc_solver.report.training import read_training
 
 @pytest.fixture
 def training_dir(tmp_path):
-    """What a training of two stages leaves that has come to its second."""
-    out = tmp_path / "training"
-    (out / "partition").mkdir(parents=True)
-    stages = [{"name": name, "train": {"lr": lr}} for name, lr in (("a", 1e-3), ("b", 5e-4))]
-    (out / "config.json").write_text(json.dumps({"stages": stages, "run": {"seed": 3}}))
-    lines = []
-    for step in range(1, 41):
-        stage, began = ("a" if step <= 30 else "b"), 2.0 * step
-        record = {"step": step, "loss": 2.0 / step, "rate": 0.5, "stage": stage, "tokens": 100 * step}
-        record |= {"began_s": began, "elapsed_s": began + 1.0}
-        lines.append(record | ({"validation_loss": 0.7, "accuracy": 0.25} if step == 20 else {}))
-    (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    checkpoint = out / "checkpoints" / "step-0000040"
-    checkpoint.mkdir(parents=True)
-    counts = {"samples": 30, "tokens": 4000, "demonstrations_dropped": 2, "too_long": 1, "left_out": 0}
-    progress = {"total_steps": 40, "counts": {"RE-ARC": counts, "<b>mine": counts | {"samples": 10}}}
-    (checkpoint / "progress.json").write_text(json.dumps(progress))
-    return out
+    return write_training(tmp_path / "training")
 
 
 def test_a_run_and_two_runs(whole, tmp_path, capsys):

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from test_collect import facts_of
+from pages import facts_of
 from toys import flip_task, grid
 
 from arc_solver.answers.candidates import Candidate, Predictions

@@ -5,45 +5,18 @@ import hashlib
 import json
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from test_collect import facts_of
+from pages import Reader, facts_of
 from toys import flip_task
 
 from arc_solver.answers.candidates import Candidate, Predictions
 from arc_solver.puzzles.tasks import Task, TaskSet, freeze
-from arc_solver.report.collect import RunReader
+from arc_solver.report.collect import Job, RunReader, Session
 from arc_solver.report.page import COLUMNS, run_page
 
 MOST_BYTES = 15_000_000
-
-
-class Reader(HTMLParser):
-    """The text of all table cells and headings, and of the scripts by their id; addresses that would be loaded."""
-
-    def __init__(self, page: str):
-        super().__init__()
-        self.text, self.scripts, self.loaded, self.inside = [], {}, [], []
-        self.feed(page)
-        self.close()
-
-    def handle_starttag(self, tag, attrs):
-        attributes = dict(attrs)
-        self.inside = [tag, attributes]
-        self.loaded += [attributes[name] for name in ("src", "srcset", "data", "poster") if name in attributes]
-        self.loaded += [attributes["href"]] if tag in ("link", "base") and "href" in attributes else []
-
-    def handle_endtag(self, tag):
-        self.inside = []
-
-    def handle_data(self, data):
-        if self.inside and self.inside[0] == "script":
-            name = self.inside[1].get("id", "code")
-            self.scripts[name] = self.scripts.get(name, "") + data
-        else:
-            self.text.append(data)
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +83,19 @@ def test_a_run_without_solutions_or_answers_has_a_page(run):
     text = " ".join(" ".join(Reader(run_page(bare)).text).split())
     assert "0 of 12 tasks answered" in text and "this run's log has no jobs" in text
     assert "Where the next point is" not in text
+
+
+def test_the_timeline_shows_who_did_what_when(run):
+    """100 s to the deadline: half of it adapting, then a job that failed, and a second call without one."""
+    jobs = (Job("adapt", 0, ("<a>",), 1000.0, 1050.0, False), Job("ask", 1, ("b", "c"), 1060.0, 1060.0, True))
+    second = Session(5000.0, None, 1, (Job("ask", 0, ("d",), 5010.0, 5020.0, False),))
+    page = run_page(replace(run, sessions=[Session(1000.0, 1100.0, 2, jobs), second]))
+    assert 'class="job adapt" style="left:0.0%;width:50.0%" title="adapting to &lt;a&gt;: 50 s"' in page
+    assert 'class="job ask failed" style="left:60.0%;width:0.0%" title="asking b, c: failed"' in page
+    assert 'class="job limit" style="left:100.0%"' in page
+    assert 'class="job ask" style="left:50.0%;width:50.0%" title="asking d: 10 s"' in page
+    text = " ".join(" ".join(Reader(page).text).split())
+    assert all(said in text for said in ("call 1", "call 2", "worker 1", "a job that failed", "the deadline", "1:30"))
 
 
 def test_400_tasks_with_64_candidates_each_stay_small(run, arc):
