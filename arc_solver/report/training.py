@@ -52,7 +52,7 @@ def read_training(out_dir: Path) -> TrainingFacts:
     config, records = read_json(out_dir / "config.json"), read_log(out_dir / "log.jsonl")
     steps = [record for record in records if record.get("loss") is not None]
     if not steps:
-        raise UserError(f"{out_dir} has taken no step yet: ask again later")
+        raise UserError(f"{out_dir} has taken no step, so there is nothing to show yet: ask again later")
     peaks = {stage["name"]: stage["train"]["lr"] for stage in config["stages"]}
     stages = {step["stage"]: step["step"] for step in steps}
     rates = [peaks.get(step["stage"], 1.0) * step["rate"] for step in steps]

@@ -89,7 +89,7 @@ def test_what_cannot_be_written_is_said(training_dir, tmp_path):
     with pytest.raises(MachineError, match=r"no/page\.html cannot be written"):
         main([str(training_dir), "--out", str(tmp_path / "no" / "page.html")])
     (training_dir / "log.jsonl").unlink()
-    with pytest.raises(UserError, match="has taken no step yet"):
+    with pytest.raises(UserError, match="has taken no step"):
         main([str(training_dir)])
 
 
