@@ -32,15 +32,11 @@ const shapeOf = (text) => `${rowsOf(text).length} × ${rowsOf(text)[0].length}`;
 const parsed = new Map();
 
 function task(i) {
-  if (!parsed.has(i)) {
-    const content = JSON.parse($("t" + i).textContent);
-    for (const found of content.candidates || []) {
-      for (const one of found) one.g = typeof one.g === "string" ? one.g : changed(found[0].g, one.g);
-    }
-    parsed.set(i, content);
-  }
+  if (!parsed.has(i)) parsed.set(i, JSON.parse($("t" + i).textContent));
   return parsed.get(i);
 }
+
+const gridOf = (one, found) => (typeof one.g === "string" ? one.g : changed(found[0].g, one.g));
 
 function changed(first, changes) { // cell and colour in turn
   const rows = rowsOf(first).map((row) => [...row]), width = rows[0].length;
@@ -122,10 +118,10 @@ const isOn = (id) => Boolean($(id) && $(id).checked);
 
 // ---- one task ----
 
-function candidateItem(one, place, t, content) {
-  const right = content.solution && content.solution[t], isRight = right === one.g;
+function candidateItem(one, grid, place, t, content) {
+  const right = content.solution && content.solution[t], isRight = right === grid;
   const item = element("li", isRight ? { class: "is-right" } : {});
-  const canvas = gridCanvas(`candidate ${place + 1}`, one.g, { name: `candidate-${t}-${place}`, side: 120, right, most: 16 });
+  const canvas = gridCanvas(`candidate ${place + 1}`, grid, { name: `candidate-${t}-${place}`, side: 120, right, most: 16 });
   const known = one.p.filter((p) => p !== null), views = content.geometries.length;
   const sum = known.length ? -known.reduce((a, b) => a + b, 0) * (views / known.length) / NATS : null;
   const says = element("div", {},
@@ -133,8 +129,8 @@ function candidateItem(one, place, t, content) {
     element("p", {}, `${one.v.length} of ${views} views`, one.s.length ? `, ${one.s.length} searches` : ""),
     element("p", {}, sum === null ? "not scored" : `${sum.toFixed(2)} nats in all`));
   if (right && !isRight) {
-    const off = differences(one.g, right);
-    says.append(element("p", { class: "muted" }, off === null ? shapeOf(one.g) : `${off} ${off === 1 ? "cell differs" : "cells differ"}`));
+    const off = differences(grid, right);
+    says.append(element("p", { class: "muted" }, off === null ? shapeOf(grid) : `${off} ${off === 1 ? "cell differs" : "cells differ"}`));
   }
   const strip = element("div", { class: "strip", role: "img", "aria-label": `log-probability in ${known.length} of ${views} views; answered by views ${one.v.map((v) => v + 1).join(", ") || "none"}` });
   one.p.forEach((p, v) => {
@@ -235,7 +231,7 @@ function show(i) {
     const many = content.test.length > 1 ? `, test ${t + 1}` : "";
     body.append(element("h3", {}, `Candidates${many}: ${found.length}`));
     if (t === 0 && found.length) body.append(element("p", { class: "key" }, "Each bar is a view: the taller, the more probable. ", element("i", { class: "swatch" }), " the view answered it; a dot: its search found it."));
-    body.append(element("ol", { class: "candidates" }, ...found.map((one, place) => candidateItem(one, place, t, content))));
+    body.append(element("ol", { class: "candidates" }, ...found.map((one, place) => candidateItem(one, gridOf(one, found), place, t, content))));
   });
   if (content.error) body.append(element("details", {}, element("summary", {}, "What went wrong"), element("pre", {}, content.error)));
   place(i);
