@@ -10,6 +10,7 @@ COMMANDS = {  # what it does, and the module whose `main` it is
     "score": ("score a submission, or compare two", "answers.submission"),
     "train": ("train a model offline", "training.command"),
     "submit": ("from a config to a score on Kaggle", "release.submit"),
+    "report": ("write a run's page", "report.command"),
     "show": ("show tasks and answers as coloured grids", "solving.show"),
     "data": ("get, make, compare and describe task sets", "data.command"),
     "bench": ("measure how fast it is here", "bench.bench"),

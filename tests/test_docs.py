@@ -44,6 +44,6 @@ def test_what_a_page_points_to_is_there(page):
     for path in re.findall(r"`((?:arc_solver|bin|configs|docs|kaggle|tests)/[\w./-]+)`", text):
         assert (ROOT / path).exists(), path
     for path in re.findall(
-        r"`((?:puzzles|answers|data|models|decoding|training|solving|release|bench)/\w+\.py)`", text
+        r"`((?:puzzles|answers|data|report|models|decoding|training|solving|release|bench)/\w+\.py)`", text
     ):
         assert (ROOT / "arc_solver" / path).exists(), path

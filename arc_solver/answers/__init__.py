@@ -10,17 +10,24 @@ In the order of reading; each imports only from those before it:
     revote      selection again, from the saved candidates of runs
 """
 
-from .candidates import Candidate, Predictions
-from .submission import Score, Submission, read_submission, score, write_submission
-from .vote import choose_attempts
+from .candidates import STAGES, Candidate, Predictions
+from .revote import parse_predictions, tasks_of_run
+from .submission import Score, Submission, data_rows, read_submission, score, score_of, write_submission
+from .vote import choose_attempts, rank
 
 __all__ = [
+    "STAGES",
     "Candidate",
     "Predictions",
     "Score",
     "Submission",
     "choose_attempts",
+    "data_rows",
+    "parse_predictions",
+    "rank",
     "read_submission",
     "score",
+    "score_of",
+    "tasks_of_run",
     "write_submission",
 ]

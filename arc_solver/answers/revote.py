@@ -68,25 +68,14 @@ def read_run(run_dir: Path, overrides: Sequence[str] = ()) -> SavedRun:
     Raises:
         UserError: it is no run's folder, a file in it is damaged, or its tasks are not found any more.
     """
-    if not (run_dir / "config.json").is_file() or not (run_dir / "tasks").is_dir():
-        missing = "config.json" if run_dir.is_dir() else "a folder"  # a file is none
-        missing = "tasks/" if (run_dir / "config.json").is_file() else missing
-        raise UserError(f"{run_dir} is no run of bin/solve, {missing} is missing: give what its --out was")
-    # Whether all answers were scored is seen below; that is no reason not to try another rule.
-    saved = [*_saved_words(run_dir / "config.json"), "predict.score_all=true"]
-    try:
-        config = load_config(None, [*saved, *overrides])
-    except UserError:
-        _require_this_version(run_dir, saved)
-        raise
+    config = settings_of_run(run_dir, overrides)
     given = any(word.startswith(("tasks.spec=", "tasks.solutions=")) for word in overrides)
     task_set = load_tasks(config.tasks) if given else tasks_of_run(run_dir, config.tasks, may_move=True)
     predictions, failed = {}, 0
     for task in task_set.tasks:
-        files = [run_dir / stage / f"{task.id}.json" for stage in STAGES]
-        if present := [file for file in files if file.exists()]:
-            content = read_json(present[-1])
-            predictions[task.id] = parse_predictions(content, task, present[-1])
+        if file := best_file(run_dir, task.id):
+            content = read_json(file)
+            predictions[task.id] = parse_predictions(content, task, file)
             failed += content.get("fallback") == "placeholder"
     if not predictions:
         raise UserError(
@@ -94,6 +83,31 @@ def read_run(run_dir: Path, overrides: Sequence[str] = ()) -> SavedRun:
             f" {task_set.name} is done"
         )
     return SavedRun(run_dir, config, task_set, predictions, failed)
+
+
+def settings_of_run(run_dir: Path, overrides: Sequence[str] = ()) -> Config:
+    """A run's config, of which the sections tasks and vote alone are the run's: so other versions' runs are read too.
+
+    Raises:
+        UserError: it is no run's folder, or those sections are of another version.
+    """
+    if not (run_dir / "config.json").is_file() or not (run_dir / "tasks").is_dir():
+        missing = "config.json" if run_dir.is_dir() else "a folder"  # a file is none
+        missing = "tasks/" if (run_dir / "config.json").is_file() else missing
+        raise UserError(f"{run_dir} is no run of bin/solve, {missing} is missing: give what its --out was")
+    # Whether all answers were scored is seen below; that is no reason not to try another rule.
+    saved = [*_saved_words(run_dir / "config.json"), "predict.score_all=true"]
+    try:
+        return load_config(None, [*saved, *overrides])
+    except UserError:
+        _require_this_version(run_dir, saved)
+        raise
+
+
+def best_file(run_dir: Path, task_id: str) -> Path | None:
+    """What a run's best stage so far found for a task; None: it has not come to it."""
+    files = [run_dir / stage / f"{task_id}.json" for stage in STAGES]
+    return next((file for file in reversed(files) if file.exists()), None)
 
 
 def tasks_of_run(run_dir: Path, config: TasksConfig, may_move: bool = False) -> TaskSet:

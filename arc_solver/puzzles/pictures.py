@@ -4,6 +4,7 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.columns import Columns
 from rich.console import Console, Group, RenderableType
@@ -18,6 +19,8 @@ PALETTE = (
     *("#000000", "#1e93ff", "#f93c31", "#4fcc30", "#ffdc00"),
     *("#999999", "#e53aa3", "#ff851b", "#87d8f1", "#921231"),
 )
+
+INK = "#010203"  # in a chart it becomes the text colour of the page around
 
 
 def grid_text(grid: Grid) -> Text:
@@ -165,3 +168,39 @@ def reliability_curve(points: Sequence[tuple[float, float, float, float, int]], 
     figure.tight_layout()
     figure.savefig(picture, dpi=110, metadata={"Date": None} if picture.suffix == ".svg" else None)
     pyplot.close(figure)
+
+
+def line_chart(lines: Sequence[tuple[str, Sequence[float], Sequence[float]]], x: str, y: str, log: bool = False) -> str:
+    """Lines with their labels, as an SVG for a page, whose text colour and fonts it has. Needs matplotlib."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    style: Any = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": f"{x}{y}",  # the same file for the same points, and no id twice on a page
+        **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "font.size": 9,
+    }
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(6, 3.2), layout="constrained")
+        axes = figure.subplots()
+        for (label, xs, ys), colour, mark in zip(lines, ("#3f83d6", "#d27d2d"), ("", "o"), strict=False):
+            axes.plot(xs, ys, color=colour, linewidth=1.4, marker=mark, markersize=3, label=label)
+        axes.set(xlabel=x, ylabel=y, yscale="log" if log else "linear")
+        if log:
+            from matplotlib import ticker
+
+            axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(ticker.NullFormatter())
+        else:
+            axes.set_ylim(0, None)
+        axes.grid(alpha=0.15, color=INK)
+        if len(lines) > 1:
+            axes.legend(frameon=False)
+        drawn = io.StringIO()
+        figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
+    svg = drawn.getvalue()
+    return svg[svg.index("<svg") :].replace(INK, "currentColor")

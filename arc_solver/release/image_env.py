@@ -20,7 +20,7 @@ from .image import IMAGE_FILE, read_image, run_pip
 IMAGE_PYTHON = (3, 12)
 NEEDED = (
     *("torch", "transformers", "tokenizers", "safetensors", "peft", "accelerate", "numpy", "pydantic", "rich"),
-    *("matplotlib", "packaging", "nbclient", "ipykernel"),
+    *("matplotlib", "jinja2", "packaging", "nbclient", "ipykernel"),
 )
 TORCH = re.compile(r"torch|torchvision|torchaudio|triton|nvidia-.*|cuda-.*")  # what goes with a build of PyTorch
 

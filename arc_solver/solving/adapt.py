@@ -46,6 +46,7 @@ ROUNDS = 4  # of all demonstrations, each of which was the held-out one
 FEWEST = 12  # held-out outputs, however few demonstrations there are
 SURE = 0.9  # share of them that is answered exactly, from which on a task needs no more
 KEPT_FROM = 3  # demonstrations, from which on a joint stage does not see the last one, see `joint.py`
+CURVE = 40  # points of a loss curve, at most
 TAIL = 0.5  # of the steps so far: in so many more the learning rate falls to 0 before a task stops
 STEP_SHARE = 0.7  # of the free memory may go into what a forward pass keeps; the backward pass needs some besides
 ADAPTER_SHARE = 0.25  # of all memory may go into the adapters of a group
@@ -67,6 +68,7 @@ class Adaptation:
     leave_one_out: float  # share of the last samples whose held-out output was answered exactly, before it was learnt
     # "steps", "leave-one-out", "deadline", or "diverged": not finite, so the adapter is what it was at the start
     ended: str
+    losses: Sequence[float] = ()  # means over equal parts of the steps, nats; earlier versions did not keep them
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -78,6 +80,7 @@ class Adaptation:
             "dropped": self.dropped,
             "leave_one_out": round(self.leave_one_out, 4),
             "ended": self.ended,
+            "losses": [round(loss, 4) for loss in self.losses],
         }
 
 
@@ -336,8 +339,9 @@ class _Learner:
         losses = [loss for loss in self.losses if math.isfinite(loss)] or [0.0]
         tenth = max(1, len(losses) // 10)
         first, last = float(np.mean(losses[:tenth])), float(np.mean(losses[-tenth:]))
+        curve = [float(np.mean(part)) for part in np.array_split(losses, min(CURVE, len(losses)))]
         return Adaptation(
-            adapter, self.steps, self.tokens, first, last, seconds, self.dropped, self.leave_one_out, self.ended
+            adapter, self.steps, self.tokens, first, last, seconds, self.dropped, self.leave_one_out, self.ended, curve
         )
 
 

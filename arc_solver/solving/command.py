@@ -10,8 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ..answers import read_submission, revote
-from ..answers.revote import tasks_of_run
+from ..answers import read_submission, revote, tasks_of_run
 from ..command import Parser, add_task_arguments, task_overrides, user_path
 from ..config import Config, ModelConfig, TasksConfig, load_config
 from ..errors import UserError

@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+import platform
 import shutil
 import time
 from collections import defaultdict
@@ -25,15 +26,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Self
 
+import torch
 from safetensors import SafetensorError
 
 from .. import __version__
-from ..answers import Predictions, choose_attempts, write_submission
-from ..answers.candidates import STAGES
+from ..answers import STAGES, Predictions, choose_attempts, parse_predictions, rank, write_submission
 from ..answers.chances import solved_chance
-from ..answers.revote import parse_predictions
 from ..answers.submission import blank_submission, candidate_grids, first_attempts, solved_outputs
-from ..answers.vote import rank
 from ..config import Config
 from ..data import NOTHING, TrainingData
 from ..data.leaks import demonstrations_of
@@ -289,6 +288,8 @@ def open_journal(run_dir: Path, task_set: TaskSet, config: Config, weights: Sequ
     facts = {
         "version": __version__,
         "commit": git_commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
         "tasks": _digest(json.dumps([[task.id, challenge(task)] for task in task_set.tasks]).encode()),
         "checkpoint": _digest(
             *(_parts_of(file) for folder in weights for file in sorted(folder.glob("*.safetensors")))

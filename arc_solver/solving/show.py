@@ -13,9 +13,7 @@ from pathlib import Path
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
-from ..answers import Submission, read_submission
-from ..answers.candidates import STAGES
-from ..answers.revote import tasks_of_run
+from ..answers import STAGES, Submission, read_submission, tasks_of_run
 from ..command import Parser, add_choice_arguments, task_overrides, user_path
 from ..config import Config, TasksConfig, load_config
 from ..errors import MachineError, UserError, counted

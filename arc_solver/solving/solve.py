@@ -21,8 +21,8 @@ from rich.markup import escape
 from rich.rule import Rule
 from rich.text import Text
 
+from ..answers import rank
 from ..answers.submission import table_of
-from ..answers.vote import rank
 from ..clock import format_duration, format_guess, process_age_s
 from ..command import as_called
 from ..config import Config
@@ -42,13 +42,14 @@ from ..models.lora import origin_of
 from ..puzzles import Task, TaskSet
 from ..puzzles.pictures import save_picture, task_picture
 from ..puzzles.task_files import smallest
+from ..report.writer import PageWriter
 from ..rng import named_rng
 from ..training.parallel import require_packages
 from ..waiting import Reporter, Wait, waiting
 from . import status
 from .adapt import group_by_length, max_group_size
 from .budget import Budget
-from .executors import SPAWN, Executor, cores, make_executor, start_preloading
+from .executors import SPAWN, Executor, JobResult, cores, make_executor, start_preloading
 from .joint import joint_record, require_demonstrations, train_jointly
 from .journal import Journal, open_journal
 from .scheduler import FinishedTask, Scheduler
@@ -70,10 +71,13 @@ INTERRUPTED = 1  # exit code of a run that was asked to end
 INCOMPLETE = 3  # exit code of a run that ended as it should, but not with an answer of the adapted model to every task
 
 
-def solve(scheduler: Scheduler, executor: Executor, deadline: float, console: Console, starting: str) -> dict[str, Any]:
+def solve(
+    scheduler: Scheduler, executor: Executor, pages: PageWriter, deadline: float, console: Console, starting: str
+) -> dict[str, Any]:
     """Solves what is not solved yet, until `deadline` of `time.monotonic()`. The summary of the run.
 
     Args:
+        pages: kept up to date meanwhile.
         starting: what is waited for until the first job says something.
     """
     journal, config = scheduler.journal, scheduler.config
@@ -81,11 +85,14 @@ def solve(scheduler: Scheduler, executor: Executor, deadline: float, console: Co
     meter = Meter(executor.count, deadline, status.last_summary(journal.run_dir), joint_record(journal.run_dir))
     say = Reporter(console)
     say(_to_do(scheduler))
+    ends = None if deadline == math.inf else round(time.time() + deadline - time.monotonic(), 2)
+    journal.log(event="begin", time=round(time.time(), 2), workers=executor.count, deadline=ends)
     with waiting(say, starting, 1.0) as wait:
         shown = _Shown(scheduler, say, wait, deadline)
         executor.on_progress = shown.note
         for done in executor.map_unordered(scheduler.jobs(), until=deadline):
             meter.note(done)
+            journal.log(**_job_record(done))
             for finished in scheduler.handle_result(done):
                 record = _log_record(finished, journal.tasks[finished.result.task_id], config)
                 journal.log(**record)
@@ -94,10 +101,12 @@ def solve(scheduler: Scheduler, executor: Executor, deadline: float, console: Co
                     console.print(f"{so_far:>7}  {_task_line(finished, record)}", soft_wrap=True)
             journal.refresh_submission()
             meter.keep(journal, scheduler.share_done)
+            pages.refresh()
             shown.note()
     journal.rewrite_submission()
     summary = meter.summary(task_set, journal.statuses, scheduler.share_done)
     journal.write_summary(summary)
+    pages.finish(deadline + MARGIN_S / 2)
     return summary
 
 
@@ -178,6 +187,19 @@ class _Shown:
         what = f"{up_to}about {format_guess(seconds)}{less}" if seconds <= left_s else "all the time that there is"
         each = f"each of {budget.workers} workers" if budget.workers > 1 else "one worker"
         self.say(f"this takes {what}: {1 / token_s:,.0f} tokens/s of {each}, measured just now")
+
+
+def _job_record(done: JobResult) -> dict[str, Any]:
+    """Which worker had a job until when, in seconds since 1970, and for how long; None: it failed, and nobody says."""
+    return {
+        "event": "job",
+        "job": "adapt" if isinstance(done.job, AdaptJob) else "ask",
+        "stage": done.job.stage,
+        "tasks": [task.id for task in done.job.tasks],
+        "worker": done.worker,
+        "ended": round(time.time(), 2),
+        "seconds": None if done.error is not None else round(done.value.usage.seconds, 2),
+    }
 
 
 def _log_record(finished: FinishedTask, task: Task, config: Config) -> dict[str, Any]:
@@ -300,6 +322,7 @@ def run(config: Config, task_set: TaskSet, run_dir: Path, remark: str = "") -> i
     groups = group_by_length(chosen, config.adapt, device, most)
     weights = [checkpoint_dir(config.model.path), *([Path(config.model.adapter)] if config.model.adapter else [])]
     count = worker_count(config, len(groups))
+    pages: PageWriter | None = None
     with ExitStack() as stack:
         begin = partial(open_journal, run_dir, task_set, config, weights)
         try:
@@ -330,10 +353,13 @@ def run(config: Config, task_set: TaskSet, run_dir: Path, remark: str = "") -> i
             chunks, budget = partial(prediction_groups, device=device), Budget(executor.count, deadline)
             starting = f"starting {counted(executor.count, 'worker')}{', vLLM takes minutes' * (kind == 'vllm')}"
             scheduler = Scheduler(groups, chunks, config, journal, budget)
-            summary = solve(scheduler, executor, deadline, console, starting)
+            pages = PageWriter(run_dir, task_set, plain)
+            summary = solve(scheduler, executor, pages, deadline, console, starting)
         except KeyboardInterrupt:
             if not journal:
                 raise
+            if pages:
+                pages.finish()
             print(
                 as_called(
                     f"interrupted; the answers so far are in {run_dir}/submission.json, and bin/solve --out {run_dir}"
@@ -357,8 +383,8 @@ def _conclude(tasks: int, journal: Journal, summary: dict[str, Any], say: Any) -
     """The last lines, and the exit code."""
     run_dir = journal.run_dir
     say(
-        f"{format_duration(summary['seconds']['whole'])}. Submission: {run_dir}/submission.json; beside it report.svg,"
-        f" log.jsonl, tasks/ and adapters/. {as_called('bin/show')} {run_dir} draws all tasks and answers"
+        f"{format_duration(summary['seconds']['whole'])}. Submission: {run_dir}/submission.json; beside it report.html"
+        " with all tasks and answers, report.svg, log.jsonl, tasks/ and adapters/"
     )
     cheap = sum(status.stage == "unadapted" for status in journal.statuses.values())
     if cheap:

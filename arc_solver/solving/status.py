@@ -15,10 +15,9 @@ from typing import Any
 
 from rich.console import Console
 
-from ..answers import Score
+from ..answers import Score, data_rows, score_of, tasks_of_run
 from ..answers.chances import expected_solved
-from ..answers.revote import tasks_of_run
-from ..answers.submission import Row, data_rows, score_of, score_rows, table_of
+from ..answers.submission import Row, score_rows, table_of
 from ..command import Parser, as_called, user_path
 from ..errors import UserError, counted
 from ..files import is_locked

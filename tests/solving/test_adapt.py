@@ -84,6 +84,19 @@ def test_what_a_sample_lost_is_reported(toy_model, rng):
         assert adapt([task], toy_model, config, [named_rng(0)])[0].to_json()["dropped"] == dropped
 
 
+@pytest.mark.parametrize(("steps", "points"), [(3, 3), (40, 40), (45, 40)])
+def test_a_loss_curve_is_kept_whole_and_short(toy_model, rng, steps, points):
+    """Its ends are those of the losses, of which it has means over parts of the steps."""
+    config = AdaptConfig(steps=steps, rank=2, stop="never")
+    content = adapt([flip_task(rng)], toy_model, config, [named_rng(0)])[0].to_json()
+    tenth = steps // 10
+    assert len(content["losses"]) == points
+    if tenth <= 1:
+        assert content["first_loss"] == content["losses"][0]
+        assert content["last_loss"] == content["losses"][-1]
+    assert content["losses"][0] > content["losses"][-1] > 0
+
+
 def test_the_budget_cuts_steps(rng):
     task = flip_task(rng)
     config = AdaptConfig(steps=50, batch_size=2, budget_tokens=20 * task.tokens, stop="never")

@@ -96,3 +96,5 @@ def test_ctrl_c_and_sigterm_stop_at_once_and_the_command_says_how_to_go_on(check
         assert f"bin/solve --out {out}" in said
         assert "Traceback" not in said
         assert is_valid(out, challenges)
+        page = out / "report.html"
+        assert not page.exists() or "<body data-running>" not in page.read_text()

@@ -74,6 +74,7 @@ def test_the_whole_sentence_is_reproducible(checkpoint, challenges, tmp_path):
         "config.json",
         "log.jsonl",
         "summary.json",
+        "report.html",
         "tasks/task2.json",
         "adapters/task3/adapter_config.json",
     ):
@@ -83,11 +84,17 @@ def test_the_whole_sentence_is_reproducible(checkpoint, challenges, tmp_path):
     assert (len(result.per_task), result.outputs) == (4, 10)
     summary = json.loads((tmp_path / "a" / "summary.json").read_text())
     assert summary["score"] == result.to_json()
-    log = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
+    log = [record for record in records if record["event"] == "task"]
     assert {record["task"]: len(record["distinct"]) for record in log} == {f"task{i}": i + 1 for i in range(4)}
     for record in log:
         assert sum(map(sum, record["votes"])) <= 3 * len(record["votes"])
         assert record["cost"]["accepted"] <= record["cost"]["decoded"]
+    begin, *jobs = (record for record in records if record["event"] in ("begin", "job"))
+    assert (begin["workers"], begin["deadline"]) == (2, None)
+    for kind in ("adapt", "ask"):
+        assert sorted(i for job in jobs if job["job"] == kind for i in job["tasks"]) == [f"task{i}" for i in range(4)]
+    assert all(begin["time"] <= job["ended"] and job["seconds"] > 0 and job["worker"] in (0, 1) for job in jobs)
     assert summary["data"] == found.data
     assert str(tmp_path / "a") in first.replace("\n", "")  # lines are broken wherever the paths' lengths say
     shown, shown_other = (" ".join(each.split()) for each in (first, other))

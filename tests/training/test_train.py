@@ -29,6 +29,8 @@ from arc_solver.data.stream import SampleStream, pack
 from arc_solver.errors import UserError
 from arc_solver.models.model import Model, load_model, new_model, packed_loss, recompute_activations, save_model
 from arc_solver.puzzles.task_files import load_tasks
+from arc_solver.report.page import training_page
+from arc_solver.report.training import read_training
 from arc_solver.training.checkpoints import latest_checkpoint
 from arc_solver.training.command import main
 from arc_solver.training.parallel import ParallelContext, decide_compile
@@ -493,6 +495,12 @@ def test_logs_and_figures(tmp_path, capfd):
         assert line in shown, line
     manifest = json.loads((tmp_path / "a" / "partition" / "manifest.json").read_text())
     assert len(manifest["validation"]) == 20
+    facts = read_training(tmp_path / "a")
+    assert facts.is_finished and facts.rate[0] == [1, 2, 3, 4, 5, 6]
+    assert facts.validation[1][:2] == [r["validation_loss"] for r in steps if "validation_loss" in r]
+    assert facts.sources == about["sources"]
+    page = training_page(facts)
+    assert "leak audit passed" in page and all(label in page for label in about["sources"])
 
 
 def test_what_a_run_is_busy_with_is_shown_in_a_terminal(tmp_path, monkeypatch):

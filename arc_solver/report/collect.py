@@ -1,0 +1,365 @@
+"""A run's folder -> plain values for its page.
+
+The folder may be that of a run that goes on, or of one that an earlier version made: what it does not say is None or
+empty, and the page does without. A page is written many times while a run goes on, so a `RunReader` reads a task's
+file again only when it is another.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from ..answers import (
+    STAGES,
+    Candidate,
+    Predictions,
+    Score,
+    choose_attempts,
+    parse_predictions,
+    rank,
+    score_of,
+    tasks_of_run,
+)
+from ..answers.revote import best_file, settings_of_run
+from ..answers.vote import Ranked
+from ..config import BUNDLED_DIR, Config
+from ..data import leak_audit, read_training_data
+from ..errors import UserError
+from ..files import lock
+from ..puzzles import Attempts, Grid, Task, TaskSet, read_json, same_grid
+from .reasons import Reason, main_kind, why_not_solved
+
+STATES = {  # of a task, and what the page says
+    "solved": "solved",
+    "covered": "covered, not selected",
+    "missed": "missed",
+    "fell-back": "fell back",
+    "answered": "answered",
+    "waiting": "no answer yet",
+}
+NATS = 100  # log-probabilities travel as whole hundredths of a nat
+
+
+@dataclass(frozen=True, eq=False)
+class TaskFacts:
+    """All that is known of one task of a run."""
+
+    task: Task
+    solution: Sequence[Grid] | None  # None: not known
+    predictions: Predictions | None  # None: the run has not come to it
+    ranked: Sequence[Sequence[Ranked]]  # the candidates for each test input, best first
+    attempts: Sequence[Attempts]  # for each test input; empty: none
+    stage: str
+    adaptation: Mapping[str, Any] | None
+    seconds: float  # of one worker, all stages
+    asking_s: float  # of these, in the last stage
+    fallback: str | None
+    error: str | None
+    reasons: Sequence[Reason]  # empty if it is solved, or the solution is not known
+
+    @property
+    def solved(self) -> list[bool]:
+        """Of each test output whether one of the attempts is right; nothing is, where the solution is not known."""
+        return [self._is_right(test, both) for test, both in self._per_test(self.attempts)]
+
+    @property
+    def first(self) -> list[bool]:
+        return [self._is_right(test, both[:1]) for test, both in self._per_test(self.attempts)]
+
+    @property
+    def covered(self) -> list[bool]:
+        return [self._is_right(test, [r.grid for r in ranked]) for test, ranked in self._per_test(self.ranked)]
+
+    def _per_test(self, values: Sequence[Any]) -> list[tuple[int, Any]]:
+        return list(enumerate(values or [()] * len(self.task.test)))
+
+    def _is_right(self, test: int, grids: Sequence[Grid]) -> bool:
+        return self.solution is not None and any(same_grid(grid, self.solution[test]) for grid in grids)
+
+    @property
+    def state(self) -> str:
+        """A key of `STATES`."""
+        if self.solution is not None and all(self.solved):
+            return "solved"
+        if self.predictions is None:
+            return "waiting"
+        if self.fallback:
+            return "fell-back"
+        if self.solution is None:
+            return "answered"
+        return "covered" if all(self.covered) else "missed"
+
+    @property
+    def views(self) -> int:
+        return len(self.predictions.geometries) if self.predictions else 0
+
+    @property
+    def votes(self) -> int | None:
+        """Views that gave the first attempt; of several test inputs, the fewest. None: there is no answer."""
+        return min((ranked[0].votes if ranked else 0 for ranked in self.ranked), default=None)
+
+    @property
+    def candidates(self) -> int:
+        return sum(map(len, self.ranked))
+
+    @property
+    def main_reason(self) -> str:
+        return main_kind(self.reasons)
+
+    @cached_property
+    def text(self) -> str:
+        """What the page draws of the task, as JSON that is short: see `page.js`, which reads it."""
+        found, tests = self.predictions, range(len(self.task.test))
+        content = {
+            "id": self.task.id,
+            "train": [[grid_text(pair.input), grid_text(pair.output)] for pair in self.task.train],
+            "test": [grid_text(grid) for grid in self.task.test],
+            "solution": None if self.solution is None else [grid_text(grid) for grid in self.solution],
+            "attempts": [[grid_text(grid) for grid in both] for both in self.attempts],
+            "geometries": found and list(found.geometries),
+            "candidates": [_short([r.candidate for r in self.ranked[test]]) for test in tests] if found else [],
+            "adaptation": self.adaptation,
+            "seconds": round(self.seconds, 1),
+            "asking": round(self.asking_s, 1),
+            "stage": self.stage,
+            "fallback": self.fallback,
+            "error": self.error,
+            "reasons": [reason.says for reason in self.reasons],
+        }
+        return json.dumps(content, separators=(",", ":"), ensure_ascii=False)
+
+
+def grid_text(grid: Grid) -> str:
+    """A grid as digits, with a slash between two rows."""
+    return "/".join("".join(map(str, row)) for row in grid.tolist())
+
+
+def _short(candidates: Sequence[Candidate]) -> list[dict[str, Any]]:
+    """Candidates in few bytes: one that is like the first is kept as where it differs, cell and colour in turn."""
+    listed = []
+    for candidate in candidates:
+        first, text = candidates[0].grid, grid_text(candidate.grid)
+        entry: dict[str, Any] = {"v": list(candidate.views), "s": list(candidate.searched)}
+        entry["p"] = [None if p is None else round(-p * NATS) for p in candidate.log_probabilities]
+        entry["g"] = text
+        if candidate is not candidates[0] and first.shape == candidate.grid.shape:
+            flat, of_first = candidate.grid.ravel(), first.ravel()
+            changes = [
+                number for cell in (flat != of_first).nonzero()[0].tolist() for number in (cell, int(flat[cell]))
+            ]
+            if len(json.dumps(changes, separators=(",", ":"))) < len(text) + 2:
+                entry["g"] = changes
+        listed.append(entry)
+    return listed
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker did: seconds since 1970."""
+
+    kind: str  # "adapt", "ask"
+    worker: int
+    tasks: tuple[str, ...]
+    began: float
+    ended: float
+    failed: bool
+
+
+@dataclass(frozen=True)
+class Session:
+    """One call of bin/solve: a run that was continued has several."""
+
+    began: float
+    deadline: float | None
+    workers: int
+    jobs: tuple[Job, ...]
+
+    @property
+    def ended(self) -> float:
+        return max((job.ended for job in self.jobs), default=self.began)
+
+
+@dataclass(frozen=True, eq=False)
+class RunFacts:
+    """All that is known of a run."""
+
+    name: str
+    task_set: TaskSet
+    tasks: Sequence[TaskFacts]
+    vote: str  # the rule that selected
+    is_running: bool
+    facts: Mapping[str, Any]  # run.json
+    summary: Mapping[str, Any]  # summary.json
+    settings: Mapping[str, Any]  # config.json, by section.key
+    sessions: Sequence[Session]
+    audit: tuple[bool | None, str]  # whether it passed, None if it could not be made, and what it says
+    damaged: Sequence[str]  # files that could not be read
+
+    def score(self, which: str) -> Score | None:
+        """Of the tasks with known solutions: by "first" attempts, "solved" by both, "covered". None: there are none."""
+        known = {t.task.id: getattr(t, which) for t in self.tasks if t.solution is not None}
+        return score_of(known) if known else None
+
+    @property
+    def answered(self) -> int:
+        return sum(bool(task.candidates) for task in self.tasks)
+
+    @property
+    def unusual(self) -> dict[str, tuple[Any, Any]]:
+        """Settings that are not the defaults of this version: the run's value, and the default."""
+        usual = flat(Config().model_dump(mode="json"))
+        return {
+            key: (value, usual.get(key))
+            for key, value in self.settings.items()
+            if usual.get(key) != value and not key.startswith(("kaggle.", "stages"))
+        }
+
+
+class RunReader:
+    """Reads a run's folder, as often as is asked for.
+
+    Raises:
+        UserError: it is no run's folder, or its tasks are not found any more.
+    """
+
+    def __init__(self, run_dir: Path, task_set: TaskSet | None = None):
+        """`task_set`: its tasks, if they are at hand."""
+        self.run_dir = run_dir
+        self.task_set = task_set or tasks_of_run(run_dir, settings_of_run(run_dir).tasks)
+        self._known: dict[str, tuple[Any, TaskFacts]] = {}  # of each task: what tells its file from another
+        self._audit: tuple[bool | None, str] | None = None
+
+    def read(self, is_running: bool | None = None) -> RunFacts:
+        """How the run stands. `is_running`: None: as its lock says."""
+        config = settings_of_run(self.run_dir)
+        damaged: list[str] = []
+        tasks = [self._task(task, config, damaged) for task in self.task_set.tasks]
+        settings = _content(self.run_dir / "config.json")
+        self._audit = self._audit or self._audited(settings)
+        return RunFacts(
+            self.run_dir.resolve().name,
+            self.task_set,
+            tasks,
+            config.vote.rule,
+            _is_locked(self.run_dir) if is_running is None else is_running,
+            _content(self.run_dir / "run.json"),
+            _content(self.run_dir / "summary.json"),
+            flat(settings),
+            _sessions(self.run_dir / "log.jsonl"),
+            self._audit,
+            damaged,
+        )
+
+    def _task(self, task: Task, config: Config, damaged: list[str]) -> TaskFacts:
+        file = best_file(self.run_dir, task.id)
+        stat = file and file.stat()
+        key = (file, stat and stat.st_mtime_ns, stat and stat.st_size, config.vote)
+        if task.id not in self._known or self._known[task.id][0] != key:
+            facts = self._read_task(task, file, config, damaged)
+            self._known[task.id] = key, facts
+        return self._known[task.id][1]
+
+    def _read_task(self, task: Task, file: Path | None, config: Config, damaged: list[str]) -> TaskFacts:
+        content: Mapping[str, Any] = {}
+        found = None
+        if file:
+            try:
+                content = read_json(file)
+                found = parse_predictions(content, task, file)
+            except UserError:
+                damaged.append(f"{file.parent.name}/{file.name}")
+        solution, vote = self.task_set.solutions.get(task.id), config.vote
+        adaptation, fallback = content.get("adaptation"), content.get("fallback")
+        tests = range(len(task.test))
+        earlier = [self.run_dir / stage / f"{task.id}.json" for stage in STAGES] if found else []
+        return TaskFacts(
+            task,
+            solution,
+            found,
+            [rank(found, task, test, vote) for test in tests] if found else [],
+            choose_attempts(found, task, vote) if found else [],
+            file.parent.name if found and file else "",
+            adaptation,
+            sum(_content(stage).get("seconds", 0.0) for stage in earlier if stage.exists()),
+            content.get("predicting", 0.0),
+            fallback,
+            content.get("error"),
+            why_not_solved(task, solution, found, adaptation, fallback, vote) if solution is not None else [],
+        )
+
+    def _audited(self, settings: Mapping[str, Any]) -> tuple[bool | None, str]:
+        joint = self.run_dir / "joint" / "model"
+        path = settings.get("model", {}).get("path", "")
+        folder = joint if joint.is_dir() else Path(path) if path else BUNDLED_DIR
+        if not folder.is_dir():
+            return None, f"no leak audit: the model is no longer at {folder}"
+        try:
+            trained_on = read_training_data(folder)
+        except UserError as error:
+            return None, f"no leak audit: {error}"
+        if not trained_on:
+            return None, "no leak audit: this checkpoint does not say what it was trained on"
+        found = leak_audit(trained_on, self.task_set)
+        return found.passed, str(found)
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by section.key."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
+def _content(file: Path) -> dict[str, Any]:
+    """What a JSON object in a file says; nothing where it is not there or cannot be read."""
+    try:
+        content = read_json(file)
+    except UserError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _is_locked(run_dir: Path) -> bool:
+    """Whether a process works on the run."""
+    file = run_dir / "lock"
+    try:
+        held = lock(file) if file.exists() else None
+    except OSError:  # such as on a disk that is read-only, where no run goes on
+        return False
+    if held:
+        held.close()
+    return file.exists() and not held
+
+
+def read_log(file: Path) -> list[dict[str, Any]]:
+    """The records of a log, but for a line that is half written."""
+    records = []
+    for line in file.read_text(errors="replace").splitlines() if file.exists() else ():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        records += [record] if isinstance(record, dict) else []
+    return records
+
+
+def _sessions(log: Path) -> list[Session]:
+    records = read_log(log)
+    starts = [i for i, record in enumerate(records) if record.get("event") == "begin"]
+    sessions = []
+    for begin, end in pairwise([*starts, len(records)]):
+        head = records[begin]
+        jobs = tuple(_job(record) for record in records[begin:end] if record.get("event") == "job")
+        sessions.append(Session(head["time"], head["deadline"], head["workers"], jobs))
+    return sessions
+
+
+def _job(record: Mapping[str, Any]) -> Job:
+    seconds, ended = record["seconds"], record["ended"]
+    began = ended - (seconds or 0.0)
+    return Job(record["job"], record["worker"], tuple(record["tasks"]), began, ended, seconds is None)

@@ -1,0 +1,66 @@
+"""`bin/report`: its words, and what they ask for.
+
+bin/report RUN_DIR [--watch] [--open]   a run, as it is or as it goes on
+bin/report RUN_A RUN_B [--open]         two runs of the same tasks
+bin/report TRAINING_DIR [--open]        what bin/train left
+"""
+
+import time
+import webbrowser
+from pathlib import Path
+
+from ..command import Parser, user_path
+from ..errors import MachineError, UserError
+from ..files import write_whole
+from .collect import RunReader
+from .compare import compare
+from .page import comparison_page, run_page, training_page
+from .training import is_training, read_training
+from .writer import EVERY_S, PAGE
+
+
+def main(arguments: list[str]) -> int:
+    parser = Parser(
+        prog="bin/report", description="Write what a run or a training came to as one page that any browser opens."
+    )
+    parser.add_argument(
+        "folders",
+        type=user_path,
+        nargs="+",
+        metavar="DIR",
+        help="what bin/solve or bin/train wrote; two runs to compare",
+    )
+    parser.add_argument("--out", type=user_path, metavar="FILE", help="the page; default: report.html in the folder")
+    parser.add_argument("--watch", action="store_true", help="write it again and again until the run has ended")
+    parser.add_argument("--open", action="store_true", help="open it in the browser")
+    args = parser.parse_args(arguments)
+    if len(args.folders) > 2 or (args.watch and len(args.folders) > 1):
+        raise UserError("give one folder, or two runs to compare, without --watch")
+    first = args.folders[0]
+    name = PAGE if len(args.folders) == 1 else f"report-against-{args.folders[1].resolve().name}.html"
+    page = args.out or first / name
+    if len(args.folders) == 2:
+        _write(comparison_page(compare(*(RunReader(folder).read() for folder in args.folders))), page)
+    elif is_training(first):
+        if args.watch:
+            raise UserError(f"{first} is a training, and --watch is for runs: leave it out")
+        _write(training_page(read_training(first)), page)
+    else:
+        reader = RunReader(first)
+        run = reader.read()
+        _write(run_page(run), page)
+    print(page)
+    if args.open:
+        webbrowser.open(page.resolve().as_uri())
+    while args.watch and run.is_running:
+        time.sleep(EVERY_S)
+        run = reader.read()
+        _write(run_page(run), page)
+    return 0
+
+
+def _write(text: str, file: Path) -> None:
+    try:
+        write_whole(file, text, sync=False)
+    except OSError as error:
+        raise MachineError(f"{file} cannot be written ({error.strerror}): give another --out") from None

@@ -1,0 +1,478 @@
+"""Values -> one page of HTML that needs nothing besides: no server, no network.
+
+The texts of tasks and settings are data: Jinja escapes what goes into HTML, and each task's JSON stands in a script
+element of its own, in which no `<` is left. The page's policy lets no other script run, and loads nothing.
+"""
+
+import base64
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from statistics import median
+from typing import Any
+from urllib.parse import quote
+
+from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup
+
+from .. import __version__
+from ..answers import data_rows, score_of
+from ..clock import format_duration
+from ..errors import counted
+from ..puzzles.pictures import line_chart
+from .collect import STATES, RunFacts, Session, TaskFacts
+from .compare import OUTCOMES, Beside, Comparison
+from .reasons import KINDS
+from .training import TrainingFacts
+
+HERE = Path(__file__).parent
+SYMBOLS = {"solved": "✓", "covered": "◐", "missed": "✗", "fell-back": "↯", "answered": "●", "waiting": "○"}
+COLUMNS = (  # of the table, and what each says
+    ("task", "its id"),
+    ("state", "what became of it"),
+    ("outputs", "test outputs that are solved"),
+    ("votes", "views that gave the first attempt; of several test inputs, the fewest"),
+    ("candidates", "distinct answers"),
+    ("leave-one-out", "held-out outputs that were answered exactly before they were learnt"),
+    ("loss", "over the last tenth of the steps, nats a token"),
+    ("seconds", "of one worker, adapting and asking"),
+    ("tokens", "of the task"),
+    ("why", "the first of the reasons"),
+)
+COMPARED = (  # of the table of two runs
+    ("task", "its id"),
+    ("solved", "by which of the two"),
+    ("A", "test outputs that A solves"),
+    ("B", "test outputs that B solves"),
+    ("votes, A", "views of A that gave its first attempt"),
+    ("votes, B", "views of B that gave its first attempt"),
+    ("tokens", "of the task"),
+    ("why not A", "the first of the reasons"),
+    ("why not B", "the first of the reasons"),
+)
+OUTCOME_SYMBOLS = {"first": "A", "second": "B", "both": "✓", "neither": "✗"}
+AUDIT_CLASSES = {True: "passed", False: "failed", None: "unknown"}
+ABOUT_TRAINING = {  # of a training's own record, what is said and how
+    "machine": "machine",
+    "processes": "processes",
+    "commit": "commit",
+    "arc_solver": "arc_solver",
+    "torch": "PyTorch",
+    "seed": "seed",
+    "began_with": "began with",
+    "held_out": "held-out tasks",
+    "left_out": "left out for the audit",
+}
+LOG_FROM = 4.0  # times the smallest loss of a curve is the largest: then its axis is logarithmic
+TICKS = 6  # of a time axis, about
+
+
+def run_page(run: RunFacts) -> str:
+    """The page of a run."""
+    about = [counted(len(run.tasks), "task") + (f", {chosen}" if (chosen := run.task_set.chosen) else "")]
+    about += [f"seed {run.settings.get('run.seed', '?')}", f"run {run.name}"]
+    missed = [task for task in run.tasks if task.reasons]
+    return _render(
+        "run.html",
+        title=_title(run.task_set.name),
+        kicker="a run of bin/solve",
+        about=" · ".join(about),
+        running=run.is_running,
+        progress=_progress(run),
+        headline=_headline(run),
+        top_figures=_top_figures(run),
+        kinds=_kinds(missed),
+        missed=counted(len(missed), "task"),
+        states=_states(run),
+        columns=[{"title": title, "says": says} for title, says in COLUMNS],
+        rows=[_row(task) for task in run.tasks],
+        sessions=[_timeline(session) for session in run.sessions if session.jobs],
+        has_deadline=any(session.deadline for session in run.sessions),
+        has_failed=any(job.failed for session in run.sessions for job in session.jobs),
+        audit=run.audit[1],
+        audit_class=AUDIT_CLASSES[run.audit[0]],
+        facts=_facts(run),
+        unusual=[(key, _said(value), _said(usual)) for key, (value, usual) in run.unusual.items()],
+        settings=[(key, _said(value)) for key, value in run.settings.items()],
+        data=[in_script(task.text) for task in run.tasks],
+    )
+
+
+def comparison_page(both: Comparison) -> str:
+    """The page of two runs beside each other."""
+    first, second = both.first, both.second
+    outcomes = Counter(beside.outcome for beside in both.tasks)
+    about = [f"{counted(len(both.tasks), 'task')} that both have, of {_title(first.task_set.name)}"]
+    if both.left_out:
+        about.append(f"{both.left_out} left out: in one of them only, other grids, or no known solution")
+    return _render(
+        "comparison.html",
+        title=f"{first.name} and {second.name}",
+        kicker="two runs of bin/solve",
+        about=" · ".join(about),
+        running=first.is_running or second.is_running,
+        scores=_scores_beside(both),
+        verdict=_verdict(both),
+        states=[
+            {
+                "state": outcome,
+                "title": f"solved {title}",
+                "symbol": OUTCOME_SYMBOLS[outcome],
+                "count": outcomes[outcome],
+            }
+            for outcome, title in OUTCOMES.items()
+            if outcomes[outcome]
+        ],
+        columns=[{"title": title, "says": says} for title, says in COMPARED],
+        rows=[_row_beside(beside) for beside in both.tasks],
+        settings=[(name, *("–" if v is None else _said(v) for v in pair)) for name, *pair in both.settings],
+        runs=[
+            {
+                "letter": letter,
+                "name": run.name,
+                "audit": run.audit[1],
+                "audit_class": AUDIT_CLASSES[run.audit[0]],
+                "facts": _facts(run),
+            }
+            for letter, run in (("A", first), ("B", second))
+        ],
+        data=[in_script(beside.text) for beside in both.tasks],
+    )
+
+
+def training_page(training: TrainingFacts) -> str:
+    """The page of a training."""
+    about = training.about
+    losses = [("training, smoothed", *training.loss)]
+    losses += [("held-out tasks", *training.validation)] if training.validation[0] else []
+    values = [value for _, _, curve in losses for value in curve]
+    charts = [("Loss", losses, "million tokens", "loss, nats a token", max(values) > LOG_FROM * min(values))]
+    charts.append(("Learning rate", [("learning rate", *training.rate)], "step", "learning rate (train.lr)", False))
+    if training.accuracy[0]:
+        generated = [("generated", *training.accuracy)]
+        charts.append(("Generated answers that are right", generated, "million tokens", "share of the answers", False))
+    if training.speed[0]:
+        charts.append(("Speed", [("speed", *training.speed)], "million tokens", "tokens/s", False))
+    audit = about.get("leak_audit", "")
+    return _render(
+        "training.html",
+        title=training.name,
+        kicker="a training of bin/train",
+        about="finished" if training.is_finished else "as far as it is",
+        running=False,
+        top_figures=_top_figures_of_training(training),
+        charts=[{"title": title, "svg": Markup(line_chart(lines, x, y, log))} for title, lines, x, y, log in charts],
+        columns=("source", "samples", "share of samples", "tokens", "demonstrations dropped", "too long", "left out"),
+        sources=_source_rows(training.sources),
+        counted_until=f"step {about.get('steps', about.get('total_steps', 0)):,}",
+        audit=audit,
+        audit_class="passed" if audit.startswith("leak audit passed") else "failed",
+        facts=[(name, _said(about[key])) for key, name in ABOUT_TRAINING.items() if about.get(key) not in (None, "")],
+        settings=[(key, _said(value)) for key, value in training.settings.items()],
+    )
+
+
+def _render(template: str, **values: Any) -> str:
+    script = (HERE / "page.js").read_text()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return (
+        _environment()
+        .get_template(template)
+        .render(
+            version=__version__,
+            style=Markup((HERE / "page.css").read_text()),
+            script=Markup(script),
+            script_hash=f"sha256-{digest}",
+            **values,
+        )
+    )
+
+
+@cache
+def _environment() -> Environment:
+    return Environment(
+        loader=FileSystemLoader(HERE / "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+
+
+def in_script(text: str) -> Markup:
+    """JSON as the content of a script element, which nothing in it can end."""
+    return Markup(text.replace("<", "\\u003c"))
+
+
+# ---- what stands at the top ----
+
+
+def _headline(run: RunFacts) -> dict[str, str] | None:
+    """The score with its interval, as shares from 0% to 100%; None: no solution is known."""
+    solved, first, covered = (run.score(which) for which in ("solved", "first", "covered"))
+    if not (solved and first and covered and run.answered):
+        return None
+    content = solved.to_json()
+    low, high = content["share_of_tasks_wilson_95"]
+    return {
+        "solved": f"{solved.tasks_solved}",
+        "tasks": counted(content["tasks"], "task"),
+        "share": f"{content['share_of_tasks']:.1%}",
+        "low": f"{low:.1%}",
+        "high": f"{high:.1%}",
+        "rest": f"{1 - high:.1%}",
+        "first": f"{first.to_json()['share_of_tasks']:.1%}",
+        "covered": f"{covered.to_json()['share_of_tasks']:.1%}",
+    }
+
+
+def _progress(run: RunFacts) -> str:
+    """How far a run is that goes on."""
+    share = run.summary.get("share_done")
+    done = "" if share is None else f", {share:.0%} of the work done"
+    return f"{run.answered} of {counted(len(run.tasks), 'task')} answered{done}"
+
+
+def _top_figures(run: RunFacts) -> list[tuple[str, str]]:
+    rows = []
+    for name, which in (("pass@1", "first"), ("pass@2, the score", "solved"), ("coverage", "covered")):
+        if score := run.score(which):
+            outputs = f"{score.outputs_solved} of {counted(score.outputs, 'output')}"
+            rows.append((name, f"{counted(score.tasks_solved, 'task')}, {outputs}"))
+            if which == "solved":
+                rows.append(("share of outputs (Kaggle's score)", f"{score.share_of_outputs:.1%}"))
+                rows.append(("mean over tasks (ARC Prize's score)", f"{score.mean_over_tasks:.1%}"))
+    summary = run.summary
+    if expected := summary.get("expected"):
+        says = "{:.0f} tasks, {:.0f} to {:.0f}".format(*expected)
+        rows.append(("expected without knowing solutions", says))
+    rows.append(("answered", f"{run.answered} of {counted(len(run.tasks), 'task')}"))
+    if times := summary.get("seconds_per_task"):
+        rows.append(
+            ("time per task, of one worker", f"median {times['median']:.0f} s, longest {times['longest']:.0f} s")
+        )
+    if seconds := summary.get("seconds"):
+        rows.append(("time", format_duration(seconds["whole"])))
+    return rows
+
+
+def _kinds(missed: Sequence[TaskFacts]) -> list[dict[str, Any]]:
+    """Why tasks were not solved: how many are counted by each kind of reason, and of how many it holds."""
+    main = Counter(task.main_reason for task in missed)
+    held = Counter(kind for task in missed for kind in {reason.kind for reason in task.reasons})
+    kinds = [
+        {"kind": kind, "title": title, "count": main[kind], "held": held[kind]}
+        for kind, title in KINDS.items()
+        if main[kind]
+    ]
+    return sorted(kinds, key=lambda kind: -kind["count"])
+
+
+def _states(run: RunFacts) -> list[dict[str, Any]]:
+    counts = Counter(task.state for task in run.tasks)
+    return [
+        {"state": state, "title": title, "symbol": SYMBOLS[state], "count": counts[state]}
+        for state, title in STATES.items()
+        if counts[state]
+    ]
+
+
+# ---- tasks ----
+
+
+def _row(task: TaskFacts) -> dict[str, Any]:
+    """A task as a row of the table; each cell has a value to sort by, "" where it is not known."""
+    learnt, state = task.adaptation or {}, task.state
+    outputs, votes, loss = len(task.task.test), task.votes, learnt.get("last_loss")
+    leave_one_out = learnt.get("leave_one_out")
+    why = KINDS.get(task.main_reason, "")
+    title = STATES[state] + ("" if state != "solved" or not task.fallback else ", fell back")
+    cells = (
+        (task.task.id, task.task.id),
+        (list(STATES).index(state), title),
+        (sum(task.solved), f"{sum(task.solved)} of {outputs}") if task.solution is not None else ("", f"{outputs}"),
+        ("", "–") if votes is None else (votes / max(1, task.views), f"{votes} of {task.views}"),
+        (task.candidates, f"{task.candidates}"),
+        ("", "–") if leave_one_out is None else (leave_one_out, f"{leave_one_out:.0%}"),
+        ("", "–") if loss is None else (loss, f"{loss:.3f}"),
+        (round(task.seconds, 2), f"{task.seconds:.0f}") if task.predictions else ("", "–"),
+        (task.task.tokens, f"{task.task.tokens:,}"),
+        (why, why),
+    )
+    words = " ".join([task.task.id, title, *(reason.says for reason in task.reasons)]).lower()
+    return {
+        "id": task.task.id,
+        "link": quote(task.task.id, safe=""),
+        "state": state,
+        "state_title": title,
+        "symbol": SYMBOLS[state],
+        "kinds": task.main_reason,
+        "words": words,
+        "cells": [{"value": value, "text": text} for value, text in cells],
+    }
+
+
+# ---- two runs ----
+
+
+def _scores_beside(both: Comparison) -> list[tuple[str, ...]]:
+    """Rows with what each run scores on the tasks that both have."""
+    rows = []
+    for name, which in (("pass@1", "first"), ("pass@2, the score", "solved"), ("coverage", "covered")):
+        cells = []
+        for side in ("first", "second"):
+            score = score_of({b.first.task.id: getattr(getattr(b, side), which) for b in both.tasks})
+            outputs = f"{score.outputs_solved} of {counted(score.outputs, 'output')}"
+            cells.append(f"{score.tasks_solved} of {counted(len(both.tasks), 'task')}, {outputs}")
+        rows.append((name, *cells))
+    times = [run.summary.get("seconds", {}).get("whole") for run in (both.first, both.second)]
+    rows.append(("time", *("–" if seconds is None else format_duration(seconds) for seconds in times)))
+    return rows
+
+
+def _verdict(both: Comparison) -> str:
+    found, outcomes = both.difference, Counter(beside.outcome for beside in both.tasks)
+    net, (low, high) = found.won - found.lost, found.interval
+    more = f"{abs(net)} {'more' if net > 0 else 'fewer'} than" if net else "as many as"
+    return (
+        f"A solves {counted(outcomes['first'], 'task')} that B does not, and B {outcomes['second']} that A does not. In"
+        f" test outputs A wins {found.won} and loses {found.lost}: {more} B, {low:+.0f} to {high:+.0f} (95%),"
+        f" p = {found.p:.2g}."
+    )
+
+
+def _row_beside(beside: Beside) -> dict[str, Any]:
+    a, b, outcome = beside.first, beside.second, beside.outcome
+    outputs, title = len(a.task.test), f"solved {OUTCOMES[outcome]}"
+    whys = [KINDS.get(task.main_reason, "") for task in (a, b)]
+    cells = (
+        (a.task.id, a.task.id),
+        (list(OUTCOMES).index(outcome), title),
+        *((sum(task.solved), f"{sum(task.solved)} of {outputs}") for task in (a, b)),
+        *(("", "–") if t.votes is None else (t.votes / max(1, t.views), f"{t.votes} of {t.views}") for t in (a, b)),
+        (a.task.tokens, f"{a.task.tokens:,}"),
+        *((why, why) for why in whys),
+    )
+    return {
+        "id": a.task.id,
+        "link": quote(a.task.id, safe=""),
+        "state": outcome,
+        "state_title": title,
+        "symbol": OUTCOME_SYMBOLS[outcome],
+        "kinds": "",
+        "words": " ".join([a.task.id, title, *whys]).lower(),
+        "cells": [{"value": value, "text": text} for value, text in cells],
+    }
+
+
+# ---- a training ----
+
+
+def _top_figures_of_training(training: TrainingFacts) -> list[tuple[str, str]]:
+    tokens, losses = training.loss
+    rows = [("steps", f"{training.rate[0][-1]:,.0f}"), ("tokens", f"{tokens[-1]:,.1f} million")]
+    rows.append(("training loss, smoothed", f"{losses[-1]:.4f} nats a token"))
+    if training.validation[1]:
+        rows.append(("loss on held-out tasks", f"{training.validation[1][-1]:.4f} nats a token"))
+    if training.accuracy[1]:
+        rows.append(("generated answers that are right", f"{training.accuracy[1][-1]:.1%}"))
+    if training.speed[1]:
+        rows.append(("speed, median", f"{median(training.speed[1]):,.0f} tokens/s"))
+    if parameters := training.about.get("parameters"):
+        rows.append(("parameters", f"{parameters:,}"))
+    if len(training.stages) > 1:
+        rows.append(("stages, and their last steps", ", ".join(f"{name} {end:,}" for name, end in training.stages)))
+    return rows
+
+
+def _source_rows(sources: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    samples = max(1, sum(of["samples"] for of in sources.values()))
+    names = ("tokens", "demonstrations_dropped", "too_long", "left_out")
+    return [
+        (label, f"{of['samples']:,}", f"{of['samples'] / samples:.1%}", *(f"{of[name]:,}" for name in names))
+        for label, of in sources.items()
+    ]
+
+
+# ---- time ----
+
+
+def _timeline(session: Session) -> dict[str, Any]:
+    """What each worker did when, in percent of the time between the first moment and the last."""
+    last = max(session.ended, session.deadline or 0.0)
+    span = max(1e-3, last - session.began)
+
+    def at(moment: float) -> float:
+        return round(100 * max(0.0, moment - session.began) / span, 3)
+
+    lanes = []
+    for worker in sorted({job.worker for job in session.jobs}):
+        jobs = [
+            {
+                "class": f"{job.kind} failed" if job.failed else job.kind,
+                "left": at(job.began),
+                "width": round(at(job.ended) - at(job.began), 3),
+                "title": f"{'asking' if job.kind == 'ask' else 'adapting to'} {_few(job.tasks)}:"
+                f" {'failed' if job.failed else format_duration(job.ended - job.began)}",
+            }
+            for job in session.jobs
+            if job.worker == worker
+        ]
+        lanes.append({"worker": worker, "jobs": jobs})
+    every = _tick_s(span)
+    ticks = [{"left": at(session.began + k * every), "text": _clock(k * every)} for k in range(int(span / every) + 1)]
+    return {"lanes": lanes, "ticks": ticks, "limit": session.deadline and at(session.deadline)}
+
+
+def _tick_s(span_s: float) -> float:
+    steps = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 43200, 86400)
+    return next((step for step in steps if span_s / step <= TICKS), 86400.0 * max(1, span_s // 86400 // TICKS))
+
+
+def _clock(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
+
+
+def _few(ids: Sequence[str], most: int = 4) -> str:
+    return ", ".join([*ids[:most], *([f"and {len(ids) - most} more"] if len(ids) > most else [])])
+
+
+# ---- the run ----
+
+
+def _facts(run: RunFacts) -> list[tuple[str, str]]:
+    facts, summary = run.facts, run.summary
+    rows = [("arc_solver", f"{facts.get('version', '?')}, commit {_short(facts.get('commit', ''))}")]
+    rows += [(name, facts[key]) for key, name in (("python", "Python"), ("torch", "PyTorch")) if key in facts]
+    rows += [("tasks", run.task_set.name), *data_rows(run.task_set.data)]
+    rows.append(("digest of what is shown to the model", facts.get("tasks", "?")))
+    rows.append(("checkpoint", f"{run.settings.get('model.path') or 'bundled'}, digest {facts.get('checkpoint', '?')}"))
+    rows.append(("selected by", run.vote))
+    if "workers" in summary:
+        rows.append(("workers", f"{summary['workers']}, busy {summary['busy']:.0%} of the time"))
+        rows.append((f"utilisation of their {summary['utilisation_of']}", f"{summary['utilisation']:.0%}"))
+        rows.append(("peak memory of the workers", f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB"))
+    if joint := summary.get("joint"):
+        rows.append(("joint stage", f"{counted(joint['steps'], 'step')}, {joint['minutes']:.1f} minutes"))
+    if run.sessions:
+        began = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(run.sessions[0].began))
+        rows.append(("begun", began))
+    if run.damaged:
+        rows.append(("files that cannot be read", ", ".join(run.damaged)))
+    return rows
+
+
+def _title(name: str) -> str:
+    """A set's name, or its file's."""
+    return Path(name).name if Path(name).is_absolute() else name
+
+
+def _short(commit: str) -> str:
+    """A commit in 12 digits, and whether files were changed."""
+    name, dash, rest = commit.partition("-")
+    return f"{name[:12]}{dash}{rest}" if commit else "not known"
+
+
+def _said(value: Any) -> str:
+    return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,106 @@
+"""A training's folder -> plain values for its page, while it goes on too."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..puzzles import read_json
+from .collect import flat, read_log
+
+PIECES = 100  # that the speed is averaged over
+MILLION = 1_000_000
+SMOOTH = 0.98  # weight of what was before, in a smoothed loss
+
+Curve = tuple[Sequence[float], Sequence[float]]
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingFacts:
+    """All that a training's folder says."""
+
+    name: str
+    is_finished: bool
+    about: Mapping[str, Any]  # training.json beside the weights, or a checkpoint's progress; empty before the first
+    settings: Mapping[str, Any]
+    stages: Sequence[tuple[str, int]]  # names, and their last steps so far
+    loss: Curve  # of training, smoothed, over millions of tokens
+    validation: Curve
+    accuracy: Curve  # share of generated answers that are right
+    rate: Curve  # learning rate over steps
+    speed: Curve  # tokens/s over millions of tokens
+
+    @property
+    def sources(self) -> Mapping[str, Mapping[str, Any]]:
+        """What became of each source's samples."""
+        found: Mapping[str, Mapping[str, Any]] = self.about.get("sources") or self.about.get("counts") or {}
+        return found
+
+
+def is_training(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and (folder / "partition").is_dir()
+
+
+def read_training(out_dir: Path) -> TrainingFacts:
+    """What a training has come to.
+
+    Raises:
+        UserError: it has taken no step yet, or its config cannot be read.
+    """
+    config, records = read_json(out_dir / "config.json"), read_log(out_dir / "log.jsonl")
+    steps = [record for record in records if record.get("loss") is not None]
+    if not steps:
+        raise UserError(f"{out_dir} has taken no step, so there is nothing to show yet: ask again later")
+    peaks = {stage["name"]: stage["train"]["lr"] for stage in config["stages"]}
+    stages = {step["stage"]: step["step"] for step in steps}
+    rates = [peaks.get(step["stage"], 1.0) * step["rate"] for step in steps]
+    return TrainingFacts(
+        out_dir.resolve().name,
+        any(record.get("finished") for record in records),
+        _about(out_dir),
+        flat(config),
+        list(stages.items()),
+        _smoothed([(step["tokens"] / MILLION, step["loss"]) for step in steps]),
+        _measured(records, "validation_loss"),
+        _measured(records, "accuracy"),
+        ([step["step"] for step in steps], rates),
+        _speed(steps),
+    )
+
+
+def _about(out_dir: Path) -> dict[str, Any]:
+    files = [out_dir / folder / "training.json" for folder in ("model", "adapter")]
+    files += sorted((out_dir / "checkpoints").glob("step-*[0-9]/progress.json"), reverse=True)
+    for file in files:
+        if file.is_file():
+            content: dict[str, Any] = json.loads(file.read_text())
+            return content
+    return {}
+
+
+def _smoothed(points: Sequence[tuple[float, float]]) -> Curve:
+    smooth, value = [], points[0][1]
+    for _, loss in points:
+        value = SMOOTH * value + (1 - SMOOTH) * loss
+        smooth.append(value)
+    return [tokens for tokens, _ in points], smooth
+
+
+def _measured(records: Sequence[Mapping[str, Any]], name: str) -> Curve:
+    found = [(record["tokens"] / MILLION, record[name]) for record in records if record.get(name) is not None]
+    return [tokens for tokens, _ in found], [value for _, value in found]
+
+
+def _speed(steps: Sequence[Mapping[str, Any]]) -> Curve:
+    """Tokens/s in pieces of the run; the first step compiles, and pauses between steps are no part of it."""
+    tokens, speeds = [], []
+    size = max(1, len(steps) // PIECES)
+    for k in range(1, len(steps), size):
+        piece = steps[k : k + size]
+        seconds = sum(step["elapsed_s"] - step["began_s"] for step in piece)
+        if seconds > 0:
+            tokens.append(piece[-1]["tokens"] / MILLION)
+            speeds.append((piece[-1]["tokens"] - steps[k - 1]["tokens"]) / seconds)
+    return tokens, speeds

@@ -1,0 +1,249 @@
+"""The page in a real browser, headless Chromium: what it draws, what its keys do, and that it asks for nothing."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from forked import Forked, output_of
+from pages import write_training
+
+from arc_solver.puzzles.pictures import PALETTE
+from arc_solver.puzzles.tasks import Task
+from arc_solver.report.collect import RunReader
+from arc_solver.report.compare import compare
+from arc_solver.report.page import comparison_page, run_page, training_page
+from arc_solver.report.training import read_training
+
+pytestmark = pytest.mark.browser
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
+CELLS = """(canvas) => {
+  const copy = Object.assign(document.createElement("canvas"), { width: canvas.width, height: canvas.height });
+  const pen = copy.getContext("2d", { willReadFrequently: true });
+  pen.drawImage(canvas, 0, 0);
+  const cell = Number(canvas.dataset.cell), gap = Number(canvas.dataset.gap);
+  const sides = [canvas.style.height, canvas.style.width].map((side) => Math.floor(parseFloat(side) / cell));
+  const ratio = canvas.width / parseFloat(canvas.style.width), found = [];
+  for (let r = 0; r < sides[0]; r++) {
+    found.push([]);
+    for (let c = 0; c < sides[1]; c++) {
+      const at = (k) => Math.floor((k * cell + gap + (cell - gap) / 2) * ratio);
+      const [red, green, blue] = pen.getImageData(at(c), at(r), 1, 1).data;
+      found[r].push("#" + [red, green, blue].map((x) => x.toString(16).padStart(2, "0")).join(""));
+    }
+  }
+  return found;
+}"""
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if not find_spec("playwright"):
+        pytest.skip("needs Playwright: bin/test --all installs it, or pip install -e '.[browser]'")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        own = playwright.chromium.executable_path
+        found = [os.environ.get("ARC_SOLVER_BROWSER"), *map(shutil.which, NAMES), own if Path(own).exists() else None]
+        if not (program := next(filter(None, found), None)):
+            pytest.skip("needs a Chromium: apt-get install chromium, or playwright install chromium")
+        launched = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield launched
+        launched.close()
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> Path:
+    """A real run of some demo tasks with the bundled model."""
+    out = tmp_path_factory.mktemp("demo") / "run"
+    words = ["--limit", "6", "--out", out, "adapt.steps=24", "predict.views=8", "run.show=0"]
+    output_of(Forked("arc_solver.solve", list(map(str, words))))
+    return out
+
+
+@contextmanager
+def opened(browser, file: Path, width: int = 1400, **settings) -> Iterator:
+    """The page, which must not complain or ask for anything but itself."""
+    context = browser.new_context(viewport={"width": width, "height": 900}, **settings)
+    page = context.new_page()
+    complaints, requests = [], []
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto(file.as_uri())
+    yield page
+    assert complaints == []
+    assert {url.partition("#")[0] for url in requests} == {file.as_uri()}
+    context.close()
+
+
+def drawn(page, name: str) -> list[list[int]]:
+    """The cells of a grid, by their colours."""
+    colours = page.locator(f'canvas[data-grid="{name}"]').evaluate(CELLS)
+    return [[PALETTE.index(colour) for colour in row] for row in colours]
+
+
+def shown_cards(page) -> list[str]:
+    return page.locator(".card:visible .id").all_text_contents()
+
+
+def test_the_grids_drawn_are_those_of_the_journal(browser, demo):
+    run = RunReader(demo).read()
+    with opened(browser, demo / "report.html") as page:
+        for facts in run.tasks:
+            journal = json.loads((demo / "tasks" / f"{facts.task.id}.json").read_text())
+            page.locator(f'.card:has-text("{facts.task.id}")').click()
+            page.locator("#task").wait_for(state="visible")
+            assert page.locator("#task h1 .id").inner_text() == facts.task.id
+            for k, pair in enumerate(facts.task.train):
+                assert drawn(page, f"train-{k}-input") == pair.input.tolist()
+                assert drawn(page, f"train-{k}-output") == pair.output.tolist()
+            for t, cells in enumerate(facts.task.test):
+                assert drawn(page, f"test-{t}") == cells.tolist()
+                assert drawn(page, f"solution-{t}") == run.task_set.solutions[facts.task.id][t].tolist()
+                for k, attempt in enumerate(facts.attempts[t]):
+                    assert drawn(page, f"attempt-{t}-{k}") == attempt.tolist()
+                answers = [c["grid"] for c in journal["candidates"] if c["test"] == t]
+                shown = [drawn(page, f"candidate-{t}-{k}") for k in range(len(answers))]
+                assert sorted(shown) == sorted(answers)
+            label = page.locator('canvas[data-grid="test-0"]').get_attribute("aria-label")
+            assert label.endswith("; ".join(" ".join(map(str, row)) for row in facts.task.test[0].tolist()))
+            page.keyboard.press("Escape")
+
+
+def test_filters_search_and_order(browser, demo):
+    run = RunReader(demo).read()
+    with opened(browser, demo / "report.html") as page:
+        ids = [task.task.id for task in run.tasks]
+        assert shown_cards(page) == sorted(ids)
+        page.locator("#search").fill(ids[2])
+        assert shown_cards(page) == [ids[2]]
+        assert page.locator("#count").inner_text() == f"1 of {len(ids)} tasks"
+        page.locator("#search").fill("")
+        state = run.tasks[0].state
+        page.locator(f'.chips button[data-state="{state}"]').click()
+        assert shown_cards(page) == sorted(task.task.id for task in run.tasks if task.state == state)
+        page.locator(f'.chips button[data-state="{state}"]').click()
+        page.locator("#as-table").check()
+        for press in range(2):
+            page.locator("#table th button", has_text="tokens").click()
+            shown = page.locator("#table tbody tr:visible td:nth-child(9)").all_inner_texts()
+            tokens = [int(text.replace(",", "")) for text in shown]
+            assert len(tokens) == len(ids) and tokens == sorted(tokens, reverse=press == 0)
+        page.reload()  # as a page does while the run goes on
+        assert page.locator("#as-table").is_checked()
+        assert [int(t.replace(",", "")) for t in page.locator("#table td:nth-child(9)").all_inner_texts()] == tokens
+
+
+def test_arrows_move_between_tasks(browser, demo):
+    ids = sorted(task.task.id for task in RunReader(demo).read().tasks)
+    with opened(browser, demo / "report.html") as page:
+        page.keyboard.press("ArrowRight")
+        page.keyboard.press("ArrowRight")
+        page.keyboard.press("Enter")
+        page.locator("#task").wait_for(state="visible")
+
+        def title():
+            return page.locator("#task h1 .id").inner_text()
+
+        assert title() == ids[1]
+        page.keyboard.press("ArrowRight")
+        assert title() == ids[2]
+        for _ in range(5):
+            page.keyboard.press("ArrowLeft")
+        assert title() == ids[0]
+        assert page.locator("#previous").is_disabled()
+        plain = page.locator('canvas[data-grid="test-0"]').evaluate("canvas => canvas.toDataURL()")
+        page.keyboard.press("n")
+        assert page.locator("#numbers2").is_checked()
+        assert page.locator('canvas[data-grid="test-0"]').evaluate("canvas => canvas.toDataURL()") != plain
+        page.keyboard.press("Escape")
+        assert page.locator("#overview").is_visible() and not page.locator("#task").is_visible()
+        page.keyboard.press("/")
+        page.keyboard.type(ids[3])
+        assert shown_cards(page) == [ids[3]]
+
+
+@pytest.mark.parametrize("width", [1400, 390])
+def test_it_fits_a_phone_and_has_a_light_and_a_dark_side(browser, demo, width):
+    paper = "() => getComputedStyle(document.body).backgroundColor"
+    seen = []
+    for scheme in ("light", "dark"):
+        with opened(browser, demo / "report.html", width, color_scheme=scheme) as page:
+            seen.append(page.evaluate(paper))
+            for place in ("", "#task=" + RunReader(demo).task_set.tasks[0].id):
+                page.goto((demo / "report.html").as_uri() + place)
+                assert page.evaluate("document.documentElement.scrollWidth") <= width
+            page.goto((demo / "report.html").as_uri() + "#")
+            page.locator("#theme").select_option("dark" if scheme == "light" else "light")
+            seen.append(page.evaluate(paper))
+    light, switched_to_dark, dark, switched_to_light = seen
+    assert (light, dark) == (switched_to_light, switched_to_dark) and light != dark
+
+
+def test_the_page_of_a_run_that_goes_on_reloads_itself_from_the_disk(browser, demo, tmp_path):
+    run, file = RunReader(demo).read(), tmp_path / "page.html"
+    file.write_text(run_page(replace(run, is_running=True, tasks=run.tasks[:2])))
+    with opened(browser, file) as page:
+        page.clock.install()
+        page.reload()
+        page.locator("#as-table").check()
+        assert page.locator("#table tbody tr").count() == 2
+        file.write_text(run_page(run))
+        with page.expect_navigation():
+            page.clock.run_for(11_000)
+        assert page.locator("#table tbody tr:visible").count() == 6
+        assert page.locator("#reload").count() == 0
+
+
+def test_two_runs_are_drawn_beside_each_other(browser, demo, tmp_path):
+    run, file = RunReader(demo).read(), tmp_path / "page.html"
+    other = [replace(task, attempts=[both[::-1] for both in task.attempts]) for task in run.tasks]
+    file.write_text(comparison_page(compare(run, replace(run, name="other", tasks=other))))
+    facts = run.tasks[0]
+    with opened(browser, file) as page:
+        page.locator("#search").fill(facts.task.id)
+        page.locator(".card:visible").click()
+        page.locator("#task").wait_for(state="visible")
+        for k, attempt in enumerate(facts.attempts[0]):
+            assert drawn(page, f"Aattempt-0-{k}") == drawn(page, f"Battempt-0-{1 - k}") == attempt.tolist()
+
+
+def test_the_page_of_a_training_has_its_curves(browser, tmp_path):
+    file = tmp_path / "page.html"
+    file.write_text(training_page(read_training(write_training(tmp_path / "training"))))
+    with opened(browser, file, 390) as page:
+        assert page.locator(".charts svg").count() == 4
+        assert "learning rate (train.lr)" in page.locator(".charts").inner_text()
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_a_name_with_markup_in_it_is_text(browser, demo, tmp_path):
+    evil = "</script><script>document.title='owned'</script><b>x"
+    run = RunReader(demo).read()
+    first = run.tasks[0]
+    named = replace(first, task=Task(evil, first.task.train, first.task.test))
+    file = tmp_path / "page.html"
+    file.write_text(run_page(replace(run, tasks=[named])))
+    with opened(browser, file) as page:
+        assert shown_cards(page) == [evil]
+        page.locator(".card").click()
+        page.locator("#task").wait_for(state="visible")
+        assert page.locator("#task h1 .id").inner_text() == evil
+        assert page.title() == "demo"
+
+
+def test_no_script_but_the_pages_own_runs(browser, demo, tmp_path):
+    file = tmp_path / "page.html"
+    text = (demo / "report.html").read_text()
+    file.write_text(text.replace("</footer>", "</footer><script>document.title = 'owned'</script>"))
+    context = browser.new_context()
+    page = context.new_page()
+    page.goto(file.as_uri())
+    assert page.title() == "demo" and page.locator(".card").count() == 6
+    context.close()

@@ -1,0 +1,132 @@
+"""A run's folder as values: what the run itself says, also while it goes on and of earlier versions."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from pages import facts_of
+from toys import flip_task, random_grid
+
+from arc_solver.answers.candidates import Candidate, Predictions
+from arc_solver.errors import UserError
+from arc_solver.files import lock
+from arc_solver.puzzles.tasks import freeze
+from arc_solver.report.collect import NATS, RunReader, grid_text
+
+
+@pytest.fixture
+def run_dir(whole, tmp_path):
+    """A run that a test may change."""
+    return shutil.copytree(whole, tmp_path / "run")
+
+
+def test_a_run_says_what_its_summary_says(whole):
+    run, summary = RunReader(whole).read(), json.loads((whole / "summary.json").read_text())
+    for which, key in (("first", "pass@1"), ("solved", "score"), ("covered", "coverage")):
+        assert run.score(which).to_json() == summary[key], which
+    assert run.answered == summary["answered"] == len(run.tasks) == 12
+    assert not run.is_running and not run.damaged and run.audit[0] is True
+    assert {task.state for task in run.tasks} <= {"solved", "covered", "missed"}
+    assert all(bool(task.reasons) == (task.state != "solved") for task in run.tasks)
+    assert run.unusual["adapt.steps"] == (20, 240)
+    session, *others = run.sessions  # other tests may have continued it, with nothing left to do
+    assert not any(other.jobs for other in others)
+    for kind in ("adapt", "ask"):
+        assert sorted(i for job in session.jobs if job.kind == kind for i in job.tasks) == sorted(
+            task.task.id for task in run.tasks
+        )
+    assert all(session.began <= job.began <= job.ended <= session.ended and not job.failed for job in session.jobs)
+
+
+def test_the_attempts_are_those_of_the_submission(whole):
+    submission = json.loads((whole / "submission.json").read_text())
+    for task in RunReader(whole).read().tasks:
+        said = [[both["attempt_1"], both["attempt_2"]] for both in submission[task.task.id]]
+        assert [[grid.tolist() for grid in both] for both in task.attempts] == said
+
+
+def test_a_run_that_goes_on_is_read_again_only_where_it_changed(run_dir):
+    first, second = sorted((run_dir / "tasks").iterdir())[:2]
+    kept = first.read_text()
+    first.unlink()
+    reader = RunReader(run_dir)
+    before = reader.read()
+    assert [task.state for task in before.tasks if task.predictions is None] == ["waiting"]
+    assert before.answered == 11
+    first.write_text(kept)
+    second.write_text("{")
+    held = lock(run_dir / "lock")
+    after = reader.read()
+    held.close()
+    assert after.is_running and not reader.read().is_running
+    assert after.damaged == [f"tasks/{second.name}"]
+    changed = [a.task.id for a, b in zip(before.tasks, after.tasks, strict=True) if a is not b]
+    assert sorted(changed) == [first.stem, second.stem]
+
+
+def test_a_run_of_an_earlier_version_has_no_curves_and_no_jobs(run_dir):
+    for file in (run_dir / "tasks").iterdir():
+        content = json.loads(file.read_text())
+        del content["adaptation"]["losses"]
+        file.write_text(json.dumps(content))
+    lines = (run_dir / "log.jsonl").read_text().splitlines()
+    (run_dir / "log.jsonl").write_text("".join(line + "\n" for line in lines if '"event": "task"' in line) + '{"ev')
+    run = RunReader(run_dir).read()
+    assert run.sessions == [] and run.answered == 12
+
+
+def test_the_best_stage_counts_and_all_take_time(run_dir):
+    file = next((run_dir / "tasks").iterdir())
+    content = json.loads(file.read_text())
+    (run_dir / "again" / file.name).write_text(json.dumps(content | {"seconds": 3.0}))
+    (task,) = (task for task in RunReader(run_dir).read().tasks if task.task.id == file.stem)
+    assert (task.stage, task.seconds) == ("again", content["seconds"] + 3.0)
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match="is no run of bin/solve"):
+        RunReader(tmp_path)
+
+
+def drawn(content: dict) -> list[list[tuple]]:
+    """The candidates as the page's script reads them."""
+    shown = []
+    for found in content["candidates"]:
+        grids = []
+        for one in found:
+            if isinstance(one["g"], str):
+                cells = [[int(digit) for digit in row] for row in one["g"].split("/")]
+            else:
+                cells = [list(row) for row in grids[0]]
+                width, changes = len(cells[0]), one["g"]
+                for cell, colour in zip(changes[::2], changes[1::2], strict=True):
+                    cells[cell // width][cell % width] = colour
+            grids.append(cells)
+        shown.append([(g, one["v"], one["s"], one["p"]) for g, one in zip(grids, found, strict=True)])
+    return shown
+
+
+def test_the_short_form_of_candidates_loses_nothing_that_is_shown(rng):
+    """Log-probabilities to a hundredth of a nat; grids that are like the first, and others."""
+    for _ in range(50):
+        task, candidates, seen = flip_task(rng), [], set()
+        first = random_grid(rng, 8)
+        for _ in range(6):
+            cells = random_grid(rng, 8) if rng.random() < 0.3 else first.copy()
+            cells = cells.copy()
+            cells[rng.random(cells.shape) < 0.2] = rng.integers(10)
+            if grid_text(cells) not in seen:
+                seen.add(grid_text(cells))
+                scores = tuple(None if rng.random() < 0.2 else -float(rng.random() * 300) for _ in range(4))
+                views = tuple(np.flatnonzero(rng.random(4) < 0.5).tolist())
+                candidates.append(Candidate(0, freeze(cells), views, views[:1], scores))
+        facts = facts_of(task, Predictions((0, 1, 2, 3), tuple(candidates)))
+        (shown,) = drawn(json.loads(facts.text))
+        assert len(shown) == len(candidates)
+        for (cells, views, searched, scores), entry in zip(shown, facts.ranked[0], strict=True):
+            of = entry.candidate
+            assert (cells, views, searched) == (of.grid.tolist(), list(of.views), list(of.searched))
+            for short, whole_score in zip(scores, of.log_probabilities, strict=True):
+                assert (short is None) == (whole_score is None)
+                assert short is None or abs(whole_score + short / NATS) <= 0.5 / NATS + 1e-9

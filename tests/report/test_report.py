@@ -1,0 +1,105 @@
+"""`bin/report`: a run, two runs, a training, and what is refused."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+from forked import Forked
+from pages import Reader, write_training
+from solve_runs import finish
+
+from arc_solver.errors import MachineError, UserError
+from arc_solver.files import lock
+from arc_solver.report import command
+from arc_solver.report.command import main
+from arc_solver.report.training import read_training
+
+
+@pytest.fixture
+def training_dir(tmp_path):
+    return write_training(tmp_path / "training")
+
+
+def test_a_run_and_two_runs(whole, tmp_path, capsys):
+    run_dir = shutil.copytree(whole, tmp_path / "run")
+    assert main([str(run_dir)]) == 0
+    assert capsys.readouterr().out == f"{run_dir}/report.html\n"
+    assert "12 tasks" in (run_dir / "report.html").read_text()
+    other = shutil.copytree(whole, tmp_path / "other")
+    assert main([str(run_dir), str(other)]) == 0
+    page = (run_dir / "report-against-other.html").read_text()
+    assert "A solves 0 tasks that B does not, and B 0 that A does not." in " ".join(page.split())
+    assert main([str(run_dir), "--out", str(tmp_path / "mine.html")]) == 0
+    assert (tmp_path / "mine.html").read_text() == (run_dir / "report.html").read_text()
+
+
+def test_a_training_has_curves_and_its_mixture(training_dir):
+    facts = read_training(training_dir)
+    assert not facts.is_finished and facts.stages == [("a", 30), ("b", 40)]
+    assert facts.rate[1][0] == 5e-4 and facts.rate[1][-1] == 2.5e-4
+    assert (facts.validation, facts.accuracy) == (([0.002], [0.7]), ([0.002], [0.25]))
+    assert set(facts.speed[1]) == {100.0}  # of steps alone: a second each, whatever lies between them
+    assert main([str(training_dir)]) == 0
+    page = Reader((training_dir / "report.html").read_text())
+    text = " ".join(" ".join(page.text).split())
+    for said in ("Loss", "Learning rate", "Generated answers", "Speed", "75.0%", "<b>mine", "up to step 40", "25.0%"):
+        assert said in text, said
+    assert page.loaded == []
+
+
+def test_the_same_training_has_the_same_page(training_dir):
+    main([str(training_dir)])
+    first = (training_dir / "report.html").read_bytes()
+    main([str(training_dir)])
+    assert (training_dir / "report.html").read_bytes() == first
+
+
+def test_a_watched_run_is_written_until_it_has_ended(whole, tmp_path, monkeypatch):
+    run_dir, page = shutil.copytree(whole, tmp_path / "run"), tmp_path / "page.html"
+    held, seen = lock(run_dir / "lock"), []
+
+    def a_moment(_: float) -> None:
+        seen.append("<body data-running>" in page.read_text())
+        if len(seen) == 2:
+            held.close()
+
+    monkeypatch.setattr(command.time, "sleep", a_moment)
+    assert main([str(run_dir), "--watch", "--out", str(page)]) == 0
+    assert seen == [True, True]
+    assert "<body data-running>" not in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["nowhere"], "nowhere is no run of bin/solve, a folder is missing"),
+        (["a", "b", "c"], "give one folder, or two runs to compare"),
+        (["a", "b", "--watch"], "give one folder, or two runs to compare, without --watch"),
+        (["training", "--watch"], "training is a training, and --watch is for runs"),
+    ],
+)
+def test_what_is_refused(words, said, training_dir, monkeypatch):
+    monkeypatch.chdir(training_dir.parent)
+    with pytest.raises(UserError, match=said):
+        main(words)
+
+
+def test_what_cannot_be_written_is_said(training_dir, tmp_path):
+    with pytest.raises(MachineError, match=r"no/page\.html cannot be written"):
+        main([str(training_dir), "--out", str(tmp_path / "no" / "page.html")])
+    (training_dir / "log.jsonl").unlink()
+    with pytest.raises(UserError, match="has taken no step"):
+        main([str(training_dir)])
+
+
+def test_it_starts_without_pytorch(whole, tmp_path):
+    code = (
+        "import sys\nfrom arc_solver.report.command import main\n"
+        f"code = main([{str(whole)!r}, '--out', {str(tmp_path / 'page.html')!r}])\n"
+        "sys.exit(code or 'torch' in sys.modules)"
+    )
+    file = tmp_path / "start.py"
+    file.write_text(code)
+    assert subprocess.run([sys.executable, "-P", file]).returncode == 0
+    assert "usage: bin/report" in finish(Forked("arc_solver.report", ["--help"]))
