@@ -29,7 +29,7 @@ from ..answers.vote import Ranked
 from ..config import BUNDLED_DIR, Config
 from ..data import leak_audit, read_training_data
 from ..errors import UserError
-from ..files import lock
+from ..files import is_locked
 from ..puzzles import Attempts, Grid, Task, TaskSet, read_json, same_grid
 from .reasons import Reason, main_kind, why_not_solved
 
@@ -245,7 +245,7 @@ class RunReader:
             self.task_set,
             tasks,
             config.vote.rule,
-            _is_locked(self.run_dir) if is_running is None else is_running,
+            is_locked(self.run_dir / "lock") if is_running is None else is_running,
             _content(self.run_dir / "run.json"),
             _content(self.run_dir / "summary.json"),
             flat(settings),
@@ -322,18 +322,6 @@ def _content(file: Path) -> dict[str, Any]:
     except UserError:
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _is_locked(run_dir: Path) -> bool:
-    """Whether a process works on the run."""
-    file = run_dir / "lock"
-    try:
-        held = lock(file) if file.exists() else None
-    except OSError:  # such as on a disk that is read-only, where no run goes on
-        return False
-    if held:
-        held.close()
-    return file.exists() and not held
 
 
 def read_log(file: Path) -> list[dict[str, Any]]:
