@@ -26,7 +26,7 @@ from .puzzles.tasks import excerpt
 from .rng import named_rng
 from .solving import adapt as adapting
 from .solving.adapt import Adaptation
-from .solving.command import default_run_dir
+from .solving.command import default_run_dir, with_whole_paths
 from .solving.predict import predict as predict_task
 from .solving.solve import INTERRUPTED, run
 
@@ -117,9 +117,9 @@ def solve(tasks: TaskSet, *settings: str, out: str | Path = "") -> Submission:
         raise UserError("solve starts processes and handles signals: call it in the main thread")
     run_dir = Path(out).expanduser() if out else default_run_dir(tasks)
     config = _config(settings)
-    spec = str(Path(tasks.name).absolute()) if Path(tasks.name).exists() else tasks.name
     ids = tuple(task.id for task in tasks.tasks) if tasks.chosen else ()
-    config = config.model_copy(update={"tasks": TasksConfig(spec=spec, ids=ids)})  # for whoever goes on with the run
+    # For whoever goes on with the run: the tasks that it was given.
+    config = with_whole_paths(config.model_copy(update={"tasks": TasksConfig(spec=tasks.name, ids=ids)}))
     before = signal.getsignal(signal.SIGTERM)
     try:
         with _main_apart():

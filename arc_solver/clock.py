@@ -37,6 +37,13 @@ def format_duration(seconds: float) -> str:
     return f"{round(seconds / 60)} minutes" if seconds < 2.5 * 3600 else f"{seconds / 3600:.3g} h"
 
 
+def format_clock(seconds: float) -> str:
+    """A duration as a clock shows it: 1:05, or 2:00:00."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
 def format_guess(seconds: float) -> str:
     """A guess of a duration, as round as a guess is."""
     steps = ((20, 5), (90, 10), (600, 60), (3600, 300), (9000, 600), (math.inf, 1800))

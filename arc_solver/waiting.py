@@ -23,7 +23,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from .clock import format_duration
+from .clock import format_clock, format_duration
 from .command import Say
 
 QUIET_S = 5.0  # without a word are enough where no row can be seen
@@ -102,8 +102,8 @@ class Reporter:
         rows = Table.grid(padding=(0, 1))
         for wait in tuple(self.waits):
             bar = ProgressBar(wait.total or None, wait.done, BAR, not wait.total, animation_time=time.monotonic())
-            eta = "" if wait.eta_s is None else f"ETA {_clock(wait.eta_s)}"
-            rows.add_row(Text(wait.what), bar, Text(wait.note), _clock(wait.elapsed_s), eta)
+            eta = "" if wait.eta_s is None else f"ETA {format_clock(wait.eta_s)}"
+            rows.add_row(Text(wait.what), bar, Text(wait.note), format_clock(wait.elapsed_s), eta)
         return rows
 
     @contextmanager
@@ -157,9 +157,3 @@ def _lines(say: Say, wait: Wait, quiet_s: float, line_s: float) -> Iterator[None
     finally:
         ended.set()
         thread.join()
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

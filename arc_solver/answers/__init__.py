@@ -11,7 +11,7 @@ In the order of reading; each imports only from those before it:
 """
 
 from .candidates import STAGES, Candidate, Predictions
-from .revote import parse_predictions, tasks_of_run
+from .revote import best_file, parse_predictions, tasks_of_run
 from .submission import Score, Submission, data_rows, read_submission, score, score_of, write_submission
 from .vote import choose_attempts, rank
 
@@ -21,6 +21,7 @@ __all__ = [
     "Predictions",
     "Score",
     "Submission",
+    "best_file",
     "choose_attempts",
     "data_rows",
     "parse_predictions",

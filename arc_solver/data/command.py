@@ -24,7 +24,7 @@ from .corpus import make_partition, write_partition
 from .generate import write_re_arc
 from .leaks import pair_keys, shared_tasks
 from .published import GITHUB, PUBLISHED, PublishedSet, get
-from .sources import pairs_of, read_set, solved_pairs
+from .sources import pairs_of, read_set
 from .statistics import statistics
 
 SHARED = 3  # exit code of an audit that found something
@@ -158,7 +158,7 @@ def _partition(args: argparse.Namespace) -> int:
     with waiting(Reporter(Console(stderr=True)), f"reading {args.of}"):
         partition = make_partition(ValidationConfig(of=args.of, tasks=args.tasks, seed=args.seed), never)
         kept, rest = (
-            {task.id: pair_keys(task.train + solved_pairs(task, part)) for task in part.tasks}
+            {task_id: pair_keys(pairs) for task_id, pairs in pairs_of(part).items()}
             for part in (partition.validation, partition.rest)
         )
     twins = {shared.first: shared.second for shared in shared_tasks(rest, kept)}

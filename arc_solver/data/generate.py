@@ -135,7 +135,7 @@ def _fits(grid: Sequence[Sequence[int]]) -> bool:
 
 def _write(file: Path, make: Maker, rules: Sequence[str], processes: int, told: Told) -> dict[str, int]:
     """Writes `{rule: what is made of it}` rule by rule under another name, then renames it. The pairs of each."""
-    part, counts = file.with_name(f".{file.name}.part"), dict.fromkeys(rules, 0)
+    part, counts, before = file.with_name(f".{file.name}.part"), dict.fromkeys(rules, 0), "{"
     try:
         with (
             part.open("wb") as raw,
@@ -146,13 +146,14 @@ def _write(file: Path, make: Maker, rules: Sequence[str], processes: int, told: 
                 for done, (rule, made) in enumerate(zip(rules, pool.map(make, rules), strict=True), 1):
                     if made:
                         text = json.dumps({rule: made}, separators=(",", ":"))
-                        stream.write((("," if any(counts.values()) else "{") + text[1:-1]).encode())
+                        stream.write((before + text[1:-1]).encode())
+                        before = ","
                         counts[rule] = len(made) if isinstance(made, list) else len(made["train"]) + len(made["test"])
                     told(done, len(rules))
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-            stream.write(b"}" if any(counts.values()) else b"{}")
+            stream.write(b"}" if before == "," else b"{}")
         part.rename(file)
     finally:
         part.unlink(missing_ok=True)

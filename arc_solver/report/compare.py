@@ -12,7 +12,7 @@ from typing import Any
 from ..answers.comparison import PairedDifference, paired_difference
 from ..errors import UserError
 from ..puzzles import task_hash
-from .collect import RunFacts, TaskFacts
+from .collect import NO_PART, RunFacts, TaskFacts
 
 OUTCOMES = {"first": "only by A", "second": "only by B", "both": "by both", "neither": "by neither"}
 
@@ -68,7 +68,7 @@ class Comparison:
     def settings(self) -> list[tuple[str, Any, Any]]:
         """Settings that differ; those of training are no part of a run."""
         mine, theirs = self.first.settings, self.second.settings
-        names = [name for name in dict.fromkeys([*mine, *theirs]) if not name.startswith(("stages", "kaggle."))]
+        names = [name for name in dict.fromkeys([*mine, *theirs]) if not name.startswith(NO_PART)]
         return [(name, mine.get(name), theirs.get(name)) for name in names if mine.get(name) != theirs.get(name)]
 
 

@@ -21,7 +21,7 @@ from markupsafe import Markup
 
 from .. import __version__
 from ..answers import data_rows, score_of
-from ..clock import format_duration
+from ..clock import format_clock, format_duration
 from ..errors import counted
 from ..puzzles.pictures import line_chart
 from .collect import STATES, RunFacts, Session, TaskFacts
@@ -55,6 +55,7 @@ COMPARED = (  # of the table of two runs
     ("why not B", "the first of the reasons"),
 )
 OUTCOME_SYMBOLS = {"first": "A", "second": "B", "both": "✓", "neither": "✗"}
+SCORES = (("pass@1", "first"), ("pass@2, the score", "solved"), ("coverage", "covered"))  # and the field of a task
 AUDIT_CLASSES = {True: "passed", False: "failed", None: "unknown"}
 ABOUT_TRAINING = {  # of a training's own record, what is said and how
     "machine": "machine",
@@ -235,7 +236,7 @@ def _progress(run: RunFacts) -> str:
 
 def _top_figures(run: RunFacts) -> list[tuple[str, str]]:
     rows = []
-    for name, which in (("pass@1", "first"), ("pass@2, the score", "solved"), ("coverage", "covered")):
+    for name, which in SCORES:
         if score := run.score(which):
             outputs = f"{score.outputs_solved} of {counted(score.outputs, 'output')}"
             rows.append((name, f"{counted(score.tasks_solved, 'task')}, {outputs}"))
@@ -283,7 +284,7 @@ def _states(run: RunFacts) -> list[dict[str, Any]]:
 def _row(task: TaskFacts) -> dict[str, Any]:
     """A task as a row of the table; each cell has a value to sort by, "" where it is not known."""
     learnt, state = task.adaptation or {}, task.state
-    outputs, votes, loss = len(task.task.test), task.votes, learnt.get("last_loss")
+    outputs, loss = len(task.task.test), learnt.get("last_loss")
     leave_one_out = learnt.get("leave_one_out")
     why = KINDS.get(task.main_reason, "")
     title = STATES[state] + ("" if state != "solved" or not task.fallback else ", fell back")
@@ -291,7 +292,7 @@ def _row(task: TaskFacts) -> dict[str, Any]:
         (task.task.id, task.task.id),
         (list(STATES).index(state), title),
         (sum(task.solved), f"{sum(task.solved)} of {outputs}") if task.solution is not None else ("", f"{outputs}"),
-        ("", "–") if votes is None else (votes / max(1, task.views), f"{votes} of {task.views}"),
+        _votes_cell(task),
         (task.candidates, f"{task.candidates}"),
         ("", "–") if leave_one_out is None else (leave_one_out, f"{leave_one_out:.0%}"),
         ("", "–") if loss is None else (loss, f"{loss:.3f}"),
@@ -299,17 +300,26 @@ def _row(task: TaskFacts) -> dict[str, Any]:
         (task.task.tokens, f"{task.task.tokens:,}"),
         (why, why),
     )
-    words = " ".join([task.task.id, title, *(reason.says for reason in task.reasons)]).lower()
+    words = [title, *(reason.says for reason in task.reasons)]
+    return {**_entry(task.task.id, state, title, words, cells), "symbol": SYMBOLS[state], "kinds": task.main_reason}
+
+
+def _entry(
+    task_id: str, state: str, title: str, words: Sequence[str], cells: Sequence[tuple[Any, str]]
+) -> dict[str, Any]:
+    """What the row of a task has on every page. `words`: what a search finds it by, besides its id."""
     return {
-        "id": task.task.id,
-        "link": quote(task.task.id, safe=""),
+        "id": task_id,
+        "link": quote(task_id, safe=""),
         "state": state,
         "state_title": title,
-        "symbol": SYMBOLS[state],
-        "kinds": task.main_reason,
-        "words": words,
+        "words": " ".join([task_id, *words]).lower(),
         "cells": [{"value": value, "text": text} for value, text in cells],
     }
+
+
+def _votes_cell(task: TaskFacts) -> tuple[Any, str]:
+    return ("", "–") if task.votes is None else (task.votes / max(1, task.views), f"{task.votes} of {task.views}")
 
 
 # ---- two runs ----
@@ -318,7 +328,7 @@ def _row(task: TaskFacts) -> dict[str, Any]:
 def _scores_beside(both: Comparison) -> list[tuple[str, ...]]:
     """Rows with what each run scores on the tasks that both have."""
     rows = []
-    for name, which in (("pass@1", "first"), ("pass@2, the score", "solved"), ("coverage", "covered")):
+    for name, which in SCORES:
         cells = []
         for side in ("first", "second"):
             score = score_of({b.first.task.id: getattr(getattr(b, side), which) for b in both.tasks})
@@ -349,20 +359,12 @@ def _row_beside(beside: Beside) -> dict[str, Any]:
         (a.task.id, a.task.id),
         (list(OUTCOMES).index(outcome), title),
         *((sum(task.solved), f"{sum(task.solved)} of {outputs}") for task in (a, b)),
-        *(("", "–") if t.votes is None else (t.votes / max(1, t.views), f"{t.votes} of {t.views}") for t in (a, b)),
+        *map(_votes_cell, (a, b)),
         (a.task.tokens, f"{a.task.tokens:,}"),
         *((why, why) for why in whys),
     )
-    return {
-        "id": a.task.id,
-        "link": quote(a.task.id, safe=""),
-        "state": outcome,
-        "state_title": title,
-        "symbol": OUTCOME_SYMBOLS[outcome],
-        "kinds": "",
-        "words": " ".join([a.task.id, title, *whys]).lower(),
-        "cells": [{"value": value, "text": text} for value, text in cells],
-    }
+    entry = _entry(a.task.id, outcome, title, [title, *whys], cells)
+    return {**entry, "symbol": OUTCOME_SYMBOLS[outcome], "kinds": ""}
 
 
 # ---- a training ----
@@ -420,18 +422,15 @@ def _timeline(session: Session) -> dict[str, Any]:
         ]
         lanes.append({"worker": worker, "jobs": jobs})
     every = _tick_s(span)
-    ticks = [{"left": at(session.began + k * every), "text": _clock(k * every)} for k in range(int(span / every) + 1)]
+    ticks = [
+        {"left": at(session.began + k * every), "text": format_clock(k * every)} for k in range(int(span / every) + 1)
+    ]
     return {"lanes": lanes, "ticks": ticks, "limit": session.deadline and at(session.deadline)}
 
 
 def _tick_s(span_s: float) -> float:
     steps = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 43200, 86400)
     return next((step for step in steps if span_s / step <= TICKS), 86400.0 * max(1, span_s // 86400 // TICKS))
-
-
-def _clock(seconds: float) -> str:
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
 
 
 def _few(ids: Sequence[str], most: int = 4) -> str:

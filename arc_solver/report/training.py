@@ -8,11 +8,12 @@ from typing import Any
 
 from ..errors import UserError
 from ..puzzles import read_json
+from ..puzzles.pictures import smoothed
 from .collect import flat, read_log
 
 PIECES = 100  # that the speed is averaged over
 MILLION = 1_000_000
-SMOOTH = 0.98  # weight of what was before, in a smoothed loss
+
 
 Curve = tuple[Sequence[float], Sequence[float]]
 
@@ -62,7 +63,7 @@ def read_training(out_dir: Path) -> TrainingFacts:
         _about(out_dir),
         flat(config),
         list(stages.items()),
-        _smoothed([(step["tokens"] / MILLION, step["loss"]) for step in steps]),
+        ([step["tokens"] / MILLION for step in steps], smoothed([step["loss"] for step in steps])),
         _measured(records, "validation_loss"),
         _measured(records, "accuracy"),
         ([step["step"] for step in steps], rates),
@@ -78,14 +79,6 @@ def _about(out_dir: Path) -> dict[str, Any]:
             content: dict[str, Any] = json.loads(file.read_text())
             return content
     return {}
-
-
-def _smoothed(points: Sequence[tuple[float, float]]) -> Curve:
-    smooth, value = [], points[0][1]
-    for _, loss in points:
-        value = SMOOTH * value + (1 - SMOOTH) * loss
-        smooth.append(value)
-    return [tokens for tokens, _ in points], smooth
 
 
 def _measured(records: Sequence[Mapping[str, Any]], name: str) -> Curve:

@@ -54,10 +54,10 @@ def parse(arguments: list[str]) -> tuple[Config, Path | None]:
     if args.out and not args.config and (args.out / "run.json").exists():  # to be continued as it was begun
         saved = saved_config(args.out)
         where = [] if args.executor in (None, "ray") else ["run.address="]
-        config = _anywhere(load_config(args.out / "config.json", ["run.time_budget=", *where, *overrides]))
+        config = with_whole_paths(load_config(args.out / "config.json", ["run.time_budget=", *where, *overrides]))
         _require_weights(args.out, saved.model, config.model)
         return config, args.out
-    return _anywhere(load_config(args.config, overrides)), args.out
+    return with_whole_paths(load_config(args.config, overrides)), args.out
 
 
 def _require_weights(run_dir: Path, saved: ModelConfig, now: ModelConfig) -> None:
@@ -67,7 +67,7 @@ def _require_weights(run_dir: Path, saved: ModelConfig, now: ModelConfig) -> Non
             raise UserError(f"the {what} of {run_dir} is no longer at {path}: put it back, or give another --out")
 
 
-def _anywhere(config: Config) -> Config:
+def with_whole_paths(config: Config) -> Config:
     """The config with whole paths, so that a run is continued, and its status read, from any folder."""
 
     def whole(path: str) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
-from ..answers import STAGES, Submission, read_submission, tasks_of_run
+from ..answers import Submission, best_file, read_submission, tasks_of_run
 from ..command import Parser, add_choice_arguments, task_overrides, user_path
 from ..config import Config, TasksConfig, load_config
 from ..errors import MachineError, UserError, counted
@@ -108,4 +108,4 @@ def _of_run(run_dir: Path, settings: Config) -> tuple[TaskSet, Submission]:
     """The tasks of a run, and the answers to those that it has come to."""
     task_set = tasks_of_run(run_dir, settings.tasks)
     answers = read_submission(run_dir / "submission.json", task_set.tasks)
-    return task_set, {i: of for i, of in answers.items() if any((run_dir / at / f"{i}.json").exists() for at in STAGES)}
+    return task_set, {task_id: outputs for task_id, outputs in answers.items() if best_file(run_dir, task_id)}

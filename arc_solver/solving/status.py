@@ -21,7 +21,7 @@ from ..answers.submission import Row, score_rows, table_of
 from ..command import Parser, as_called, user_path
 from ..errors import UserError, counted
 from ..files import is_locked
-from ..puzzles import TaskSet, read_json
+from ..puzzles import TaskSet, read_object
 from .executors import JobResult
 from .journal import Journal, TaskStatus, read_statuses
 from .run_config import saved_config
@@ -211,11 +211,7 @@ def best_statuses(run_dir: Path) -> tuple[TaskSet, dict[str, TaskStatus]]:
 
 def last_summary(run_dir: Path) -> dict[str, Any]:
     """What a run last wrote about itself; nothing where that cannot be read, as none of it is needed."""
-    try:
-        content = read_json(run_dir / "summary.json")
-    except UserError:
-        return {}
-    return content if isinstance(content, dict) else {}
+    return read_object(run_dir / "summary.json")
 
 
 def main(arguments: list[str]) -> int:
