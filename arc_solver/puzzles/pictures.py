@@ -1,64 +1,122 @@
-"""Pictures: grids in the terminal, and the loss curve of a training run."""
+"""Tasks and answers as pictures: coloured grids in the terminal, or in a file that a README shows."""
 
-import io
-import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from rich.columns import Columns
-from rich.console import Console, Group, RenderableType
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from ..charts import new_figure, save_figure
 from .encode import END, IGNORE, INPUT, NEWLINE, OUTPUT, TOKENS, Sample
 from .tasks import COLOURS, Attempts, Grid, Task, same_grid
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from matplotlib.path import Path as Outline
 
 # The colours in which ARC tasks are usually drawn: black, blue, red, green, yellow, grey, pink, orange, azure, maroon.
 PALETTE = (
     *("#000000", "#1e93ff", "#f93c31", "#4fcc30", "#ffdc00"),
     *("#999999", "#e53aa3", "#ff851b", "#87d8f1", "#921231"),
 )
+DARK = {0, 2, 9}  # colours on which a number is white
+RIGHT, WRONG = "#1a7f37", "#cf222e"
 
-INK = "#010203"  # in a chart it becomes the text colour of the page around
+# Of a file, in inches.
+MOST_IN_A_ROW = 6  # grids: a demonstration, a test input, both attempts and the right output
+BOX, MOST_CELL = 1.5, 0.3  # the longest sides of a grid and of a cell
+GAP, LABEL, TITLE = 0.42, 0.24, 0.36  # between two grids, above each, and above a task
 
 
-def grid_text(grid: Grid) -> Text:
-    """A grid as coloured squares. Where colours are off (a file, NO_COLOR) the digits still tell the cells apart."""
+@dataclass(frozen=True, eq=False)
+class Labelled:
+    """A grid and what stands above it. `is_right`: None where nobody knows, or where it is no answer."""
+
+    label: str
+    grid: Grid
+    is_right: bool | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Drawing:
+    """What is to be drawn of one task.
+
+    Attributes:
+        attempts: of each test input; empty: there are none.
+        demonstrations: how many are shown; None: all.
+    """
+
+    title: str
+    task: Task
+    attempts: Sequence[Attempts] = ()
+    solution: Sequence[Grid] | None = None
+    demonstrations: int | None = None
+
+    def shown_demonstrations(self) -> list[list[Labelled]]:
+        """Input and output of each."""
+        shown = self.task.train[: self.demonstrations]
+        name = "a demonstration" if self.demonstrations == 1 else "demonstration {}"
+        return [
+            [Labelled(name.format(i), pair.input), Labelled("its output", pair.output)]
+            for i, pair in enumerate(shown, 1)
+        ]
+
+    def shown_tests(self) -> list[list[Labelled]]:
+        """Each test input with its attempts and, if known, the right output."""
+        tests = []
+        for t, test_input in enumerate(self.task.test):
+            number = f" {t + 1}" if len(self.task.test) > 1 else ""
+            shown = [Labelled(f"test input{number}", test_input)]
+            answers = self.attempts[t] if self.attempts else ()
+            for name, attempt in zip(("attempt 1", "attempt 2"), answers, strict=False):
+                right = None if self.solution is None else same_grid(attempt, self.solution[t])
+                shown.append(Labelled(name + {None: "", True: " ✓", False: " ✗"}[right], attempt, right))
+            if self.solution is not None:
+                shown.append(Labelled("right output", self.solution[t]))
+            tests.append(shown)
+        return tests
+
+
+# ---- in the terminal -----------------------------------------------------------------------------------------------
+
+
+def grid_text(grid: Grid, numbers: bool = False) -> Text:
+    """A grid as coloured squares. Where colours are off (a file, NO_COLOR) the digits still tell the cells apart.
+
+    Of black cells the digit can be seen, dimly: the terminal is often black itself, and would hide where a grid ends.
+    """
     text = Text()
     for r, row in enumerate(grid.tolist()):
         if r:
             text.append("\n")
         for cell in row:
-            text.append(f"{cell} ", style=f"{'#555555' if cell == 0 else PALETTE[cell]} on {PALETTE[cell]}")
+            ink = _contrast(cell) if numbers else "#444444" if cell == 0 else PALETTE[cell]
+            text.append(f"{cell} ", style=f"{ink} on {PALETTE[cell]}")
     return text
 
 
-def task_picture(
-    task: Task, attempts: Sequence[Attempts], solution: Sequence[Grid] | None, demonstrations: int | None = 1
-) -> Group:
-    """The first demonstrations, then every test input with its two attempts and, if known, the right output.
-
-    Args:
-        attempts: of each test input; empty: there are none.
-        demonstrations: how many are shown; None: all.
-    """
+def task_picture(drawing: Drawing, numbers: bool = False) -> Group:
+    """Demonstrations side by side, whatever the width; then tests and answers, as many in a row as there is room."""
     shown = []
-    for i, pair in enumerate(task.train[:demonstrations], 1):
-        name = "a demonstration" if demonstrations == 1 else f"demonstration {i}"
-        both = Table.grid(padding=(0, 2))  # side by side, whatever the width
-        both.add_row(_labelled(name, pair.input), _labelled("its output", pair.output))
+    for pair in drawing.shown_demonstrations():
+        both = Table.grid(padding=(0, 2))
+        both.add_row(*(_labelled(each, numbers) for each in pair))
         shown.append(both)
-    for t, test_input in enumerate(task.test):
-        number = f" {t + 1}" if len(task.test) > 1 else ""
-        shown.append(_labelled(f"test input{number}", test_input))
-        for name, attempt in zip(("attempt 1", "attempt 2"), attempts[t] if attempts else (), strict=False):
-            right = solution is not None and same_grid(attempt, solution[t])
-            mark = "" if solution is None else " ✓" if right else " ✗"
-            shown.append(_labelled(name + mark, attempt, "green" if right else "red" if mark else ""))
-        if solution is not None:
-            shown.append(_labelled("right output", solution[t]))
-    return Group(Text(f"task {task.id}", style="bold"), Columns(shown, padding=(0, 2)), Text())
+    shown += [_labelled(each, numbers) for test in drawing.shown_tests() for each in test]
+    return Group(Text(drawing.title, style="bold"), Columns(shown, padding=(0, 2)), Text())
+
+
+def _labelled(shown: Labelled, numbers: bool) -> Table:
+    table = Table.grid()
+    table.add_row(Text(shown.label, style={None: "dim", True: "green", False: "red"}[shown.is_right]))
+    table.add_row(grid_text(shown.grid, numbers))
+    return table
 
 
 def sample_text(sample: Sample) -> Text:
@@ -77,136 +135,90 @@ def sample_text(sample: Sample) -> Text:
     return text
 
 
-def _labelled(label: str, grid: Grid, style: str = "") -> Table:
-    table = Table.grid()
-    table.add_row(Text(label, style=style or "dim"))
-    table.add_row(grid_text(grid))
-    return table
+# ---- in a file -----------------------------------------------------------------------------------------------------
 
 
-def save_picture(shown: RenderableType, file: Path, title: str) -> None:
-    """What the terminal shows, as an SVG that a browser opens."""
-    recorder = Console(record=True, width=130, file=io.StringIO(), force_terminal=True, color_system="truecolor")
-    recorder.print(shown)
-    recorder.save_svg(str(file), title=title)
+def save_pictures(drawings: Sequence[Drawing], file: Path, numbers: bool = False) -> None:
+    """Tasks below each other, each in rows of up to six grids with one size of cells. PNG or SVG, by the file's ending.
 
-
-def smoothed(values: Sequence[float]) -> list[float]:
-    """Each with what was before: an exponential average, which begins at the first."""
-    smooth, value = [], values[0]
-    for each in values:
-        value = 0.98 * value + 0.02 * each
-        smooth.append(value)
-    return smooth
-
-
-def loss_curve(log_file: Path, picture: Path) -> None:
-    """Draws training and validation loss over tokens from a `log.jsonl` of `train`. Needs matplotlib."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot, ticker
-
-    steps = [json.loads(line) for line in log_file.read_text().splitlines()]
-    training = [(s["tokens"] / 1e6, s["loss"]) for s in steps if "loss" in s]
-    validation = [(s["tokens"] / 1e6, s["validation_loss"]) for s in steps if "validation_loss" in s]
-    smooth = smoothed([loss for _, loss in training])
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    axes.plot([x for x, _ in training], smooth, label="training, smoothed", linewidth=1)
-    if validation:  # a short run may have had no time for it
-        axes.plot(*zip(*validation, strict=True), "o-", label="held-out tasks", markersize=3)
-    axes.set(xlabel="million tokens", ylabel="loss, nats a token", yscale="log")
-    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(picture, dpi=110)
-    pyplot.close(figure)
-
-
-def rate_curve(rates: Sequence[float], stages: Sequence[tuple[str, int]], picture: Path) -> None:
-    """Draws the learning rate over the steps; `stages` are names and last steps. Needs matplotlib."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    axes.plot(range(1, len(rates) + 1), rates, linewidth=1)
-    begin = 0
-    for name, end in stages:
-        axes.axvline(end, color="grey", linewidth=0.5)
-        axes.text((begin + end) / 2, max(rates), name, ha="center", va="bottom", fontsize=8)
-        begin = end
-    axes.set(xlabel="step", ylabel="learning rate (train.lr)", ylim=(0, None))
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(picture, dpi=110)
-    pyplot.close(figure)
-
-
-def reliability_curve(points: Sequence[tuple[float, float, float, float, int]], title: str, picture: Path) -> None:
-    """Draws the shares that were solved over predicted chances. Needs matplotlib.
-
-    Args:
-        points: predicted chance, share that is solved, its interval's ends, and the number of tasks behind it.
+    Raises:
+        OSError: it cannot be written.
     """
-    import matplotlib
+    rows_of = [_rows(drawing) for drawing in drawings]
+    cells = [_cell_side(rows) for rows in rows_of]
+    height = sum(TITLE + sum(_row_height(row, cell) for row in rows) for rows, cell in zip(rows_of, cells, strict=True))
+    widest = max(len(row) for rows in rows_of for row in rows)
+    figure = new_figure(GAP + widest * (BOX + GAP), height + GAP / 2)
+    figure.set_layout_engine("none")
+    top = height + GAP / 2  # what is left, from below
+    for drawing, rows, cell in zip(drawings, rows_of, cells, strict=True):
+        _write(figure, drawing.title, GAP, top - 0.26, size=10, weight="bold")
+        top -= TITLE
+        for row in rows:
+            for column, shown in enumerate(row):
+                left = GAP + column * (BOX + GAP)
+                colour = {None: "#57606a", True: RIGHT, False: WRONG}[shown.is_right]
+                _write(figure, shown.label, left, top - LABEL + 0.07, size=8, color=colour)
+                _draw(figure, shown.grid, left, top - LABEL, cell, numbers)
+                if shown.label == "its output":
+                    _write(figure, "→", left - GAP / 2, top - LABEL - 0.2, size=11, color="#57606a", ha="center")
+            top -= _row_height(row, cell)
+    save_figure(figure, file)
 
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "arc_solver"  # the same file for the same points
-    from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(5, 4.6))
-    axes.plot((0, 1), (0, 1), color="grey", linewidth=0.8, linestyle="dashed", label="as predicted")
-    chances, shares, lows, highs, counts = zip(*points, strict=True)
-    below = [share - low for share, low in zip(shares, lows, strict=True)]
-    above = [high - share for share, high in zip(shares, highs, strict=True)]
-    axes.errorbar(chances, shares, (below, above), fmt="o-", linewidth=1, capsize=3, label="tasks, with 95% intervals")
-    for chance, share, count in zip(chances, shares, counts, strict=True):
-        axes.annotate(f"{count}", (chance, share), xytext=(7, 5), textcoords="offset points", fontsize=8)
-    axes.set(xlabel="predicted chance", ylabel="share that is solved", xlim=(0, 1), ylim=(0, 1))
-    axes.set_title(title, fontsize=9)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="upper left")
-    figure.tight_layout()
-    figure.savefig(picture, dpi=110, metadata={"Date": None} if picture.suffix == ".svg" else None)
-    pyplot.close(figure)
+def _rows(drawing: Drawing) -> list[list[Labelled]]:
+    """Of the grids of a task: what belongs together is never torn apart."""
+    rows: list[list[Labelled]] = [[]]
+    for unit in [*drawing.shown_demonstrations(), *drawing.shown_tests()]:
+        if len(rows[-1]) + len(unit) > MOST_IN_A_ROW:
+            rows.append([])
+        rows[-1] += unit
+    return rows
 
 
-def line_chart(lines: Sequence[tuple[str, Sequence[float], Sequence[float]]], x: str, y: str, log: bool = False) -> str:
-    """Lines with their labels, as an SVG for a page, whose text colour and fonts it has. Needs matplotlib."""
-    import matplotlib
-    from matplotlib.figure import Figure
+def _cell_side(rows: Iterable[Iterable[Labelled]]) -> float:
+    return min(MOST_CELL, BOX / max(max(shown.grid.shape) for row in rows for shown in row))
 
-    style: Any = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": f"{x}{y}",  # the same file for the same points, and no id twice on a page
-        **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "font.size": 9,
-    }
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(6, 3.2), layout="constrained")
-        axes = figure.subplots()
-        for (label, xs, ys), colour, mark in zip(lines, ("#3f83d6", "#d27d2d"), ("", "o"), strict=False):
-            axes.plot(xs, ys, color=colour, linewidth=1.4, marker=mark, markersize=3, label=label)
-        axes.set(xlabel=x, ylabel=y, yscale="log" if log else "linear")
-        if log:
-            from matplotlib import ticker
 
-            axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5)))
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter(ticker.NullFormatter())
-        else:
-            axes.set_ylim(0, None)
-        axes.grid(alpha=0.15, color=INK)
-        if len(lines) > 1:
-            axes.legend(frameon=False)
-        drawn = io.StringIO()
-        figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
-    svg = drawn.getvalue()
-    return svg[svg.index("<svg") :].replace(INK, "currentColor")
+def _row_height(row: Iterable[Labelled], cell: float) -> float:
+    return LABEL + max(shown.grid.shape[0] for shown in row) * cell + 0.16
+
+
+def _draw(figure: "Figure", grid: Grid, left: float, top: float, cell: float, numbers: bool) -> None:
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path as Outline
+
+    (rows, columns), (width, height) = grid.shape, figure.get_size_inches()
+    box = (left / width, (top - rows * cell) / height, columns * cell / width, rows * cell / height)
+    axes = figure.add_axes(box, xlim=(0, columns), ylim=(rows, 0))
+    axes.set_axis_off()
+    outlines: dict[int, list[Outline]] = {}  # of each colour: equal cells of a row are one rectangle, for a small file
+    for r, row in enumerate(grid.tolist()):
+        for colour, run in groupby(range(columns), key=row.__getitem__):
+            first, *rest = run
+            outlines.setdefault(colour, []).append(_rectangle(first, r, first + len(rest) + 1, r + 1))
+    for colour, rectangles in outlines.items():
+        axes.add_patch(PathPatch(Outline.make_compound_path(*rectangles), facecolor=PALETTE[colour], linewidth=0))
+    lines = [Outline([(c, 0), (c, rows)]) for c in range(columns + 1)]
+    lines += [Outline([(0, r), (columns, r)]) for r in range(rows + 1)]
+    between = PathPatch(Outline.make_compound_path(*lines), fill=False, edgecolor="#555555", linewidth=0.5)
+    between.set_clip_on(False)
+    axes.add_patch(between)
+    for (r, c), value in np.ndenumerate(grid) if numbers else ():
+        style: Any = {"fontsize": 72 * cell * 0.55, "ha": "center", "va": "center_baseline"}  # in points
+        axes.text(c + 0.5, r + 0.5, f"{value}", color=_contrast(int(value)), **style)
+
+
+def _rectangle(left: int, top: int, right: int, bottom: int) -> "Outline":
+    from matplotlib.path import Path as Outline
+
+    return Outline([(left, top), (right, top), (right, bottom), (left, bottom), (left, top)], closed=True)
+
+
+def _write(figure: "Figure", text: str, left: float, bottom: float, **style: Any) -> None:
+    width, height = figure.get_size_inches()
+    figure.text(left / width, bottom / height, text, **style)
+
+
+def _contrast(cell: int) -> str:
+    return "#ffffff" if cell in DARK else "#000000"

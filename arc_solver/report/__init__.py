@@ -10,3 +10,7 @@ In the order of reading; each imports only from those before it:
     writer    the page of a run that goes on
     command   `bin/report`
 """
+
+from .writer import PageWriter
+
+__all__ = ["PageWriter"]

@@ -2,7 +2,7 @@
 
 bin/report RUN_DIR [--watch] [--open]   a run, as it is or as it goes on
 bin/report RUN_A RUN_B [--open]         two runs of the same tasks
-bin/report TRAINING_DIR [--open]        what bin/train left
+bin/report TRAINING_DIR [--watch]       a training, ended or going on
 """
 
 import time
@@ -14,9 +14,9 @@ from ..errors import MachineError, UserError
 from ..files import write_whole
 from .collect import RunReader
 from .compare import compare
-from .page import comparison_page, run_page, training_page
+from .page import EVERY_S, comparison_page, run_page, training_page
 from .training import is_training, read_training
-from .writer import EVERY_S, PAGE
+from .writer import PAGE
 
 
 def main(arguments: list[str]) -> int:
@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> int:
         help="what bin/solve or bin/train wrote; two runs to compare",
     )
     parser.add_argument("--out", type=user_path, metavar="FILE", help="the page; default: report.html in the folder")
-    parser.add_argument("--watch", action="store_true", help="write it again and again until the run has ended")
+    parser.add_argument("--watch", action="store_true", help="write it again and again until the end")
     parser.add_argument("--open", action="store_true", help="open it in the browser")
     args = parser.parse_args(arguments)
     if len(args.folders) > 2 or (args.watch and len(args.folders) > 1):
@@ -39,24 +39,36 @@ def main(arguments: list[str]) -> int:
     first = args.folders[0]
     name = PAGE if len(args.folders) == 1 else f"report-against-{args.folders[1].resolve().name}.html"
     page = args.out or first / name
+    goes_on, reader = False, None
     if len(args.folders) == 2:
         _write(comparison_page(compare(*(RunReader(folder).read() for folder in args.folders))), page)
     elif is_training(first):
-        if args.watch:
-            raise UserError(f"{first} is a training, and --watch is for runs: leave it out")
-        _write(training_page(read_training(first)), page)
+        goes_on = _write_training(first, page, args.watch)
     else:
         reader = RunReader(first)
-        run = reader.read()
-        _write(run_page(run), page)
+        goes_on = _write_run(reader, page)
     print(page)
     if args.open:
         webbrowser.open(page.resolve().as_uri())
-    while args.watch and run.is_running:
+    while args.watch and goes_on:
         time.sleep(EVERY_S)
-        run = reader.read()
-        _write(run_page(run), page)
+        goes_on = _write_run(reader, page) if reader else _write_training(first, page, watch=True)
     return 0
+
+
+def _write_run(reader: RunReader, page: Path) -> bool:
+    """Whether the run goes on."""
+    run = reader.read()
+    _write(run_page(run), page)
+    return run.is_running
+
+
+def _write_training(folder: Path, page: Path, watch: bool) -> bool:
+    """Whether the training goes on. Nothing says that it was killed: a page that is not written again tells its age."""
+    training = read_training(folder)
+    goes_on = watch and not training.is_finished
+    _write(training_page(training, EVERY_S if goes_on else None), page)
+    return goes_on
 
 
 def _write(text: str, file: Path) -> None:

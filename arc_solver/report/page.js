@@ -8,6 +8,7 @@ const GEOMETRIES = ["as it is", "¼ turn", "½ turn", "¾ turn", "transposed", "
 const NATS = 100; // log-probabilities are whole hundredths
 const HALF = 5; // nats less than certain, at which a bar is half as tall
 const RELOAD_MS = 10000;
+const LATE = 6; // times the usual seconds between two pages: then it is said that nothing comes
 const $ = (id) => document.getElementById(id);
 const all = (selector, of = document) => [...of.querySelectorAll(selector)];
 
@@ -426,6 +427,10 @@ function theme() {
 theme();
 if (rows.length) start();
 if ("running" in document.body.dataset) {
+  const { running, every } = document.body.dataset, since = Date.now() / 1000 - Number(running);
+  if (since > LATE * Number(every) + RELOAD_MS / 1000) {
+    $("fresh").textContent = `But nothing new was written for ${Math.round(since / 60)} minutes: it may have been killed. bin/report on its folder says how it stands.`;
+  }
   setInterval(() => {
     if (isOn("reload") && !document.hidden && document.activeElement !== $("search")) location.reload();
   }, RELOAD_MS);

@@ -21,9 +21,9 @@ from markupsafe import Markup
 
 from .. import __version__
 from ..answers import data_rows, score_of
+from ..charts import line_chart
 from ..clock import format_clock, format_duration
 from ..errors import counted
-from ..puzzles.pictures import line_chart
 from .collect import STATES, RunFacts, Session, TaskFacts
 from .compare import OUTCOMES, Beside, Comparison
 from .reasons import KINDS
@@ -68,12 +68,13 @@ ABOUT_TRAINING = {  # of a training's own record, what is said and how
     "held_out": "held-out tasks",
     "left_out": "left out for the audit",
 }
+EVERY_S = 10.0  # between two pages of what goes on, at least
 LOG_FROM = 4.0  # times the smallest loss of a curve is the largest: then its axis is logarithmic
 TICKS = 6  # of a time axis, about
 
 
-def run_page(run: RunFacts) -> str:
-    """The page of a run."""
+def run_page(run: RunFacts, every_s: float = EVERY_S) -> str:
+    """The page of a run. `every_s`: while it goes on, there is a new one after that many seconds, at most."""
     about = [counted(len(run.tasks), "task") + (f", {chosen}" if (chosen := run.task_set.chosen) else "")]
     about += [f"seed {run.settings.get('run.seed', '?')}", f"run {run.name}"]
     missed = [task for task in run.tasks if task.reasons]
@@ -82,7 +83,7 @@ def run_page(run: RunFacts) -> str:
         title=_title(run.task_set.name),
         kicker="a run of bin/solve",
         about=" · ".join(about),
-        running=run.is_running,
+        running=_running(every_s if run.is_running else None),
         progress=_progress(run),
         headline=_headline(run),
         top_figures=_top_figures(run),
@@ -115,7 +116,7 @@ def comparison_page(both: Comparison) -> str:
         title=f"{first.name} and {second.name}",
         kicker="two runs of bin/solve",
         about=" · ".join(about),
-        running=first.is_running or second.is_running,
+        running=None,
         scores=_scores_beside(both),
         verdict=_verdict(both),
         states=[
@@ -145,26 +146,26 @@ def comparison_page(both: Comparison) -> str:
     )
 
 
-def training_page(training: TrainingFacts) -> str:
-    """The page of a training."""
+def training_page(training: TrainingFacts, every_s: float | None = None) -> str:
+    """The page of a training. `every_s`: seconds until the next one, at most; None: there will be none."""
     about = training.about
-    losses = [("training, smoothed", *training.loss)]
-    losses += [("held-out tasks", *training.validation)] if training.validation[0] else []
-    values = [value for _, _, curve in losses for value in curve]
+    losses = {"training, smoothed": training.loss}
+    losses |= {"held-out tasks": training.validation} if training.validation[0] else {}
+    values = [value for _, curve in losses.values() for value in curve]
     charts = [("Loss", losses, "million tokens", "loss, nats a token", max(values) > LOG_FROM * min(values))]
-    charts.append(("Learning rate", [("learning rate", *training.rate)], "step", "learning rate (train.lr)", False))
+    charts.append(("Learning rate", {"learning rate": training.rate}, "step", "learning rate (train.lr)", False))
     if training.accuracy[0]:
-        generated = [("generated", *training.accuracy)]
+        generated = {"generated": training.accuracy}
         charts.append(("Generated answers that are right", generated, "million tokens", "share of the answers", False))
     if training.speed[0]:
-        charts.append(("Speed", [("speed", *training.speed)], "million tokens", "tokens/s", False))
+        charts.append(("Speed", {"speed": training.speed}, "million tokens", "tokens/s", False))
     audit = about.get("leak_audit", "")
     return _render(
         "training.html",
         title=training.name,
         kicker="a training of bin/train",
         about="finished" if training.is_finished else "as far as it is",
-        running=False,
+        running=_running(every_s),
         top_figures=_top_figures_of_training(training),
         charts=[{"title": title, "svg": Markup(line_chart(lines, x, y, log))} for title, lines, x, y, log in charts],
         columns=("source", "samples", "share of samples", "tokens", "demonstrations dropped", "too long", "left out"),
@@ -175,6 +176,11 @@ def training_page(training: TrainingFacts) -> str:
         facts=[(name, _said(about[key])) for key, name in ABOUT_TRAINING.items() if about.get(key) not in (None, "")],
         settings=[(key, _said(value)) for key, value in training.settings.items()],
     )
+
+
+def _running(every_s: float | None) -> dict[str, str] | None:
+    """When a page was written and the next one is due, so that it can tell if nothing comes any more."""
+    return None if every_s is None else {"at": f"{time.time():.0f}", "every": f"{every_s:.0f}"}
 
 
 def _render(template: str, **values: Any) -> str:

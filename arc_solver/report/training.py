@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..charts import smoothed
 from ..errors import UserError
 from ..puzzles import read_json
-from ..puzzles.pictures import smoothed
 from .collect import flat, read_log
 
 PIECES = 100  # that the speed is averaged over

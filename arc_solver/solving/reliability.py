@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ..answers.chances import COEFFICIENTS, expected_solved, fit_coefficients, reliability
+from ..charts import reliability_curve
 from ..command import Parser, user_path
 from ..errors import UserError, counted
-from ..puzzles.pictures import reliability_curve
 from .journal import TaskStatus
 from .status import best_statuses
 

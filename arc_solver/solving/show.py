@@ -1,8 +1,8 @@
-"""`bin/show`: tasks and what was answered to them, as coloured grids in the terminal or in an SVG.
+"""`bin/show`: tasks and what was answered to them, as coloured grids in the terminal or in a picture for a README.
 
     bin/show arc-agi-1/training:007bbfb7 --views 4 --encoded
-    bin/show RUN_DIR --limit 3
-    bin/show SPEC --submission FILE --svg answers.svg
+    bin/show RUN_DIR --ids a,b,c --demonstrations 1 --picture solved.svg
+    bin/show SPEC --submission FILE
 
 Nothing is solved, and no model is loaded.
 """
@@ -10,7 +10,7 @@ Nothing is solved, and no model is loaded.
 from collections.abc import Iterator
 from pathlib import Path
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, RenderableType
 from rich.text import Text
 
 from ..answers import Submission, best_file, read_submission, tasks_of_run
@@ -18,7 +18,7 @@ from ..command import Parser, add_choice_arguments, task_overrides, user_path
 from ..config import Config, TasksConfig, load_config
 from ..errors import MachineError, UserError, counted
 from ..puzzles import IGNORE, Task, TaskSet, load_tasks
-from ..puzzles.pictures import sample_text, save_picture, task_picture
+from ..puzzles.pictures import Drawing, sample_text, save_pictures, task_picture
 from ..puzzles.task_files import choose_tasks
 from ..rng import named_rng
 from .run_config import saved_config
@@ -33,15 +33,21 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--submission", type=user_path, metavar="FILE", help="answers to show beside the solutions")
     parser.add_argument("--views", type=int, default=0, metavar="N", help="also N augmented views, as they are asked")
     parser.add_argument("--encoded", action="store_true", help="also a sample of the adaptation, token by token")
-    parser.add_argument("--svg", type=user_path, metavar="FILE", help="write a picture instead")
+    parser.add_argument("--demonstrations", type=int, metavar="N", help="of each task the first N; default: all")
+    parser.add_argument("--numbers", action="store_true", help="also the number of each cell's colour")
+    parser.add_argument("--picture", type=user_path, metavar="FILE", help="write a .png or .svg instead")
     args = parser.parse_args(arguments)
     spec, colon, task_id = args.tasks.rpartition(":")
     if colon and not Path(args.tasks).exists() and args.ids is None:
         args.tasks, args.ids = spec, task_id
-    if args.svg and args.svg.suffix != ".svg":
-        raise UserError(f"--svg {args.svg}: give a name that ends in .svg")
+    if args.picture and args.picture.suffix not in (".png", ".svg"):
+        raise UserError(f"--picture {args.picture}: give a name that ends in .png or .svg")
+    if args.picture and args.encoded:
+        raise UserError("--encoded is text for the terminal: leave --picture out")
     if args.views < 0:
         raise UserError(f"--views is at least 0, got {args.views}")
+    if (args.demonstrations or 0) < 0:
+        raise UserError(f"--demonstrations is at least 0, got {args.demonstrations}")
     config = load_config(None, task_overrides(args)).tasks
     run_dir = Path(config.spec)
     answers: Submission = {}
@@ -58,28 +64,33 @@ def main(arguments: list[str]) -> int:
     if not (config.ids or config.limit or config.sample):
         config = config.model_copy(update={"limit": USUAL})
     chosen = choose_tasks(task_set, config)
-    parts: list[RenderableType] = []
+    drawings = {}
     for task in chosen.tasks:
-        parts.append(task_picture(task, answers.get(task.id, ()), chosen.solutions.get(task.id), None))
-        parts += _views(task, settings, args.views)
-        if args.encoded:
-            parts += _encoded(task, settings)
-    shown = Group(*parts)
+        of_run, solution = answers.get(task.id, ()), chosen.solutions.get(task.id)
+        drawings[task] = [
+            Drawing(f"task {task.id}", task, of_run, solution, args.demonstrations),
+            *_views(task, settings, args.views, args.demonstrations),
+        ]
     of = f"{counted(len(task_set.tasks), 'task')} of {task_set.name}"
     said = f"{len(chosen.tasks)} of the {of}; --ids, --limit and --sample choose others"
-    if args.svg:
+    if args.picture:
         try:
-            save_picture(shown, args.svg, task_set.name)
+            save_pictures([drawing for some in drawings.values() for drawing in some], args.picture, args.numbers)
         except OSError as error:
-            raise MachineError(f"{args.svg} cannot be written: {error.strerror}") from None
-        print(f"{args.svg}: {said}")
-    else:
-        Console().print(shown)
-        print(said)
+            raise MachineError(f"{args.picture} cannot be written: {error.strerror}") from None
+        print(f"{args.picture}: {said}")
+        return 0
+    console = Console()
+    for task, some in drawings.items():
+        for drawing in some:
+            console.print(task_picture(drawing, args.numbers))
+        if args.encoded:
+            console.print(*_encoded(task, settings), sep="\n")
+    print(said)
     return 0
 
 
-def _views(task: Task, settings: Config, count: int) -> Iterator[RenderableType]:
+def _views(task: Task, settings: Config, count: int, demonstrations: int | None) -> Iterator[Drawing]:
     """The first views under which a task is asked; the very first is the task as it is."""
     if not count:
         return
@@ -88,8 +99,8 @@ def _views(task: Task, settings: Config, count: int) -> Iterator[RenderableType]
     rng = named_rng(settings.run.seed, task.id, "predict")
     predict = settings.predict.model_copy(update={"views": max(count, settings.predict.views)})
     for i, view in enumerate(views_of(task, predict, rng)[:count], 1):
-        yield Text(f"view {i}: geometry {view.geometry}, colours {' '.join(map(str, view.colours))}", style="dim")
-        yield task_picture(view.apply_task(task), (), None, None)
+        title = f"view {i} of task {task.id}: geometry {view.geometry}, colours {' '.join(map(str, view.colours))}"
+        yield Drawing(title, view.apply_task(task), demonstrations=demonstrations)
 
 
 def _encoded(task: Task, settings: Config) -> Iterator[RenderableType]:

@@ -40,9 +40,10 @@ from ..models import (
 from ..models.hardware import whole_memory
 from ..models.lora import origin_of
 from ..puzzles import Task, TaskSet
-from ..puzzles.pictures import save_picture, task_picture
+from ..puzzles.pictures import Drawing, task_picture
 from ..puzzles.task_files import smallest
-from ..report.writer import PageWriter
+from ..report import PageWriter
+from ..report.writer import pages_of_run
 from ..rng import named_rng
 from ..training.parallel import require_packages
 from ..waiting import Reporter, Wait, waiting
@@ -281,7 +282,9 @@ def _picture(
             if ids and drawn:
                 some = f"{drawn} of the {len(ids)} that are" if len(ids) > drawn else f"{len(ids)}"
                 shown.append(Rule(f"{some} {title}"))
-                shown += [task_picture(journal.tasks[i], attempts[i], task_set.solutions.get(i)) for i in ids[:drawn]]
+                for i in ids[:drawn]:
+                    task, solution = journal.tasks[i], task_set.solutions.get(i)
+                    shown.append(task_picture(Drawing(f"task {i}", task, attempts[i], solution, demonstrations=1)))
     title = f"{task_set.name}, {counted(len(task_set.tasks), 'task')}, seed {config.run.seed}"
     shown.append(table_of(title, status.summary_rows(summary)))
     if summary["score"] and summary["answered"]:
@@ -353,7 +356,7 @@ def run(config: Config, task_set: TaskSet, run_dir: Path, remark: str = "") -> i
             chunks, budget = partial(prediction_groups, device=device), Budget(executor.count, deadline)
             starting = f"starting {counted(executor.count, 'worker')}{', vLLM takes minutes' * (kind == 'vllm')}"
             scheduler = Scheduler(groups, chunks, config, journal, budget)
-            pages = PageWriter(run_dir, task_set, plain)
+            pages = pages_of_run(run_dir, task_set, plain)
             summary = solve(scheduler, executor, pages, deadline, console, starting)
         except KeyboardInterrupt:
             if not journal:
@@ -370,12 +373,7 @@ def run(config: Config, task_set: TaskSet, run_dir: Path, remark: str = "") -> i
             return INTERRUPTED
     if config.adapt.joint:
         trained_on = read_training_data(Path(used.model.path))
-    shown = _picture(task_set, journal, config, trained_on, summary)
-    try:
-        save_picture(shown, run_dir / "report.svg", "bin/solve")
-    except OSError as error:
-        plain(f"report.svg cannot be written ({error.strerror})")
-    console.print(shown)
+    console.print(_picture(task_set, journal, config, trained_on, summary))
     return _conclude(len(chosen), journal, summary, plain)
 
 
@@ -384,7 +382,7 @@ def _conclude(tasks: int, journal: Journal, summary: dict[str, Any], say: Any) -
     run_dir = journal.run_dir
     say(
         f"{format_duration(summary['seconds']['whole'])}. Submission: {run_dir}/submission.json; beside it report.html"
-        " with all tasks and answers, report.svg, log.jsonl, tasks/ and adapters/"
+        " with all tasks and answers, log.jsonl, tasks/ and adapters/"
     )
     cheap = sum(status.stage == "unadapted" for status in journal.statuses.values())
     if cheap:

@@ -16,6 +16,7 @@ from rich.table import Table
 from torch import Tensor
 
 from .. import __version__
+from ..charts import loss_curve, rate_curve
 from ..clock import format_duration
 from ..command import as_called
 from ..config import AdaptConfig, Config
@@ -28,7 +29,6 @@ from ..models import Model, cpu_name, packed_loss, peak_memory, save_model
 from ..models.adapters import target_names
 from ..models.lora import merged_model
 from ..models.peft_format import CONFIG_FILE as ADAPTER_CONFIG
-from ..puzzles.pictures import loss_curve, rate_curve
 from ..waiting import Reporter
 from .card import TRAINING_FILE, earlier_runs, model_card
 from .checkpoints import latest_checkpoint

@@ -34,6 +34,7 @@ from ..models import (
 )
 from ..models.lora import check_targets, combined_training_data, continue_lora
 from ..models.pretrained import fetch_checkpoint, load_any
+from ..report import PageWriter
 from ..rng import named_rng
 from ..waiting import Reporter, Wait, waiting
 from .checkpoints import Progress, save_checkpoint
@@ -112,6 +113,7 @@ class Run:
     validation: Validation
     say: Reporter
     interrupts: Interrupts
+    pages: PageWriter | None  # of the main process, if the run has a page of its own
     average: AveragedModel | None = None  # of the weights, if one is kept
 
     @property

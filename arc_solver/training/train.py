@@ -30,6 +30,7 @@ from ..errors import MachineError, UserError, counted
 from ..files import write_json
 from ..models import packed_loss
 from ..models.model import recompute_activations
+from ..report.writer import pages_of_training
 from ..waiting import Reporter, waiting
 from .card import TRAINING_FILE
 from .checkpoints import (
@@ -105,6 +106,7 @@ def train(
         module = parallel.wrap(start.model.lm)
         begin()
         interrupts = Interrupts(alone=parallel.processes == 1)
+        pages = pages_of_training(out_dir, say) if parallel.is_main and by_itself else None
         run = Run(
             config,
             out_dir,
@@ -117,12 +119,20 @@ def train(
             validation,
             say,
             interrupts,
+            pages,
             averaged(start.model.lm, config.train.ema),
         )
         estimate_closing_times(run, plan, entered - began)
-        _train_stages(run, plan, checkpoint)
+        try:
+            _train_stages(run, plan, checkpoint)
+        except KeyboardInterrupt:
+            if pages and progress.total_steps:
+                pages.finish()
+            raise
         with waiting(say, "saving the results"):
             save_results(run, plan.memory, by_itself)
+        if pages and progress.total_steps:
+            pages.finish(clock.began + max_s)
         if not progress.total_steps:
             raise UserError(
                 f"--max-minutes {max_s / 60:g} left no time for a single step; {out_dir} has what the run began with:"
@@ -303,6 +313,8 @@ def _train_stage(
         progress.counted_from_s = pace.counted_from_s
         ending = asked or (interrupts.asked and parallel.processes == 1)
         log.step(stage.name, step, {} if ending else _validated(run))
+        if run.pages:
+            run.pages.refresh()
         ending = ending or (interrupts.asked and parallel.processes == 1)  # while it was validated
         decays, progress.rate = progress.rate == 1.0 > step.rate, step.rate
         if train.keep_before_decay and decays:

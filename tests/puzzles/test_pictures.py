@@ -1,31 +1,79 @@
+"""Tasks as pictures: every cell in its colour, in the terminal and in files."""
+
 import io
-import json
+import re
+from collections import Counter
 
 import numpy as np
+import pytest
 from rich.console import Console
 from toys import flip_task
 
-from arc_solver.puzzles.pictures import grid_text, loss_curve, save_picture, task_picture
-from arc_solver.puzzles.tasks import freeze
+from arc_solver.puzzles.pictures import PALETTE, Drawing, _rows, grid_text, save_pictures, task_picture
+from arc_solver.puzzles.tasks import Pair, Task, freeze
+
+CELLS = freeze(np.arange(6, dtype=np.uint8).reshape(2, 3))
+PATCH = re.compile(r'<path d="([^"]*)" clip-path="[^"]*"(?: style="fill: (#\w{6})")?/>')  # black is the default
+
+
+def filled(svg: str) -> Counter:
+    """Areas by colour."""
+    areas: Counter = Counter()
+    for outline, colour in PATCH.findall(svg):
+        for rectangle in re.findall(r"M[^M]*", outline):
+            points = np.array(re.findall(r"-?[\d.]+", rectangle), float).reshape(-1, 2)
+            width, height = np.ptp(points, axis=0)
+            areas[colour or PALETTE[0]] += width * height
+    return areas
 
 
 def test_pictures_show_every_cell(rng):
-    cells = freeze(np.arange(6, dtype=np.uint8).reshape(2, 3))
-    assert grid_text(cells).plain == "0 1 2 \n3 4 5 "
+    assert grid_text(CELLS).plain == "0 1 2 \n3 4 5 "
     task = flip_task(rng, tests=2)
-    attempts = [(cells, task.test[0]), (cells, cells)]
+    attempts = [(CELLS, task.test[0]), (CELLS, CELLS)]
     console = Console(width=200, record=True, file=io.StringIO())
-    console.print(task_picture(task, attempts, [task.test[0], task.test[1]]))
+    console.print(task_picture(Drawing("task", task, attempts, [task.test[0], task.test[1]])))
     text = console.export_text()
     assert text.count("✓") == 1
     assert text.count("✗") == 3
 
 
-def test_pictures_are_saved(tmp_path, rng):
-    task = flip_task(rng)
-    save_picture(task_picture(task, [(task.test[0], task.test[0])], None), tmp_path / "x.svg", "title")
-    assert (tmp_path / "x.svg").read_text().startswith("<svg")
-    steps = [{"step": i, "tokens": i * 10**6, "loss": 3 / i, "validation_loss": 4 / i} for i in range(1, 5)]
-    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, steps)))
-    loss_curve(tmp_path / "log.jsonl", tmp_path / "x.png")
-    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+def test_the_number_of_a_cell_is_seen_on_demand():
+    for numbers in (False, True):
+        styles = [str(span.style).split(" on ") for span in grid_text(CELLS, numbers).spans]
+        assert [paper for _, paper in styles] == list(PALETTE[:6])
+        hidden = [ink == paper for ink, paper in styles]
+        assert hidden == [False] * 6 if numbers else hidden == [False] + [True] * 5
+
+
+@pytest.mark.parametrize("numbers", [False, True])
+def test_a_file_has_all_cells_in_their_colours_and_needs_no_font(tmp_path, numbers):
+    """Of a task whose grids have one size, so that all cells have one size too."""
+    grids = [freeze(np.random.default_rng(seed).integers(0, 10, (4, 5)).astype(np.uint8)) for seed in range(5)]
+    drawing = Drawing("task", Task("t", (Pair(grids[0], grids[1]),), (grids[2],)), [(grids[3], grids[4])], [grids[4]])
+    save_pictures([drawing], tmp_path / "x.svg", numbers)
+    svg = (tmp_path / "x.svg").read_text()
+    areas = filled(svg)
+    counts = Counter(PALETTE[cell] for grid in [*grids, grids[4]] for cell in grid.ravel().tolist())
+    cell = sum(areas[colour] for colour in counts) / sum(counts.values())
+    for colour, count in counts.items():
+        assert areas[colour] / cell == pytest.approx(count, abs=0.01), colour
+    assert "<text" not in svg and "font-family" not in svg and "http" not in svg.partition("</metadata>")[2]
+
+
+def test_a_file_is_what_its_ending_says_and_the_same_for_the_same_tasks(tmp_path, rng):
+    drawing = Drawing("task", flip_task(rng))
+    for name in ("a.svg", "b.svg", "a.png"):
+        save_pictures([drawing, drawing], tmp_path / name)
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rows_keep_together_what_belongs_together(rng):
+    """Demonstrations and tests; a task with a single demonstration, one test and its answers is one row."""
+    task = flip_task(rng, tests=2)
+    attempts = [(CELLS, CELLS)] * 2
+    one = _rows(Drawing("task", task, attempts, task.test, demonstrations=1))
+    assert [len(row) for row in one] == [6, 4]
+    for row in _rows(Drawing("task", task, attempts, task.test)):
+        assert row[0].label.startswith(("demonstration", "test input")) and len(row) <= 6

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -199,6 +200,16 @@ def test_the_page_of_a_run_that_goes_on_reloads_itself_from_the_disk(browser, de
             page.clock.run_for(11_000)
         assert page.locator("#table tbody tr:visible").count() == 6
         assert page.locator("#reload").count() == 0
+
+
+def test_the_page_of_a_run_that_was_killed_says_that_nothing_new_comes(browser, demo, tmp_path):
+    file = tmp_path / "page.html"
+    file.write_text(run_page(replace(RunReader(demo).read(), is_running=True)))
+    with opened(browser, file) as page:
+        assert page.locator("#fresh").inner_text() == "This page reloads itself."
+        page.clock.install(time=time.time() + 600)
+        page.reload()
+        assert "nothing new was written for 10 minutes" in page.locator("#fresh").inner_text()
 
 
 def test_two_runs_are_drawn_beside_each_other(browser, demo, tmp_path):

@@ -60,14 +60,28 @@ def test_a_watched_run_is_written_until_it_has_ended(whole, tmp_path, monkeypatc
     held, seen = lock(run_dir / "lock"), []
 
     def a_moment(_: float) -> None:
-        seen.append("<body data-running>" in page.read_text())
+        seen.append("<body data-running=" in page.read_text())
         if len(seen) == 2:
             held.close()
 
     monkeypatch.setattr(command.time, "sleep", a_moment)
     assert main([str(run_dir), "--watch", "--out", str(page)]) == 0
     assert seen == [True, True]
-    assert "<body data-running>" not in page.read_text()
+    assert "<body data-running=" not in page.read_text()
+
+
+def test_a_watched_training_is_written_until_it_has_ended(training_dir, monkeypatch):
+    log, page, seen = training_dir / "log.jsonl", training_dir / "report.html", []
+
+    def a_moment(_: float) -> None:
+        seen.append("<body data-running=" in page.read_text())
+        if len(seen) == 2:
+            log.write_text(log.read_text() + '{"step": 40, "tokens": 4000, "finished": true}\n')
+
+    monkeypatch.setattr(command.time, "sleep", a_moment)
+    assert main([str(training_dir), "--watch"]) == 0
+    assert seen == [True, True]
+    assert "<body data-running=" not in page.read_text()
 
 
 @pytest.mark.parametrize(
@@ -76,7 +90,6 @@ def test_a_watched_run_is_written_until_it_has_ended(whole, tmp_path, monkeypatc
         (["nowhere"], "nowhere is no run of bin/solve, a folder is missing"),
         (["a", "b", "c"], "give one folder, or two runs to compare"),
         (["a", "b", "--watch"], "give one folder, or two runs to compare, without --watch"),
-        (["training", "--watch"], "training is a training, and --watch is for runs"),
     ],
 )
 def test_what_is_refused(words, said, training_dir, monkeypatch):

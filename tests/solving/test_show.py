@@ -62,7 +62,9 @@ def test_views_are_those_that_are_asked(capsys):
     [task] = load_tasks(TasksConfig(spec="demo", ids=("66e6c45b",))).tasks
     shown = drawn(capsys, "demo:66e6c45b", "--views", "3")
     expected = views_of(task, Config().predict, named_rng(0, task.id, "predict"))[:3]
-    assert [f"view {i}: geometry {view.geometry}," in shown for i, view in enumerate(expected, 1)] == [True] * 3
+    assert [
+        f"view {i} of task {task.id}: geometry {view.geometry}," in shown for i, view in enumerate(expected, 1)
+    ] == [True] * 3
     last = expected[-1].apply_task(task).test[0].tolist()
     assert all(" ".join(map(str, row)) in shown for row in last) and "view 4" not in shown
 
@@ -79,8 +81,14 @@ def test_a_sequence_is_shown_with_what_is_learnt(capsys):
 
 
 def test_a_picture_is_written(capsys, tmp_path):
-    assert "x.svg" in drawn(capsys, "demo", "--svg", tmp_path / "x.svg")
-    assert (tmp_path / "x.svg").read_text().startswith("<svg")
+    for name, begins in (("x.svg", b"<?xml"), ("x.png", b"\x89PNG")):
+        assert name in drawn(capsys, "demo", "--limit", "2", "--views", "1", "--picture", tmp_path / name)
+        assert (tmp_path / name).read_bytes().startswith(begins)
+
+
+def test_as_many_demonstrations_as_asked_for(capsys):
+    assert "a demonstration" in drawn(capsys, "demo:66e6c45b", "--demonstrations", "1")
+    assert "demonstration" not in drawn(capsys, "demo:66e6c45b", "--demonstrations", "0")
 
 
 def test_what_cannot_be_shown(whole, tmp_path):
@@ -91,6 +99,9 @@ def test_what_cannot_be_shown(whole, tmp_path):
         (["demo", "--submission", tmp_path / "none.json"], "does not exist"),
         ([tmp_path / "pairs.json"], "lists of pairs"),
         ([tmp_path / "nothing"], "not found"),
+        (["demo", "--picture", "x.gif"], "a name that ends in .png or .svg"),
+        (["demo", "--picture", "x.png", "--encoded"], "leave --picture out"),
+        (["demo", "--demonstrations", "-1"], "at least 0"),
     ):
         with pytest.raises(UserError, match=said):
             main([*map(str, words)])

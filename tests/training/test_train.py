@@ -204,6 +204,7 @@ def test_a_run_that_goes_on_from_its_last_steady_step_keeps_what_comes_after_it(
         patch.setattr(Interrupts, "watch", interrupted_in_the_third_step)
         train(small(train=steady), tmp_path / "cut")
     assert latest_checkpoint(tmp_path / "cut").name == "step-0000003"
+    assert "data-running=" not in (tmp_path / "cut" / "report.html").read_text().partition("<main>")[0]
     train(small(train=steady), tmp_path / "cut", resume=True)
     assert same(*(weights(tmp_path / name / "before-decay" / "model") for name in ("whole", "cut")))
 
@@ -499,7 +500,8 @@ def test_logs_and_figures(tmp_path, capfd):
     assert facts.is_finished and facts.rate[0] == [1, 2, 3, 4, 5, 6]
     assert facts.validation[1][:2] == [r["validation_loss"] for r in steps if "validation_loss" in r]
     assert facts.sources == about["sources"]
-    page = training_page(facts)
+    page = (tmp_path / "a" / "report.html").read_text()
+    assert page == training_page(facts) and "data-running=" not in page.partition("<main>")[0]
     assert "leak audit passed" in page and all(label in page for label in about["sources"])
 
 
