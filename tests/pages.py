@@ -42,6 +42,11 @@ class Reader(HTMLParser):
             self.text.append(data)
 
 
+def text_of(page: str) -> str:
+    """All that can be read on it, in one line."""
+    return " ".join(" ".join(Reader(page).text).split())
+
+
 def write_training(out: Path) -> Path:
     """What a training of two stages leaves that has come to its second."""
     (out / "partition").mkdir(parents=True)

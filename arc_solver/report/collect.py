@@ -276,7 +276,7 @@ class RunReader:
                 damaged.append(f"{file.parent.name}/{file.name}")
         solution, vote = self.task_set.solutions.get(task.id), config.vote
         adaptation, fallback = content.get("adaptation"), content.get("fallback")
-        tests = range(len(task.test))
+        tests, stage = range(len(task.test)), file.parent.name if found and file else ""
         stages = (self.run_dir / stage / f"{task.id}.json" for stage in STAGES) if found else ()
         earlier = [stage for stage in stages if stage != file and stage.exists()]
         return TaskFacts(
@@ -285,13 +285,13 @@ class RunReader:
             found,
             [rank(found, task, test, vote) for test in tests] if found else [],
             choose_attempts(found, task, vote) if found else [],
-            file.parent.name if found and file else "",
+            stage,
             adaptation,
             content.get("seconds", 0.0) + sum(read_object(stage).get("seconds", 0.0) for stage in earlier),
             content.get("predicting", 0.0),
             fallback,
             content.get("error"),
-            why_not_solved(task, solution, found, adaptation, fallback, vote) if solution is not None else [],
+            why_not_solved(task, solution, found, adaptation, fallback, vote, stage) if solution is not None else [],
         )
 
     def _audited(self, settings: Mapping[str, Any]) -> tuple[bool | None, str]:

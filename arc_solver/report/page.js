@@ -184,7 +184,10 @@ const ENDS = { steps: "took all its steps", "leave-one-out": "stopped early: wha
 
 function learning(content) {
   const learnt = content.adaptation, made = [];
-  if (!learnt || learnt.steps === undefined) return [element("p", { class: "muted" }, "There was none.")];
+  if (!learnt || learnt.steps === undefined) {
+    const why = content.stage === "unadapted" ? "There was no time for it so far: the answer is that of the cheap pass." : content.fallback ? "It failed." : "There was none.";
+    return [element("p", { class: "muted" }, why)];
+  }
   const rows = [["steps", `${learnt.steps}, ${learnt.tokens.toLocaleString("en")} tokens`], ["how it ended", ENDS[learnt.ended] || learnt.ended],
     ["loss, first and last tenth", `${learnt.first_loss.toFixed(3)} to ${learnt.last_loss.toFixed(3)} nats`],
     ["leave-one-out", `${Math.round(100 * learnt.leave_one_out)}% of the last held-out outputs answered exactly`],

@@ -20,9 +20,10 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
 from .. import __version__
-from ..answers import data_rows, score_of
+from ..answers import STAGES, data_rows, score_of
 from ..charts import line_chart
 from ..clock import format_clock, format_duration
+from ..command import as_called
 from ..errors import counted
 from .collect import STATES, RunFacts, Session, TaskFacts
 from .compare import OUTCOMES, Beside, Comparison
@@ -254,6 +255,11 @@ def _top_figures(run: RunFacts) -> list[tuple[str, str]]:
         says = "{:.0f} tasks, {:.0f} to {:.0f}".format(*expected)
         rows.append(("expected without knowing solutions", says))
     rows.append(("answered", f"{run.answered} of {counted(len(run.tasks), 'task')}"))
+    adapted = sum(bool(task.adaptation) for task in run.tasks)
+    if adapted < len(run.tasks) and run.settings.get("adapt.enabled", True):
+        is_left = any(task.stage == STAGES[0] or not task.candidates for task in run.tasks)
+        goes_on = "; bin/solve --out with this folder goes on" if is_left and not run.is_running else ""
+        rows.append(("adapted to", as_called(f"{adapted} of {counted(len(run.tasks), 'task')}{goes_on}")))
     if times := summary.get("seconds_per_task"):
         rows.append(
             ("time per task, of one worker", f"median {times['median']:.0f} s, longest {times['longest']:.0f} s")

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..answers import Predictions, choose_attempts, rank
+from ..answers import STAGES, Predictions, choose_attempts, rank
 from ..answers.vote import RULES
 from ..config import VoteConfig
 from ..errors import counted
@@ -18,11 +18,15 @@ from ..puzzles import Grid, Task, same_grid
 MEMORISED = 0.02  # nats a token, of the last tenth of the steps, up to which the demonstrations are known by heart
 DISAGREE = 0.5  # share of the views behind the first attempt, below which they disagree
 MOST = 0.5  # share of the views, from which on it is most of them
+# A loss has risen if over the last tenth of the steps it is so many times and so many nats above that over the first.
+RISE, RISE_NATS = 1.5, 0.1
+RISE_STEPS = 20  # at least: of fewer a tenth is a single step, and says little
 
 KINDS = {
     "unanswered": "no answer",
     "fell-back": "fell back to an answer without adaptation",
     "not-selected": "proposed, not selected",
+    "not-adapted": "not adapted, no time",
     "diverged": "adaptation diverged",
     "no-room": "prompts lost demonstrations, or had no room for the reply",
     "wrong-shape": "wrong shape in most views",
@@ -45,6 +49,7 @@ def why_not_solved(
     adaptation: Mapping[str, Any] | None,
     fallback: str | None,
     vote: VoteConfig,
+    stage: str = "tasks",
 ) -> list[Reason]:
     """The reasons that hold, in the order of `KINDS`; none if the task is solved.
 
@@ -52,6 +57,7 @@ def why_not_solved(
         predictions: None: the run has not come to the task.
         adaptation: `Adaptation.to_json`; None: there was none.
         fallback: what the answer is instead of one of the adapted model.
+        stage: of `STAGES`, which the answer is of.
     """
     if predictions is None or not predictions.candidates:
         says = "The run has not come to it." if predictions is None else "All tries failed, so there is no answer."
@@ -65,6 +71,8 @@ def why_not_solved(
     found: dict[str, list[str]] = {kind: [] for kind in KINDS}
     if fallback:
         found["fell-back"].append("Adaptation failed, so the model answered as it is.")
+    if stage == STAGES[0]:
+        found["not-adapted"].append("It has the answer of the cheap pass: so far there was no time to adapt to it.")
     for test in missed:
         of = f"Test input {test + 1}: " if len(task.test) > 1 else ""
         place = _place(predictions, task, test, solution[test], vote)
@@ -99,6 +107,11 @@ def _judge_adaptation(found: dict[str, list[str]], adaptation: Mapping[str, Any]
     loss, ended = adaptation.get("last_loss"), adaptation.get("ended")
     if ended == "diverged":
         found["diverged"].append("The loss was not finite, so the adapter is what it was at the start.")
+    elif _has_risen(adaptation):
+        found["diverged"].append(
+            f"The loss rose from {adaptation['first_loss']:.3f} nats a token over the first tenth of the steps to"
+            f" {loss:.3f} over the last."
+        )
     elif loss is not None and loss <= MEMORISED and agreement < DISAGREE:
         found["memorised"].append(
             f"The loss fell to {loss:.3f} nats a token, but only {agreement:.0%} of the views agree on the first"
@@ -106,6 +119,13 @@ def _judge_adaptation(found: dict[str, list[str]], adaptation: Mapping[str, Any]
         )
     if ended == "deadline":
         found["stopped"].append(f"After {counted(adaptation['steps'], 'step')} there was no more time to adapt.")
+
+
+def _has_risen(adaptation: Mapping[str, Any]) -> bool:
+    first, last = adaptation.get("first_loss"), adaptation.get("last_loss")
+    if first is None or last is None or adaptation.get("steps", 0) < RISE_STEPS:
+        return False
+    return bool(last >= RISE * first and last >= first + RISE_NATS)
 
 
 def _place(predictions: Predictions, task: Task, test: int, right: Grid, vote: VoteConfig) -> int:

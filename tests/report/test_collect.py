@@ -2,10 +2,11 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from pages import facts_of
+from pages import facts_of, text_of
 from toys import flip_task, random_grid
 
 from arc_solver.answers.candidates import Candidate, Predictions
@@ -13,6 +14,7 @@ from arc_solver.errors import UserError
 from arc_solver.files import lock
 from arc_solver.puzzles.tasks import freeze
 from arc_solver.report.collect import NATS, RunReader, grid_text
+from arc_solver.report.page import run_page
 
 
 @pytest.fixture
@@ -82,6 +84,22 @@ def test_the_best_stage_counts_and_all_take_time(run_dir):
     (run_dir / "again" / file.name).write_text(json.dumps(content | {"seconds": 3.0}))
     (task,) = (task for task in RunReader(run_dir).read().tasks if task.task.id == file.stem)
     assert (task.stage, task.seconds) == ("again", content["seconds"] + 3.0)
+
+
+def test_a_task_that_only_the_cheap_pass_came_to_says_so(run_dir):
+    file = next((run_dir / "tasks").iterdir())
+    content = json.loads(file.read_text())
+    file.unlink()
+    for answer in content["candidates"]:
+        answer["grid"] = [[9, 9, 9]]
+    content |= {"adaptation": None, "candidates": content["candidates"][:1]}
+    (run_dir / "unadapted" / file.name).write_text(json.dumps(content))
+    run = RunReader(run_dir).read()
+    (task,) = (task for task in run.tasks if task.task.id == file.stem)
+    assert (task.stage, task.main_reason) == ("unadapted", "not-adapted")
+    said = "adapted to 11 of 12 tasks; bin/solve --out with this folder goes on"
+    assert said in text_of(run_page(run))
+    assert "adapted to 11 of 12 tasks; bin" not in text_of(run_page(replace(run, is_running=True)))
 
 
 def test_what_is_no_run_is_refused(tmp_path):

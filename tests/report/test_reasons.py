@@ -23,8 +23,10 @@ def found(*answers, views=8, **more) -> Predictions:
     return Predictions((0,) * views, tuple(candidates), **more)
 
 
-def kinds(predictions, adaptation=LEARNT, fallback=None, rule="votes", task=TASK, solution=(RIGHT,)):
-    reasons = why_not_solved(task, solution, predictions, adaptation, fallback, VoteConfig(rule=rule))
+def kinds(
+    predictions, adaptation=LEARNT, fallback=None, rule="votes", task=TASK, solution=(RIGHT,), stage="tasks"
+):
+    reasons = why_not_solved(task, solution, predictions, adaptation, fallback, VoteConfig(rule=rule), stage)
     return [reason.kind for reason in reasons], main_kind(reasons), " ".join(reason.says for reason in reasons)
 
 
@@ -73,6 +75,31 @@ def test_what_adaptation_says(adaptation, kind):
     assert listed == [kind, "not-proposed"]
     assert main == kind
     assert kinds(found(*torn), None)[0] == ["not-proposed"]
+
+
+def test_an_answer_of_the_cheap_pass_is_counted_as_one_without_time():
+    other_shape = [(grid("12"), 5, -2.0), (grid("123"), 3, -2.0)]
+    listed, main, says = kinds(found(*other_shape), None, stage="unadapted")
+    assert (listed, main) == (["not-adapted", "wrong-shape", "not-proposed"], "not-adapted")
+    assert "no time to adapt to it" in says
+    assert kinds(found((RIGHT, 8, -1.0)), None, stage="unadapted")[0] == []
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "steps", "rose"),
+    [
+        (0.48, 4.16, 240, True),
+        (2.0, 3.1, 240, True),
+        (2.0, 2.9, 240, False),  # under half as much again
+        (0.02, 0.09, 240, False),  # so little is noise
+        (0.2, 0.5, 19, False),  # so few steps too
+    ],
+)
+def test_a_loss_that_rose_has_diverged(first, last, steps, rose):
+    learnt = LEARNT | {"first_loss": first, "last_loss": last, "steps": steps}
+    listed, _, says = kinds(found(*WRONG), learnt)
+    assert ("diverged" in listed) == rose
+    assert (f"rose from {first:.3f} nats a token over the first tenth of the steps to {last:.3f}" in says) == rose
 
 
 def test_a_small_loss_of_views_that_agree_is_no_reason():
