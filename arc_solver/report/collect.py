@@ -29,7 +29,7 @@ from ..answers.revote import settings_of_run
 from ..answers.vote import Ranked
 from ..config import BUNDLED_DIR, Config
 from ..data import leak_audit, read_training_data
-from ..errors import UserError
+from ..errors import UserError, counted
 from ..files import is_locked
 from ..puzzles import Attempts, Grid, Task, TaskSet, read_json, read_object, same_grid
 from .reasons import Reason, main_kind, why_not_solved
@@ -44,6 +44,22 @@ STATES = {  # of a task, and what the page says
 }
 NO_PART = ("kaggle.", "stages")  # settings that are no part of a run
 NATS = 100  # log-probabilities travel as whole hundredths of a nat
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A job that failed. Whether it was tried again, and how, its tasks' other failures and answers tell."""
+
+    kind: str  # "adapt", "ask"
+    tasks: tuple[str, ...]
+    error: str  # the last line of what was raised
+
+    @property
+    def says(self) -> str:
+        """As of one of its tasks."""
+        others = len(self.tasks) - 1
+        together = f" together with {counted(others, 'other task')}" if others else ""
+        return f"{'asking' if self.kind == 'ask' else 'adapting'}{together}: {self.error}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +78,7 @@ class TaskFacts:
     fallback: str | None
     error: str | None
     reasons: Sequence[Reason]  # empty if it is solved, or the solution is not known
+    failures: Sequence[Failure] = ()  # in turn
 
     @property
     def solved(self) -> list[bool]:
@@ -130,6 +147,7 @@ class TaskFacts:
             "stage": self.stage,
             "fallback": self.fallback,
             "error": self.error,
+            "failures": [failure.says for failure in self.failures],
             "reasons": [reason.says for reason in self.reasons],
         }
         return json.dumps(content, separators=(",", ":"), ensure_ascii=False)
@@ -179,6 +197,7 @@ class Session:
     deadline: float | None
     workers: int
     jobs: tuple[Job, ...]
+    answered: tuple[str, ...] = ()  # tasks whose answer it gave, those of the cheap pass apart
 
     @property
     def ended(self) -> float:
@@ -200,6 +219,7 @@ class RunFacts:
     sessions: Sequence[Session]
     audit: tuple[bool | None, str]  # whether it passed, None if it could not be made, and what it says
     damaged: Sequence[str]  # files that could not be read
+    failures: Sequence[Failure] = ()  # in turn
 
     def score(self, which: str) -> Score | None:
         """Of the tasks with known solutions: by "first" attempts, "solved" by both, "covered". None: there are none."""
@@ -239,7 +259,13 @@ class RunReader:
         """How the run stands. `is_running`: None: as its lock says."""
         config = settings_of_run(self.run_dir)
         damaged: list[str] = []
-        tasks = [self._task(task, config, damaged) for task in self.task_set.tasks]
+        records = read_log(self.run_dir / "log.jsonl")
+        failures = [_failure(record) for record in records if record.get("event") == "failure"]
+        of_task: dict[str, list[Failure]] = {}
+        for failure in failures:
+            for task_id in failure.tasks:
+                of_task.setdefault(task_id, []).append(failure)
+        tasks = [self._task(task, config, of_task.get(task.id, []), damaged) for task in self.task_set.tasks]
         settings = read_object(self.run_dir / "config.json")
         self._audit = self._audit or self._audited(settings)
         return RunFacts(
@@ -251,21 +277,24 @@ class RunReader:
             read_object(self.run_dir / "run.json"),
             read_object(self.run_dir / "summary.json"),
             flat(settings),
-            _sessions(self.run_dir / "log.jsonl"),
+            _sessions(records),
             self._audit,
             damaged,
+            failures,
         )
 
-    def _task(self, task: Task, config: Config, damaged: list[str]) -> TaskFacts:
+    def _task(self, task: Task, config: Config, failures: list[Failure], damaged: list[str]) -> TaskFacts:
         file = best_file(self.run_dir, task.id)
         stat = file and file.stat()
-        key = (file, stat and stat.st_mtime_ns, stat and stat.st_size, config.vote)
+        key = (file, stat and stat.st_mtime_ns, stat and stat.st_size, config.vote, failures)
         if task.id not in self._known or self._known[task.id][0] != key:
-            facts = self._read_task(task, file, config, damaged)
+            facts = self._read_task(task, file, config, failures, damaged)
             self._known[task.id] = key, facts
         return self._known[task.id][1]
 
-    def _read_task(self, task: Task, file: Path | None, config: Config, damaged: list[str]) -> TaskFacts:
+    def _read_task(
+        self, task: Task, file: Path | None, config: Config, failures: list[Failure], damaged: list[str]
+    ) -> TaskFacts:
         content: Mapping[str, Any] = {}
         found = None
         if file:
@@ -292,6 +321,7 @@ class RunReader:
             fallback,
             content.get("error"),
             why_not_solved(task, solution, found, adaptation, fallback, vote, stage) if solution is not None else [],
+            failures,
         )
 
     def _audited(self, settings: Mapping[str, Any]) -> tuple[bool | None, str]:
@@ -330,14 +360,18 @@ def read_log(file: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _sessions(log: Path) -> list[Session]:
-    records = read_log(log)
+def _sessions(records: Sequence[Mapping[str, Any]]) -> list[Session]:
     starts = [i for i, record in enumerate(records) if record.get("event") == "begin"]
     sessions = []
     for begin, end in pairwise([*starts, len(records)]):
         head = records[begin]
         jobs = tuple(_job(record) for record in records[begin:end] if record.get("event") == "job")
-        sessions.append(Session(head["time"], head["deadline"], head["workers"], jobs))
+        answered = tuple(
+            record["task"]
+            for record in records[begin:end]
+            if record.get("event") == "task" and record["stage"] != STAGES[0]
+        )
+        sessions.append(Session(head["time"], head["deadline"], head["workers"], jobs, answered))
     return sessions
 
 
@@ -345,3 +379,8 @@ def _job(record: Mapping[str, Any]) -> Job:
     seconds, ended = record["seconds"], record["ended"]
     began = ended - (seconds or 0.0)
     return Job(record["job"], record["worker"], tuple(record["tasks"]), began, ended, seconds is None)
+
+
+def _failure(record: Mapping[str, Any]) -> Failure:
+    lines = (record["error"] or "").strip().splitlines()
+    return Failure(record["job"], tuple(record["tasks"]), lines[-1] if lines else "nobody says why")

@@ -199,6 +199,12 @@ function learning(content) {
   return made;
 }
 
+function failures(content) {
+  const found = content.failures || [];
+  if (!found.length) return [];
+  return [element("p", {}, `${found.length} ${found.length === 1 ? "try" : "tries"} failed:`), element("ol", {}, ...found.map((says) => element("li", {}, says)))];
+}
+
 // So large that a pair has room beside each other.
 const sideOfPairs = () => Math.min(260, Math.max(90, (document.documentElement.clientWidth - 90) / 2));
 
@@ -230,7 +236,7 @@ function show(i) {
     body.append(element("h3", {}, `Test${many}`), element("div", { class: "pairs" }, ...shown));
     if (!right) body.append(element("p", { class: "muted" }, "The solution is not known."));
   });
-  body.append(element("h3", {}, "Adaptation"), ...learning(content));
+  body.append(element("h3", {}, "Adaptation"), ...learning(content), ...failures(content));
   content.candidates.forEach((found, t) => {
     const many = content.test.length > 1 ? `, test ${t + 1}` : "";
     body.append(element("h3", {}, `Candidates${many}: ${found.length}`));

@@ -445,8 +445,8 @@ def _tick_s(span_s: float) -> float:
     return next((step for step in steps if span_s / step <= TICKS), 86400.0 * max(1, span_s // 86400 // TICKS))
 
 
-def _few(ids: Sequence[str], most: int = 4) -> str:
-    return ", ".join([*ids[:most], *([f"and {len(ids) - most} more"] if len(ids) > most else [])])
+def _few(ids: Sequence[str], most: int = 4, separator: str = ", ") -> str:
+    return separator.join([*ids[:most], *([f"and {len(ids) - most} more"] if len(ids) > most else [])])
 
 
 # ---- the run ----
@@ -469,9 +469,28 @@ def _facts(run: RunFacts) -> list[tuple[str, str]]:
     if run.sessions:
         began = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(run.sessions[0].began))
         rows.append(("begun", began))
+    if any(session.deadline for session in run.sessions):
+        rows.append(("time budget", _limits(run)))
+    if run.failures:
+        said = [f"{_few(failure.tasks)}: {failure.says}" for failure in run.failures]
+        rows.append(("jobs that failed", f"{len(said)}: {_few(said, separator='; ')}"))
     if run.damaged:
         rows.append(("files that cannot be read", ", ".join(run.damaged)))
     return rows
+
+
+def _limits(run: RunFacts) -> str:
+    """What is of a time budget, which the settings do not say of a run that was continued without one."""
+    calls = [session for session in run.sessions if session.jobs]
+    limited = sum(bool(session.deadline) for session in calls)
+    last = {task_id: session for session in calls for task_id in session.answered}
+    cheap = sum(task.stage == STAGES[0] for task in run.tasks)
+    answers = cheap + sum(bool(session.deadline) for session in last.values())
+    stopped = sum((task.adaptation or {}).get("ended") == "deadline" for task in run.tasks)
+    return (
+        f"in {limited} of {counted(len(calls), 'call')}, which gave {answers} of the {counted(run.answered, 'answer')},"
+        f" {cheap} of them in the cheap pass; {counted(stopped, 'adaptation')} stopped by the clock"
+    )
 
 
 def _title(name: str) -> str:

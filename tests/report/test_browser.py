@@ -16,7 +16,7 @@ from pages import write_training
 
 from arc_solver.puzzles.pictures import PALETTE
 from arc_solver.puzzles.tasks import Task
-from arc_solver.report.collect import RunReader
+from arc_solver.report.collect import Failure, RunReader
 from arc_solver.report.compare import compare
 from arc_solver.report.page import comparison_page, run_page, training_page
 from arc_solver.report.training import read_training
@@ -210,6 +210,22 @@ def test_the_page_of_a_run_that_was_killed_says_that_nothing_new_comes(browser, 
         page.clock.install(time=time.time() + 600)
         page.reload()
         assert "nothing new was written for 10 minutes" in page.locator("#fresh").inner_text()
+
+
+def test_a_task_says_why_there_was_no_adaptation_and_what_failed(browser, demo, tmp_path):
+    run, file = RunReader(demo).read(), tmp_path / "page.html"
+    failed = Failure("adapt", (run.tasks[0].task.id,), "worker 0 ended (signal 9)")
+    cheap = replace(run.tasks[0], adaptation=None, stage="unadapted")
+    fell_back = replace(run.tasks[1], adaptation=None, fallback="unadapted", failures=[failed, failed])
+    file.write_text(run_page(replace(run, tasks=[cheap, fell_back])))
+    with opened(browser, file) as page:
+        page.locator(f'.card:has-text("{cheap.task.id}")').click()
+        assert "There was no time for it so far" in page.locator("#task-body").inner_text()
+        page.keyboard.press("Escape")
+        page.locator(f'.card:has-text("{fell_back.task.id}")').click()
+        text = page.locator("#task-body").inner_text()
+        assert "It failed." in text and "2 tries failed:" in text
+        assert text.count("adapting: worker 0 ended (signal 9)") == 2
 
 
 def test_two_runs_are_drawn_beside_each_other(browser, demo, tmp_path):

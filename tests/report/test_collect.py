@@ -102,6 +102,50 @@ def test_a_task_that_only_the_cheap_pass_came_to_says_so(run_dir):
     assert "adapted to 11 of 12 tasks; bin" not in text_of(run_page(replace(run, is_running=True)))
 
 
+def logged(run_dir, *records):
+    with (run_dir / "log.jsonl").open("a") as log:
+        log.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def test_what_failed_is_said_of_its_tasks_and_of_the_run(run_dir):
+    reader = RunReader(run_dir)
+    before = reader.read()
+    first, second = [task.task.id for task in before.tasks[:2]]
+    error = "Traceback ...\nRuntimeError: worker 0 ended (signal 9)\n"
+    assert before.failures == [] and json.loads(before.tasks[0].text)["failures"] == []
+    logged(
+        run_dir,
+        {"event": "failure", "job": "adapt", "tasks": [first, second], "attempt": 1, "error": error},
+        {"event": "failure", "job": "ask", "tasks": [first], "attempt": 1, "error": None},
+    )
+    run = reader.read()
+    assert [json.loads(task.text)["failures"] for task in run.tasks[:3]] == [
+        ["adapting together with 1 other task: RuntimeError: worker 0 ended (signal 9)", "asking: nobody says why"],
+        ["adapting together with 1 other task: RuntimeError: worker 0 ended (signal 9)"],
+        [],
+    ]
+    said = f"jobs that failed 2: {first}, {second}: adapting together with 1 other task: RuntimeError: worker 0 ended"
+    assert said in text_of(run_page(run))
+
+
+def test_a_run_that_was_continued_says_what_is_of_a_time_budget(run_dir):
+    assert "time budget" not in text_of(run_page(RunReader(run_dir).read())).partition("All settings")[0]
+    records = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+    begin = next(record for record in records if record["event"] == "begin")
+    jobs = [record for record in records if record["event"] == "job"]
+    tasks = [record for record in records if record["event"] == "task"]
+    (run_dir / "log.jsonl").unlink()
+    cheap = {**tasks[5], "stage": "unadapted"}
+    logged(run_dir, {**begin, "deadline": begin["time"] + 60}, jobs[0], cheap, *tasks[:5], begin, *jobs[1:], *tasks[4:])
+    file = run_dir / "tasks" / f"{tasks[0]['task']}.json"
+    content = json.loads(file.read_text())
+    content["adaptation"]["ended"] = "deadline"
+    file.write_text(json.dumps(content))
+    (run_dir / "tasks" / f"{tasks[6]['task']}.json").rename(run_dir / "unadapted" / f"{tasks[6]['task']}.json")
+    said = "in 1 of 2 calls, which gave 5 of the 12 answers, 1 of them in the cheap pass; 1 adaptation stopped by the"
+    assert said in text_of(run_page(RunReader(run_dir).read()))
+
+
 def test_what_is_no_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="is no run of bin/solve"):
         RunReader(tmp_path)
