@@ -5,15 +5,17 @@ bin/report RUN_A RUN_B [--open]         two runs of the same tasks
 bin/report TRAINING_DIR [--watch]       a training, ended or going on
 """
 
+import os
 import time
 import webbrowser
 from pathlib import Path
+from urllib.parse import quote
 
 from ..command import Parser, user_path
 from ..errors import MachineError, UserError
 from ..files import write_whole
 from .collect import RunReader
-from .compare import compare
+from .compare import compare_folders, page_name
 from .page import EVERY_S, comparison_page, run_page, training_page
 from .training import is_training, read_training
 from .writer import PAGE
@@ -37,11 +39,12 @@ def main(arguments: list[str]) -> int:
     if len(args.folders) > 2 or (args.watch and len(args.folders) > 1):
         raise UserError("give one folder, or two runs to compare, without --watch")
     first = args.folders[0]
-    name = PAGE if len(args.folders) == 1 else f"report-against-{args.folders[1].resolve().name}.html"
+    name = PAGE if len(args.folders) == 1 else page_name(*args.folders)
     page = args.out or first / name
     goes_on, reader = False, None
     if len(args.folders) == 2:
-        _write(comparison_page(compare(*(RunReader(folder).read() for folder in args.folders))), page)
+        links = [_link(folder / PAGE, page) for folder in args.folders]
+        _write(comparison_page(compare_folders(*args.folders), links), page)
     elif is_training(first):
         goes_on = _write_training(first, page, args.watch)
     else:
@@ -69,6 +72,11 @@ def _write_training(folder: Path, page: Path, watch: bool) -> bool:
     goes_on = watch and not training.is_finished
     _write(training_page(training, EVERY_S if goes_on else None), page)
     return goes_on
+
+
+def _link(file: Path, page: Path) -> str:
+    """The address of a file on a page; "": there is no such file."""
+    return quote(os.path.relpath(file.resolve(), page.resolve().parent)) if file.is_file() else ""
 
 
 def _write(text: str, file: Path) -> None:

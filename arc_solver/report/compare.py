@@ -4,15 +4,17 @@ A task counts as solved if all its outputs are, and one that a run has not answe
 """
 
 import json
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from ..answers.comparison import PairedDifference, paired_difference
 from ..errors import UserError
 from ..puzzles import task_hash
-from .collect import NO_PART, RunFacts, TaskFacts
+from .collect import NO_PART, RunFacts, RunReader, TaskFacts
 
 OUTCOMES = {"first": "only by A", "second": "only by B", "both": "by both", "neither": "by neither"}
 
@@ -70,6 +72,33 @@ class Comparison:
         mine, theirs = self.first.settings, self.second.settings
         names = [name for name in dict.fromkeys([*mine, *theirs]) if not name.startswith(NO_PART)]
         return [(name, mine.get(name), theirs.get(name)) for name in names if mine.get(name) != theirs.get(name)]
+
+
+def compare_folders(first: Path, second: Path) -> Comparison:
+    """Compares the runs of two folders, under names that tell them apart.
+
+    Raises:
+        UserError: one is no run's folder, both are the same, or they share no task whose solution is known.
+    """
+    if first.resolve() == second.resolve():
+        raise UserError(f"{first} and {second} are the same run: give two")
+    names = _told_apart(first.resolve(), second.resolve())
+    runs = [replace(RunReader(folder).read(), name=name) for folder, name in zip((first, second), names, strict=True)]
+    return compare(*runs)
+
+
+def _told_apart(first: Path, second: Path) -> list[str]:
+    """The ends of two paths, as short as they differ."""
+    most = max(len(first.parts), len(second.parts))
+    length = next(n for n in range(1, most + 1) if first.parts[-n:] != second.parts[-n:])
+    return [str(Path(*path.parts[-length:])) for path in (first, second)]
+
+
+def page_name(first: Path, second: Path) -> str:
+    """The name of their page in the first's folder: that of the second, as seen from where the first lies."""
+    way = Path(os.path.relpath(second.resolve(), first.resolve().parent))
+    seen = [part for part in way.parts if part != ".."] or [second.resolve().name]
+    return f"report-against-{'-'.join(seen)}.html"
 
 
 def compare(first: RunFacts, second: RunFacts) -> Comparison:

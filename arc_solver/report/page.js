@@ -162,9 +162,9 @@ function viewTable(one, content) {
   return element("table", {}, element("thead", {}, head), body);
 }
 
-function lossCurve(losses, steps) {
+function lossCurve(losses, steps, beside = losses) { // on the scale of all that stand beside each other
   const [width, height, left, bottom] = [360, 150, 38, 22];
-  const low = Math.log10(Math.max(1e-4, Math.min(...losses.filter((x) => x > 0), 1))), high = Math.log10(Math.max(...losses, 1e-3));
+  const low = Math.log10(Math.max(1e-4, Math.min(...beside.filter((x) => x > 0), 1))), high = Math.log10(Math.max(...beside, 1e-3));
   const y = (loss) => 6 + (height - bottom - 6) * (high - Math.log10(Math.max(1e-4, loss))) / Math.max(0.1, high - low);
   const x = (k) => left + (width - left - 6) * (losses.length > 1 ? k / (losses.length - 1) : 0.5);
   const svg = drawing("svg", { class: "curve", viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `loss over ${steps} steps: ${losses.join(", ")}` });
@@ -248,6 +248,7 @@ function show(i) {
 }
 
 function showBeside(content, body) { // two runs of it
+  const lossesOf = (run) => (run.adaptation && run.adaptation.losses) || [], losses = content.runs.flatMap(lossesOf);
   content.test.forEach((input, t) => {
     const many = content.test.length > 1 ? ` ${t + 1}` : "", right = content.solution[t], side = sideOfPairs();
     body.append(element("h3", {}, `Test${many}`), element("div", { class: "pairs" },
@@ -260,7 +261,7 @@ function showBeside(content, body) { // two runs of it
   body.append(element("div", { class: "two" }, ...content.runs.map((run, k) => element("div", {},
     element("h3", {}, element("b", { class: "letter" }, "AB"[k]), " Why"),
     run.reasons.length ? element("ul", { class: "why" }, ...run.reasons.map((says) => element("li", {}, says))) : element("p", {}, "Solved."),
-    ...(run.adaptation && run.adaptation.losses && run.adaptation.losses.length ? [lossCurve(run.adaptation.losses, run.adaptation.steps)] : [])))));
+    ...(lossesOf(run).length ? [lossCurve(run.adaptation.losses, run.adaptation.steps, losses)] : [])))));
 }
 
 function place(i) {

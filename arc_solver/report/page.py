@@ -105,8 +105,8 @@ def run_page(run: RunFacts, every_s: float = EVERY_S) -> str:
     )
 
 
-def comparison_page(both: Comparison) -> str:
-    """The page of two runs beside each other."""
+def comparison_page(both: Comparison, links: Sequence[str] = ("", "")) -> str:
+    """The page of two runs beside each other. `links`: addresses of their own pages; "": there is none."""
     first, second = both.first, both.second
     outcomes = Counter(beside.outcome for beside in both.tasks)
     about = [f"{counted(len(both.tasks), 'task')} that both have, of {_title(first.task_set.name)}"]
@@ -137,11 +137,12 @@ def comparison_page(both: Comparison) -> str:
             {
                 "letter": letter,
                 "name": run.name,
+                "link": link,
                 "audit": run.audit[1],
                 "audit_class": AUDIT_CLASSES[run.audit[0]],
                 "facts": _facts(run),
             }
-            for letter, run in (("A", first), ("B", second))
+            for letter, run, link in zip("AB", (first, second), links, strict=True)
         ],
         data=[in_script(beside.text) for beside in both.tasks],
     )
@@ -347,8 +348,8 @@ def _scores_beside(both: Comparison) -> list[tuple[str, ...]]:
             outputs = f"{score.outputs_solved} of {counted(score.outputs, 'output')}"
             cells.append(f"{score.tasks_solved} of {counted(len(both.tasks), 'task')}, {outputs}")
         rows.append((name, *cells))
-    times = [run.summary.get("seconds", {}).get("whole") for run in (both.first, both.second)]
-    rows.append(("time", *("–" if seconds is None else format_duration(seconds) for seconds in times)))
+    times = [sum(getattr(beside, side).seconds for beside in both.tasks) for side in ("first", "second")]
+    rows.append(("time of one worker, for these tasks", *map(format_duration, times)))
     return rows
 
 

@@ -241,6 +241,18 @@ def test_two_runs_are_drawn_beside_each_other(browser, demo, tmp_path):
             assert drawn(page, f"Aattempt-0-{k}") == drawn(page, f"Battempt-0-{1 - k}") == attempt.tolist()
 
 
+def test_the_loss_curves_of_two_runs_have_one_scale(browser, demo, tmp_path):
+    run, file = RunReader(demo).read(), tmp_path / "page.html"
+    facts = run.tasks[0]
+    higher = {**facts.adaptation, "losses": [5 * loss for loss in facts.adaptation["losses"]]}
+    other = replace(run, name="other", tasks=[replace(facts, adaptation=higher)])
+    file.write_text(comparison_page(compare(replace(run, tasks=[facts]), other)))
+    with opened(browser, file) as page:
+        page.locator(".card").click()
+        ticks = [page.locator("svg.curve").nth(k).locator("text").all_text_contents()[:-1] for k in range(2)]
+        assert len(ticks[0]) > 2 and ticks[0] == ticks[1]
+
+
 def test_the_page_of_a_training_has_its_curves(browser, tmp_path):
     file = tmp_path / "page.html"
     file.write_text(training_page(read_training(write_training(tmp_path / "training"))))

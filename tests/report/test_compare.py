@@ -43,7 +43,9 @@ def test_who_solves_what(tasks):
     assert both.difference.p == sign_test(2, 1)
     assert both.settings == [("adapt.steps", 240, 120)]
     assert both.left_out == 0
+    both = replace(both, first=replace(ours, summary={"seconds": {"whole": 3600.0}}))  # of more tasks, and workers
     page = " ".join(comparison_page(both).split())
+    assert "time of one worker, for these tasks</th><td>5 s</td><td>5 s</td>" in page
     assert "A solves 2 tasks that B does not, and B 1 that A does not." in page
     assert "A wins 2 and loses 1: 1 more than B" in page
     assert f"p = {both.difference.p:.2g}" in page

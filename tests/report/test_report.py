@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from forked import Forked
@@ -32,6 +33,24 @@ def test_a_run_and_two_runs(whole, tmp_path, capsys):
     assert "A solves 0 tasks that B does not, and B 0 that A does not." in " ".join(page.split())
     assert main([str(run_dir), "--out", str(tmp_path / "mine.html")]) == 0
     assert (tmp_path / "mine.html").read_text() == (run_dir / "report.html").read_text()
+
+
+def test_runs_of_one_name_are_told_apart_and_no_page_takes_another_s_place(whole, tmp_path, capsys):
+    names = ("x/a", "y/a", "a", "x/b")
+    ours, theirs, above, beside = (shutil.copytree(whole, tmp_path / name) for name in names)
+    (theirs / "report.html").write_text("")
+    (ours / "report.html").unlink(missing_ok=True)
+    pages = []
+    for other in (theirs, above, beside):
+        assert main([str(ours), str(other)]) == 0
+        pages.append(Path(capsys.readouterr().out.strip()))
+    assert [page.name for page in pages] == [f"report-against-{name}.html" for name in ("y-a", "a", "b")]
+    page = pages[0].read_text()
+    assert "<h1>x/a and y/a</h1>" in page
+    assert '<a href="../../y/a/report.html">y/a</a>' in page and page.count("report.html") == 1
+    assert f"<h1>x/a and {tmp_path.name}/a</h1>" in pages[1].read_text()
+    with pytest.raises(UserError, match="are the same run: give two"):
+        main([str(ours), str(tmp_path / "y" / ".." / "x" / "a")])
 
 
 def test_a_training_has_curves_and_its_mixture(training_dir):
