@@ -113,7 +113,8 @@ def line_chart(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], x: 
         figure = new_figure(6, 3.2)
         axes = figure.subplots()
         for (label, (xs, ys)), (colour, mark) in zip(lines.items(), LINES, strict=False):
-            axes.plot(xs, ys, color=colour, linewidth=1.4, marker=mark, markersize=3, label=label)
+            alone = "o" if len(xs) == 1 else ""  # else it would not be seen
+            axes.plot(xs, ys, color=colour, linewidth=1.4, marker=mark or alone, markersize=3, label=label)
         axes.set(xlabel=x, ylabel=y)
         if log:
             _logarithmic(axes)

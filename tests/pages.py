@@ -47,13 +47,14 @@ def text_of(page: str) -> str:
     return " ".join(" ".join(Reader(page).text).split())
 
 
-def write_training(out: Path) -> Path:
-    """What a training of two stages leaves that has come to its second."""
+def write_training(out: Path, steps: int = 40) -> Path:
+    """What a training of two stages leaves, 100 steps together, that has come to its second."""
     (out / "partition").mkdir(parents=True)
-    stages = [{"name": name, "train": {"lr": lr}} for name, lr in (("a", 1e-3), ("b", 5e-4))]
-    (out / "config.json").write_text(json.dumps({"stages": stages, "run": {"seed": 3}}))
+    stages = [{"name": name, "train": {"lr": lr, "steps": of}} for name, lr, of in (("a", 1e-3, 30), ("b", 5e-4, 70))]
+    usual = {"lr": 1e-3, "steps": 30}
+    (out / "config.json").write_text(json.dumps({"stages": stages, "train": usual, "run": {"seed": 3}}))
     lines = []
-    for step in range(1, 41):
+    for step in range(1, steps + 1):
         stage, began = ("a" if step <= 30 else "b"), 2.0 * step
         record = {"step": step, "loss": 2.0 / step, "rate": 0.5, "stage": stage, "tokens": 100 * step}
         record |= {"began_s": began, "elapsed_s": began + 1.0}

@@ -233,12 +233,7 @@ class RunFacts:
     @property
     def unusual(self) -> dict[str, tuple[Any, Any]]:
         """Settings that are not the defaults of this version: the run's value, and the default."""
-        usual = flat(Config().model_dump(mode="json"))
-        return {
-            key: (value, usual.get(key))
-            for key, value in self.settings.items()
-            if usual.get(key) != value and not key.startswith(NO_PART)
-        }
+        return unusual(self.settings)
 
 
 class RunReader:
@@ -346,6 +341,16 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return found
+
+
+def unusual(settings: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Of settings by section.key those that are not the defaults of this version, each with the default."""
+    usual = flat(Config().model_dump(mode="json"))
+    return {
+        key: (value, usual.get(key))
+        for key, value in settings.items()
+        if usual.get(key) != value and not key.startswith(NO_PART)
+    }
 
 
 def read_log(file: Path) -> list[dict[str, Any]]:

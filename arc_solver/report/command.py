@@ -69,7 +69,7 @@ def _write_run(reader: RunReader, page: Path) -> bool:
 def _write_training(folder: Path, page: Path, watch: bool) -> bool:
     """Whether the training goes on. Nothing says that it was killed: a page that is not written again tells its age."""
     training = read_training(folder)
-    goes_on = watch and not training.is_finished
+    goes_on = watch and not training.has_ended
     _write(training_page(training, EVERY_S if goes_on else None), page)
     return goes_on
 

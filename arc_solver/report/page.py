@@ -22,7 +22,7 @@ from markupsafe import Markup
 from .. import __version__
 from ..answers import STAGES, data_rows, score_of
 from ..charts import line_chart
-from ..clock import format_clock, format_duration
+from ..clock import format_clock, format_duration, format_guess
 from ..command import as_called
 from ..errors import counted
 from .collect import STATES, RunFacts, Session, TaskFacts
@@ -67,7 +67,7 @@ ABOUT_TRAINING = {  # of a training's own record, what is said and how
     "seed": "seed",
     "began_with": "began with",
     "held_out": "held-out tasks",
-    "left_out": "left out for the audit",
+    "left_out": "tasks that the audit left out",
 }
 EVERY_S = 10.0  # between two pages of what goes on, at least
 LOG_FROM = 4.0  # times the smallest loss of a curve is the largest: then its axis is logarithmic
@@ -166,7 +166,7 @@ def training_page(training: TrainingFacts, every_s: float | None = None) -> str:
         "training.html",
         title=training.name,
         kicker="a training of bin/train",
-        about="finished" if training.is_finished else "as far as it is",
+        about=_how_it_ended(training, goes_on=every_s is not None),
         running=_running(every_s),
         top_figures=_top_figures_of_training(training),
         charts=[{"title": title, "svg": Markup(line_chart(lines, x, y, log))} for title, lines, x, y, log in charts],
@@ -175,7 +175,8 @@ def training_page(training: TrainingFacts, every_s: float | None = None) -> str:
         counted_until=f"step {about.get('steps', about.get('total_steps', 0)):,}",
         audit=audit,
         audit_class="passed" if audit.startswith("leak audit passed") else "failed",
-        facts=[(name, _said(about[key])) for key, name in ABOUT_TRAINING.items() if about.get(key) not in (None, "")],
+        facts=_facts_of_training(about),
+        unusual=[(key, _said(value), _said(usual)) for key, (value, usual) in training.unusual.items()],
         settings=[(key, _said(value)) for key, value in training.settings.items()],
     )
 
@@ -383,9 +384,34 @@ def _row_beside(beside: Beside) -> dict[str, Any]:
 # ---- a training ----
 
 
+def _how_it_ended(training: TrainingFacts, goes_on: bool) -> str:
+    """Or how far it is."""
+    done, of = training.steps, training.total
+    if training.is_finished:
+        return f"finished: it took all of its {counted(of, 'step')}"
+    if training.has_ended:
+        again = "bin/train --out with this folder, --resume and more --max-minutes goes on"
+        return as_called(f"the clock ended it after {done:,} of {counted(of, 'step')}; {again}")
+    left = f"; the others take about {format_guess(training.left_s)}, if no clock ends it before" if goes_on else ""
+    return f"step {done:,} of {of:,}, {done / of:.0%}{left}"
+
+
+def _facts_of_training(about: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What a training's own record says that is not empty. Of tasks their number, and the first ones."""
+    said = {key: about[key] for key in ABOUT_TRAINING if about.get(key) not in (None, "", [], {})}
+    if commit := said.get("commit"):
+        said["commit"] = _short(commit)
+    if held_out := said.get("held_out"):
+        said["held_out"] = f"{len(held_out)}: {_few(held_out)}"
+    if left_out := said.get("left_out"):
+        tasks = [f"{task_id} of {source}" for source, of in left_out.items() for task_id in of]
+        said["left_out"] = f"{len(tasks)}: {_few(tasks)}"
+    return [(ABOUT_TRAINING[key], _said(value)) for key, value in said.items()]
+
+
 def _top_figures_of_training(training: TrainingFacts) -> list[tuple[str, str]]:
     tokens, losses = training.loss
-    rows = [("steps", f"{training.rate[0][-1]:,.0f}"), ("tokens", f"{tokens[-1]:,.1f} million")]
+    rows = [("steps", f"{training.steps:,} of {training.total:,}"), ("tokens", f"{tokens[-1]:,.1f} million")]
     rows.append(("training loss, smoothed", f"{losses[-1]:.4f} nats a token"))
     if training.validation[1]:
         rows.append(("loss on held-out tasks", f"{training.validation[1][-1]:.4f} nats a token"))

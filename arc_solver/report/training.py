@@ -3,15 +3,18 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from ..charts import smoothed
 from ..errors import UserError
 from ..puzzles import read_json
-from .collect import flat, read_log
+from .collect import flat, read_log, unusual
 
 PIECES = 100  # that the speed is averaged over
+LATEST = 100  # steps, by which it is judged how long the others take
 MILLION = 1_000_000
 
 
@@ -23,15 +26,27 @@ class TrainingFacts:
     """All that a training's folder says."""
 
     name: str
-    is_finished: bool
+    has_ended: bool  # as it should: it took all its steps, or the clock ended it
+    total: int  # steps of all stages
     about: Mapping[str, Any]  # training.json beside the weights, or a checkpoint's progress; empty before the first
     settings: Mapping[str, Any]
+    unusual: Mapping[str, tuple[Any, Any]]  # settings that are not the defaults: the value, and the default
     stages: Sequence[tuple[str, int]]  # names, and their last steps so far
     loss: Curve  # of training, smoothed, over millions of tokens
     validation: Curve
     accuracy: Curve  # share of generated answers that are right
     rate: Curve  # learning rate over steps
     speed: Curve  # tokens/s over millions of tokens
+    left_s: float  # that the other steps take, if they are like the latest and no clock ends them
+
+    @property
+    def steps(self) -> int:
+        """That were taken so far."""
+        return int(self.rate[0][-1])
+
+    @property
+    def is_finished(self) -> bool:
+        return self.has_ended and self.steps >= self.total
 
     @property
     def sources(self) -> Mapping[str, Mapping[str, Any]]:
@@ -57,17 +72,21 @@ def read_training(out_dir: Path) -> TrainingFacts:
     peaks = {stage["name"]: stage["train"]["lr"] for stage in config["stages"]}
     stages = {step["stage"]: step["step"] for step in steps}
     rates = [peaks.get(step["stage"], 1.0) * step["rate"] for step in steps]
+    total = sum(stage["train"]["steps"] for stage in config["stages"])
     return TrainingFacts(
         out_dir.resolve().name,
         any(record.get("finished") for record in records),
+        total,
         _about(out_dir),
         flat(config),
+        _unusual(config),
         list(stages.items()),
         ([step["tokens"] / MILLION for step in steps], smoothed([step["loss"] for step in steps])),
         _measured(records, "validation_loss"),
         _measured(records, "accuracy"),
         ([step["step"] for step in steps], rates),
         _speed(steps),
+        _left_s(steps, total),
     )
 
 
@@ -79,6 +98,27 @@ def _about(out_dir: Path) -> dict[str, Any]:
             content: dict[str, Any] = json.loads(file.read_text())
             return content
     return {}
+
+
+def _unusual(config: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Sources are no part of it: they are a page's mixture. A stage's defaults are the sections [train] and [corpus]."""
+    found = unusual(flat(config))
+    for stage in config["stages"]:
+        for section in ("train", "corpus"):
+            usual = flat(config.get(section, {}))
+            found |= {
+                f"{section}.{key} of stage {stage['name']}": (value, usual[key])
+                for key, value in flat(stage.get(section, {})).items()
+                if key in usual and value != usual[key]
+            }
+    return {name: values for name, values in found.items() if not name.startswith("corpus.sources")}
+
+
+def _left_s(steps: Sequence[Mapping[str, Any]], total: int) -> float:
+    """What lies between two steps counts, but for what is rare."""
+    latest = steps[-LATEST - 1 :]
+    times = [after["elapsed_s"] - before["elapsed_s"] for before, after in pairwise(latest)]
+    return (total - steps[-1]["step"]) * median(times or [steps[-1]["elapsed_s"] - steps[-1]["began_s"]])
 
 
 def _measured(records: Sequence[Mapping[str, Any]], name: str) -> Curve:

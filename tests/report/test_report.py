@@ -1,5 +1,7 @@
 """`bin/report`: a run, two runs, a training, and what is refused."""
 
+import json
+import re
 import shutil
 import subprocess
 import sys
@@ -7,13 +9,14 @@ from pathlib import Path
 
 import pytest
 from forked import Forked
-from pages import Reader, write_training
+from pages import Reader, text_of, write_training
 from solve_runs import finish
 
 from arc_solver.errors import MachineError, UserError
 from arc_solver.files import lock
 from arc_solver.report import command
 from arc_solver.report.command import main
+from arc_solver.report.page import training_page
 from arc_solver.report.training import read_training
 
 
@@ -65,6 +68,48 @@ def test_a_training_has_curves_and_its_mixture(training_dir):
     for said in ("Loss", "Learning rate", "Generated answers", "Speed", "75.0%", "<b>mine", "up to step 40", "25.0%"):
         assert said in text, said
     assert page.loaded == []
+
+
+def test_a_training_says_how_far_it_is_and_how_it_ended(training_dir):
+    def says(every_s=None) -> str:
+        return text_of(training_page(read_training(training_dir), every_s))
+
+    assert "step 40 of 100, 40%" in says() and "the others take" not in says()
+    assert "step 40 of 100, 40%; the others take about 2 minutes, if no clock ends it before" in says(10.0)  # 2 s each
+    log = training_dir / "log.jsonl"
+    log.write_text(log.read_text() + '{"step": 40, "tokens": 4000, "finished": true}\n')
+    again = "bin/train --out with this folder, --resume and more --max-minutes goes on"
+    assert f"the clock ended it after 40 of 100 steps; {again}" in says()
+    assert not read_training(training_dir).is_finished
+    config = json.loads((training_dir / "config.json").read_text())
+    config["stages"][1]["train"]["steps"] = 10
+    (training_dir / "config.json").write_text(json.dumps(config))
+    assert "finished: it took all of its 40 steps" in says() and read_training(training_dir).is_finished
+
+
+def test_what_a_training_was_made_of_is_said_in_short(training_dir):
+    held_out, commit = [f"task{i}" for i in range(20)], "0123456789abcdef" * 2 + "01234567-dirty"
+    about = {"held_out": held_out, "left_out": {"RE-ARC": {"f76d97a5": "x"}}, "commit": commit, "began_with": ""}
+    (training_dir / "model").mkdir()
+    (training_dir / "model" / "training.json").write_text(json.dumps(about))
+    text = text_of(training_page(read_training(training_dir)))
+    for said in (
+        "held-out tasks 20: task0, task1, task2, task3, and 16 more",
+        "tasks that the audit left out 1: f76d97a5 of RE-ARC",
+        "commit 0123456789ab-dirty",
+        "run.seed 3 0",
+        "train.steps of stage b 70 30",
+    ):
+        assert said in text, said
+    assert "train.lr of stage a" not in text
+    (training_dir / "model" / "training.json").write_text(json.dumps(about | {"left_out": {}}))
+    assert "the audit left out" not in text_of(training_page(read_training(training_dir)))
+
+
+def test_the_first_step_of_a_training_is_seen(tmp_path):
+    page = training_page(read_training(write_training(tmp_path / "training", steps=1)))
+    assert "step 1 of 100, 1%" in page and page.count("<figure>") == 2
+    assert len(re.findall("<use [^>]*fill: #3f83d6", page)) == 2  # a point in each chart
 
 
 def test_the_same_training_has_the_same_page(training_dir):
