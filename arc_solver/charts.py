@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK = "#010203"  # in a chart for a page it becomes the text colour around
+DOTS = 110  # an inch, in files of pixels
 LINES = (("#3f83d6", ""), ("#d27d2d", "o"))  # colours that both light and dark pages show, and marks of the points
 
 
@@ -30,7 +31,7 @@ def save_figure(figure: "Figure", file: Path) -> None:
     import matplotlib
 
     with matplotlib.rc_context({"svg.hashsalt": "arc_solver"}):
-        figure.savefig(file, dpi=110, metadata={"Date": None} if file.suffix == ".svg" else None)
+        figure.savefig(file, dpi=DOTS, metadata={"Date": None} if file.suffix.lower() == ".svg" else None)
 
 
 def smoothed(values: Sequence[float]) -> list[float]:

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.columns import Columns
-from rich.console import Group
+from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from ..charts import new_figure, save_figure
+from ..charts import DOTS, new_figure, save_figure
+from ..errors import UserError, counted
 from .encode import END, IGNORE, INPUT, NEWLINE, OUTPUT, TOKENS, Sample
 from .tasks import COLOURS, Attempts, Grid, Task, same_grid
 
@@ -32,6 +33,8 @@ RIGHT, WRONG = "#1a7f37", "#cf222e"
 MOST_IN_A_ROW = 6  # grids: a demonstration, a test input, both attempts and the right output
 BOX, MOST_CELL = 1.5, 0.3  # the longest sides of a grid and of a cell
 GAP, LABEL, TITLE = 0.42, 0.24, 0.36  # between two grids, above each, and above a task
+TALLEST = 150.0  # 16,500 pixels: taller ones many programs do not open
+MISSING = "□"  # stands for a sign that the font lacks
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,15 +104,30 @@ def grid_text(grid: Grid, numbers: bool = False) -> Text:
     return text
 
 
+def needs_numbers(console: Console) -> bool:
+    """Whether a console has so few colours that some of ours look the same there."""
+    return console.color_system not in ("256", "truecolor")
+
+
+def width_of(drawing: Drawing) -> int:
+    """Columns that a picture needs, if no grid may be torn; see `task_picture`."""
+    wide = Console(width=10_000)
+    return max(Text(drawing.title).cell_len, *(wide.measure(each).maximum for each in _units(drawing, numbers=False)))
+
+
 def task_picture(drawing: Drawing, numbers: bool = False) -> Group:
     """Demonstrations side by side, whatever the width; then tests and answers, as many in a row as there is room."""
+    return Group(Text(drawing.title, style="bold"), Columns(_units(drawing, numbers), padding=(0, 2)), Text())
+
+
+def _units(drawing: Drawing, numbers: bool) -> list[Table]:
+    """What a line's end does not tear apart."""
     shown = []
     for pair in drawing.shown_demonstrations():
         both = Table.grid(padding=(0, 2))
         both.add_row(*(_labelled(each, numbers) for each in pair))
         shown.append(both)
-    shown += [_labelled(each, numbers) for test in drawing.shown_tests() for each in test]
-    return Group(Text(drawing.title, style="bold"), Columns(shown, padding=(0, 2)), Text())
+    return [*shown, *(_labelled(each, numbers) for test in drawing.shown_tests() for each in test)]
 
 
 def _labelled(shown: Labelled, numbers: bool) -> Table:
@@ -141,12 +159,20 @@ def sample_text(sample: Sample) -> Text:
 def save_pictures(drawings: Sequence[Drawing], file: Path, numbers: bool = False) -> None:
     """Tasks below each other, each in rows of up to six grids with one size of cells. PNG or SVG, by the file's ending.
 
+    Signs of a title that the font lacks are drawn as boxes.
+
     Raises:
+        UserError: it would be too tall for most programs.
         OSError: it cannot be written.
     """
     rows_of = [_rows(drawing) for drawing in drawings]
     cells = [_cell_side(rows) for rows in rows_of]
     height = sum(TITLE + sum(_row_height(row, cell) for row in rows) for rows, cell in zip(rows_of, cells, strict=True))
+    if height > TALLEST:
+        raise UserError(
+            f"{counted(len(drawings), 'drawing')} would make a picture of {height * DOTS:,.0f} pixels from top to"
+            f" bottom, and at most {TALLEST * DOTS:,.0f} can be shown: choose fewer tasks or views"
+        )
     widest = max(len(row) for rows in rows_of for row in rows)
     figure = new_figure(GAP + widest * (BOX + GAP), height + GAP / 2)
     figure.set_layout_engine("none")
@@ -216,8 +242,12 @@ def _rectangle(left: int, top: int, right: int, bottom: int) -> "Outline":
 
 
 def _write(figure: "Figure", text: str, left: float, bottom: float, **style: Any) -> None:
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
     width, height = figure.get_size_inches()
-    figure.text(left / width, bottom / height, text, **style)
+    known = get_font(findfont(FontProperties(weight=style.get("weight")))).get_charmap()
+    drawable = "".join(sign if ord(sign) in known else MISSING for sign in text)
+    figure.text(left / width, bottom / height, drawable, **style)
 
 
 def _contrast(cell: int) -> str:

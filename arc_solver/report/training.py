@@ -101,7 +101,7 @@ def _about(out_dir: Path) -> dict[str, Any]:
 
 
 def _unusual(config: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Sources are no part of it: they are a page's mixture. A stage's defaults are the sections [train] and [corpus]."""
+    """Sources are no part of it, as a page's mixture has them. A stage's defaults are [train] and [corpus]."""
     found = unusual(flat(config))
     for stage in config["stages"]:
         for section in ("train", "corpus"):

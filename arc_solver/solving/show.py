@@ -8,6 +8,7 @@ Nothing is solved, and no model is loaded.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console, RenderableType
@@ -18,7 +19,7 @@ from ..command import Parser, add_choice_arguments, task_overrides, user_path
 from ..config import Config, TasksConfig, load_config
 from ..errors import MachineError, UserError, counted
 from ..puzzles import IGNORE, Task, TaskSet, load_tasks
-from ..puzzles.pictures import Drawing, sample_text, save_pictures, task_picture
+from ..puzzles.pictures import Drawing, needs_numbers, sample_text, save_pictures, task_picture, width_of
 from ..puzzles.task_files import choose_tasks
 from ..rng import named_rng
 from .run_config import saved_config
@@ -34,13 +35,17 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--views", type=int, default=0, metavar="N", help="also N augmented views, as they are asked")
     parser.add_argument("--encoded", action="store_true", help="also a sample of the adaptation, token by token")
     parser.add_argument("--demonstrations", type=int, metavar="N", help="of each task the first N; default: all")
-    parser.add_argument("--numbers", action="store_true", help="also the number of each cell's colour")
+    parser.add_argument(
+        "--numbers",
+        action="store_true",
+        help="also the number of each cell's colour, as always where a terminal has under 256 colours",
+    )
     parser.add_argument("--picture", type=user_path, metavar="FILE", help="write a .png or .svg instead")
     args = parser.parse_args(arguments)
     spec, colon, task_id = args.tasks.rpartition(":")
     if colon and not Path(args.tasks).exists() and args.ids is None:
         args.tasks, args.ids = spec, task_id
-    if args.picture and args.picture.suffix not in (".png", ".svg"):
+    if args.picture and args.picture.suffix.lower() not in (".png", ".svg"):
         raise UserError(f"--picture {args.picture}: give a name that ends in .png or .svg")
     if args.picture and args.encoded:
         raise UserError("--encoded is text for the terminal: leave --picture out")
@@ -71,8 +76,10 @@ def main(arguments: list[str]) -> int:
             Drawing(f"task {task.id}", task, of_run, solution, args.demonstrations),
             *_views(task, settings, args.views, args.demonstrations),
         ]
-    of = f"{counted(len(task_set.tasks), 'task')} of {task_set.name}"
-    said = f"{len(chosen.tasks)} of the {of}; --ids, --limit and --sample choose others"
+    count, name = counted(len(task_set.tasks), "task"), task_set.name
+    said = f"{len(chosen.tasks)} of the {count} of {name}; --ids, --limit and --sample choose others"
+    if len(chosen.tasks) == len(task_set.tasks):
+        said = f"{count}, all of {name}"
     if args.picture:
         try:
             save_pictures([drawing for some in drawings.values() for drawing in some], args.picture, args.numbers)
@@ -81,9 +88,12 @@ def main(arguments: list[str]) -> int:
         print(f"{args.picture}: {said}")
         return 0
     console = Console()
+    numbers = args.numbers or needs_numbers(console)
+    if not console.is_terminal:  # a pipe or a file, which is as wide as its text
+        console.width = max(console.width, *(width_of(drawing) for some in drawings.values() for drawing in some))
     for task, some in drawings.items():
         for drawing in some:
-            console.print(task_picture(drawing, args.numbers))
+            console.print(task_picture(drawing, numbers))
         if args.encoded:
             console.print(*_encoded(task, settings), sep="\n")
     print(said)
@@ -116,7 +126,7 @@ def _encoded(task: Task, settings: Config) -> Iterator[RenderableType]:
 
 
 def _of_run(run_dir: Path, settings: Config) -> tuple[TaskSet, Submission]:
-    """The tasks of a run, and the answers to those that it has come to."""
-    task_set = tasks_of_run(run_dir, settings.tasks)
+    """The tasks of a run, which is named for them, and the answers to those that it has come to."""
+    task_set = replace(tasks_of_run(run_dir, settings.tasks), name=str(run_dir))
     answers = read_submission(run_dir / "submission.json", task_set.tasks)
     return task_set, {task_id: outputs for task_id, outputs in answers.items() if best_file(run_dir, task_id)}

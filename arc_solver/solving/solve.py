@@ -40,7 +40,7 @@ from ..models import (
 from ..models.hardware import whole_memory
 from ..models.lora import origin_of
 from ..puzzles import Task, TaskSet
-from ..puzzles.pictures import Drawing, task_picture
+from ..puzzles.pictures import Drawing, needs_numbers, task_picture
 from ..puzzles.task_files import smallest
 from ..report import PageWriter
 from ..report.writer import pages_of_run
@@ -263,9 +263,14 @@ _ENDS = {
 
 
 def _picture(
-    task_set: TaskSet, journal: Journal, config: Config, trained_on: TrainingData | None, summary: dict[str, Any]
+    task_set: TaskSet,
+    journal: Journal,
+    config: Config,
+    trained_on: TrainingData | None,
+    summary: dict[str, Any],
+    numbers: bool,
 ) -> Group:
-    """Some tasks drawn; how the run stands; and what a score must be read with."""
+    """Some tasks drawn, perhaps with numbers; how the run stands; and what a score must be read with."""
     shown: list[RenderableType] = []
     attempts = {i: status.attempts for i, status in journal.statuses.items()}
     drawn = config.run.show
@@ -284,7 +289,8 @@ def _picture(
                 shown.append(Rule(f"{some} {title}"))
                 for i in ids[:drawn]:
                     task, solution = journal.tasks[i], task_set.solutions.get(i)
-                    shown.append(task_picture(Drawing(f"task {i}", task, attempts[i], solution, demonstrations=1)))
+                    drawing = Drawing(f"task {i}", task, attempts[i], solution, demonstrations=1)
+                    shown.append(task_picture(drawing, numbers))
     title = f"{task_set.name}, {counted(len(task_set.tasks), 'task')}, seed {config.run.seed}"
     shown.append(table_of(title, status.summary_rows(summary)))
     if summary["score"] and summary["answered"]:
@@ -373,7 +379,7 @@ def run(config: Config, task_set: TaskSet, run_dir: Path, remark: str = "") -> i
             return INTERRUPTED
     if config.adapt.joint:
         trained_on = read_training_data(Path(used.model.path))
-    console.print(_picture(task_set, journal, config, trained_on, summary))
+    console.print(_picture(task_set, journal, config, trained_on, summary, needs_numbers(console)))
     return _conclude(len(chosen), journal, summary, plain)
 
 

@@ -6,10 +6,21 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from rich.console import Console
+from rich.color import Color
+from rich.console import COLOR_SYSTEMS, Console
 from toys import flip_task
 
-from arc_solver.puzzles.pictures import PALETTE, Drawing, _rows, grid_text, save_pictures, task_picture
+from arc_solver.errors import UserError
+from arc_solver.puzzles.pictures import (
+    PALETTE,
+    Drawing,
+    _rows,
+    grid_text,
+    needs_numbers,
+    save_pictures,
+    task_picture,
+    width_of,
+)
 from arc_solver.puzzles.tasks import Pair, Task, freeze
 
 CELLS = freeze(np.arange(6, dtype=np.uint8).reshape(2, 3))
@@ -77,3 +88,45 @@ def test_rows_keep_together_what_belongs_together(rng):
     assert [len(row) for row in one] == [6, 4]
     for row in _rows(Drawing("task", task, attempts, task.test)):
         assert row[0].label.startswith(("demonstration", "test input")) and len(row) <= 6
+
+
+@pytest.mark.parametrize(("system", "needed"), [("standard", True), ("256", False), ("truecolor", False)])
+def test_numbers_are_needed_where_colours_of_ours_look_the_same(system, needed):
+    console = Console(color_system=system, force_terminal=True, file=io.StringIO())
+    assert needs_numbers(console) == needed
+    shown = {Color.parse(colour).downgrade(COLOR_SYSTEMS[system]).get_ansi_codes() for colour in PALETTE}
+    assert (len(shown) < 10) == needed
+
+
+def test_at_its_width_no_grid_is_torn(rng):
+    cells = freeze(rng.integers(0, 10, (3, 30)).astype(np.uint8))
+    drawing = Drawing("task", Task("t", (Pair(cells, cells),), (cells,)), [(cells, cells)], [cells])
+    row = " ".join(map(str, cells[0].tolist()))
+    assert width_of(drawing) >= 2 * 2 * 30
+    for width, torn in ((80, True), (width_of(drawing), False)):
+        console = Console(width=width, file=io.StringIO())
+        with console.capture() as capture:
+            console.print(task_picture(drawing))
+        assert (capture.get().count(row) < 6) == torn
+
+
+def test_a_picture_that_would_be_too_tall_is_refused(tmp_path, rng):
+    drawing = Drawing("task", flip_task(rng))
+    with pytest.raises(UserError, match=r"400 drawings would make a picture of [\d,]+ pixels .* choose fewer tasks"):
+        save_pictures([drawing] * 400, tmp_path / "x.png")
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_a_sign_that_the_font_lacks_is_a_box(tmp_path, rng):
+    """Without a warning, which would be an error here."""
+    for name, title in (("a", "task 例え é"), ("b", "task □□ é")):
+        save_pictures([Drawing(title, flip_task(np.random.default_rng(0)))], tmp_path / f"{name}.svg")
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+
+
+def test_an_ending_in_capitals_is_as_good(tmp_path, rng):
+    drawing = Drawing("task", flip_task(rng))
+    for name in ("a.svg", "B.SVG", "C.PNG"):
+        save_pictures([drawing], tmp_path / name)
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "B.SVG").read_bytes()
+    assert (tmp_path / "C.PNG").read_bytes().startswith(b"\x89PNG")

@@ -23,9 +23,7 @@ def found(*answers, views=8, **more) -> Predictions:
     return Predictions((0,) * views, tuple(candidates), **more)
 
 
-def kinds(
-    predictions, adaptation=LEARNT, fallback=None, rule="votes", task=TASK, solution=(RIGHT,), stage="tasks"
-):
+def kinds(predictions, adaptation=LEARNT, fallback=None, rule="votes", task=TASK, solution=(RIGHT,), stage="tasks"):
     reasons = why_not_solved(task, solution, predictions, adaptation, fallback, VoteConfig(rule=rule), stage)
     return [reason.kind for reason in reasons], main_kind(reasons), " ".join(reason.says for reason in reasons)
 

@@ -7,7 +7,7 @@ import pytest
 
 from arc_solver.config import Config, TasksConfig
 from arc_solver.errors import UserError
-from arc_solver.puzzles import load_tasks
+from arc_solver.puzzles import challenge, load_tasks
 from arc_solver.rng import named_rng
 from arc_solver.solving.predict import views_of
 from arc_solver.solving.show import main
@@ -86,6 +86,39 @@ def test_a_picture_is_written(capsys, tmp_path):
         assert (tmp_path / name).read_bytes().startswith(begins)
 
 
+def test_a_picture_may_end_in_capitals(capsys, tmp_path):
+    assert "X.PNG" in drawn(capsys, "demo", "--limit", "1", "--picture", tmp_path / "X.PNG")
+
+
+def test_a_pipe_has_whole_rows(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    big = max(load_tasks(TasksConfig(spec="arc-agi-1/training")).tasks, key=lambda t: t.train[0].input.shape[1])
+    shown = drawn(capsys, f"arc-agi-1/training:{big.id}")
+    for pair in big.train:
+        for cells in (pair.input, pair.output):
+            assert all(" ".join(map(str, row)) in shown for row in cells.tolist())
+    assert max(map(len, drawn(capsys, "demo").splitlines())) <= 80 < max(map(len, shown.splitlines()))
+
+
+@pytest.mark.parametrize(("term", "hidden"), [("xterm", False), ("xterm-256color", True)])
+def test_a_terminal_of_few_colours_has_numbers(capsys, monkeypatch, term, hidden):
+    for name, value in (("TERM", term), ("FORCE_COLOR", "1"), ("COLORTERM", ""), ("COLUMNS", "80")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    shown = drawn(capsys, "demo:66e6c45b", "--demonstrations", "1")
+    style = r"\x1b\[(3\d(?:;5;\d+)?|9\d);(4\d(?:;5;\d+)?|10\d)m[1-9] "
+    cells = re.findall(style, shown)
+    assert cells and any(paper == ink.replace("3", "4", 1) for ink, paper in cells) == hidden
+
+
+def test_how_many_are_drawn_is_said(capsys, whole, tmp_path):
+    assert "3 of the 20 tasks of demo; --ids" in drawn(capsys, "demo")
+    assert drawn(capsys, whole, "--limit", "12").splitlines()[-1] == f"12 tasks, all of {whole}"
+    [task] = load_tasks(TasksConfig(spec="demo", limit=1)).tasks
+    (tmp_path / "one.json").write_text(json.dumps(challenge(task)))
+    assert drawn(capsys, tmp_path / "one.json").splitlines()[-1] == f"1 task, all of {tmp_path}/one.json"
+
+
 def test_as_many_demonstrations_as_asked_for(capsys):
     assert "a demonstration" in drawn(capsys, "demo:66e6c45b", "--demonstrations", "1")
     assert "demonstration" not in drawn(capsys, "demo:66e6c45b", "--demonstrations", "0")
@@ -96,6 +129,8 @@ def test_what_cannot_be_shown(whole, tmp_path):
     for words, said in (
         ([whole, "--solutions", "x"], "is a run"),
         (["demo", "--ids", "none"], "has no task 'none'"),
+        ([f"{whole}:nope"], f"^{whole} has no task 'nope'; it has 12 tasks"),
+        (["arc-agi-1/training", "--limit", "100", "--picture", tmp_path / "x.png"], "choose fewer tasks"),
         (["demo", "--submission", tmp_path / "none.json"], "does not exist"),
         ([tmp_path / "pairs.json"], "lists of pairs"),
         ([tmp_path / "nothing"], "not found"),

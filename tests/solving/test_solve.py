@@ -147,8 +147,10 @@ def test_an_engine_that_cannot_serve_the_model_is_refused_before_any_work(checkp
     assert not (tmp_path / "run").exists()
 
 
-def test_how_far_a_run_is_can_be_seen_in_a_terminal(checkpoint, challenges, tmp_path, monkeypatch):
-    terminal = Console(file=io.StringIO(), force_terminal=True, width=150)
+def test_a_terminal_shows_how_far_a_run_is_and_numbers_where_colours_are_few(
+    checkpoint, challenges, tmp_path, monkeypatch
+):
+    terminal = Console(file=io.StringIO(), force_terminal=True, color_system="standard", width=150)
     monkeypatch.setattr("arc_solver.solving.solve.Console", lambda: terminal)
     monkeypatch.setattr("arc_solver.solving.solve.MEASURE_S", 0.0)
     note = _Shown.note
@@ -169,10 +171,12 @@ def test_how_far_a_run_is_can_be_seen_in_a_terminal(checkpoint, challenges, tmp_
             "inprocess",
             f"model.path={checkpoint}",
         ]
-        assert main([*map(str, words), *QUICK]) == 0
+        assert main([*map(str, words), *QUICK, "run.show=1"]) == 0
     finally:
         signal.signal(signal.SIGTERM, before)
     shown = terminal.file.getvalue()
+    cells = re.findall(r"\x1b\[([39][\d;]*?);((?:4|10)[\d;]*)m[1-9] ", shown)  # ink and paper
+    assert cells and not any(paper == {"3": "4", "9": "10"}[ink[0]] + ink[1:] for ink, paper in cells)
     assert "loading the model" in shown and "starting 1 worker" in shown
     assert re.search(r"0 of 4 tasks .* \d+% of the work", shown) and re.search(r"[123] of 4 tasks .* ETA \d", shown)
 
