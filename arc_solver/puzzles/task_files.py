@@ -210,7 +210,8 @@ def read_tree(tree: FileTree, solutions_file: Path | None = None, outputs: bool 
 def _all_of(
     raw_tasks: Sequence[tuple[str, Any, str]], where: str, outputs: bool, all_needed: bool = False
 ) -> tuple[tuple[Task, ...], Solutions]:
-    """Parsed tasks, checked: name, content and file of each. Two of one id are refused.
+    """Parsed tasks, checked: name, content and file of each. Two of one id are refused, and a warning counts those
+    whose names cannot be ids.
 
     Those with larger grids than ARC's are left out, and a warning counts them, as long as there are others.
 
@@ -220,6 +221,12 @@ def _all_of(
     tasks: list[Task] = []
     solutions: Solutions = {}
     too_large: list[str] = []
+    if renamed := [name for name, _, _ in raw_tasks if safe_id(name) != name]:
+        said = (
+            "%s: %d of %s get other ids than their names, as file names have them, e.g. %s for %s, in submissions too"
+        )
+        count, first = counted(len(raw_tasks), "task"), renamed[0]
+        _log.warning(said, where, len(renamed), count, safe_id(first), excerpt(first))
     for name, raw, file in raw_tasks:
         try:
             _add(tasks, solutions, name, raw, file, outputs)

@@ -112,11 +112,13 @@ def test_kaggles_folder_of_combined_files(tmp_path):
         ("a" * 400, None),
     ],
 )
-def test_any_name_becomes_an_id(name, task_id, tmp_path):
-    """Of a combined file, and in a submission for it."""
+def test_any_name_becomes_an_id(name, task_id, tmp_path, caplog):
+    """Of a combined file, and in a submission for it. A warning says so."""
     (tmp_path / "set.json").write_text(json.dumps({name: TASK}))
     found = load(tmp_path / "set.json")
     (made,) = ids(found)
+    warned = f"set.json: 1 of 1 task get other ids than their names, as file names have them, e.g. {made} for "
+    assert (warned in caplog.text) == (made != name)
     assert made == (task_id or made) == safe_id(made)
     assert len(f"{made}.json.part".encode()) < 255
     (tmp_path / made).with_suffix(".json").touch()
@@ -125,6 +127,14 @@ def test_any_name_becomes_an_id(name, task_id, tmp_path):
     (tmp_path / "theirs.json").write_text(json.dumps({name: content[made]}))
     assert read_submission(tmp_path / "theirs.json", found.tasks).keys() == {made}
     assert ids(load(tmp_path / "set.json", ids=(name,))) == [made]
+
+
+def test_names_that_become_other_ids_are_counted_in_one_line(tmp_path, caplog):
+    names = ("a b c", "d", "e/f")
+    (tmp_path / "set.json").write_text(json.dumps(dict.fromkeys(names, TASK)))
+    assert ids(load(tmp_path / "set.json")) == ["a_b_c", "d", "e_f"]
+    (record,) = caplog.records
+    assert "2 of 3 tasks get other ids" in record.getMessage() and 'a_b_c for "a b c", in' in record.getMessage()
 
 
 def test_names_that_become_the_same_id_are_refused(tmp_path):
