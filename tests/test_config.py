@@ -44,7 +44,7 @@ def test_overrides():
         ("adapt.targets=q_proj", r"""give a list, such as 'adapt.targets=\["q_proj"\]'"""),
         ("run.time_budget=60", "'60' is no duration: write it as"),
         ("corpus.difficulty=[0.5, 0.1]", "corpus"),
-        ("seed=1", "did you mean run.seed=1 or validation.seed=1?"),
+        ("seed=1", "did you mean run.seed=1 or model.seed=1 or validation.seed=1?"),
         ("sede=1", "section.key=value"),
         ("run.seed", "section.key=value"),
     ],
