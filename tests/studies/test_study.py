@@ -1,5 +1,7 @@
 """A study's file: what is read, and what is refused before anything runs."""
 
+from pathlib import Path
+
 import pytest
 
 from arc_solver.errors import UserError
@@ -60,3 +62,9 @@ def test_a_study_that_is_not_there(tmp_path):
 def test_shares_are_better_when_more_and_losses_when_less():
     assert {name: metric.sign for name, metric in METRICS.items() if metric.sign < 0} == {"validation_loss": -1}
     assert METRICS["pass@2"].says(0.125, signed=True) == "+12.5%" and METRICS["validation_loss"].says(1.0) == "1.0000"
+
+
+@pytest.mark.parametrize("file", sorted(Path("configs/studies").glob("*.toml")), ids=lambda file: file.stem)
+def test_the_studies_that_ship_are_read(file):
+    if file.stem != "small":  # which they share
+        assert read_study(file).study.hypothesis
