@@ -21,8 +21,8 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
+from ..answers import candidate_grids, first_attempts, solved_outputs
 from ..answers.revote import read_run, select
-from ..answers.submission import candidate_grids, first_attempts, solved_outputs
 from ..config import BUNDLED_DIR, Config
 from ..data import leak_audit, read_training_data
 from ..errors import MachineError, UserError, counted
