@@ -601,7 +601,7 @@ def _toml_hint(error: Exception) -> str:
 def _override(tree: dict[str, Any], word: str) -> None:
     path, equals, text = word.partition("=")
     *sections, key = path.split(".")
-    if not (equals and sections and key and all(sections)):
+    if not (equals and key and (all(sections) if sections else key == "stages")):  # which is a list of its own
         what = (equals and _with_sections(word)) or "settings are written section.key=value, e.g. run.seed=1"
         raise UserError(f"'{word}' is not understood: {what}")
     try:

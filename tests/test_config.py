@@ -92,3 +92,12 @@ def test_named_rng_is_the_same_in_every_process():
 def test_a_setting_in_the_place_of_the_config_is_no_file_that_is_missing():
     with pytest.raises(UserError, match=r"'train\.steps=3' is a setting, and a config file comes first"):
         load_config("train.steps=3")
+
+
+def test_all_stages_can_be_given_as_one_word():
+    word = 'stages=[{name="a", train={steps=3}}, {name="b", start="weights+optimizer"}]'
+    config = load_config(None, ["train.steps=7", word, "stages.1.train.lr=0.5"])
+    assert [(stage.name, stage.train.steps) for stage in config.stages] == [("a", 3), ("b", 7)]
+    assert config.stages[1].train.lr == 0.5
+    with pytest.raises(UserError, match="train=3"):
+        load_config(None, ["train=3"])
