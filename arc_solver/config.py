@@ -67,6 +67,8 @@ Quantize = Literal["", "8bit", "4bit"]
 Schedule = Literal["linear", "cosine", "constant", "cyclic", "wsd"]
 RULES_OF_FEW_SCORES = ("votes", "hierarchical", "product")  # that need no scores where product has no use for them
 OutputOnly = Literal["keep", "permute"]
+AugmentationKind = Literal["geometry", "colours", "order"]
+ALL_KINDS: tuple[AugmentationKind, ...] = get_args(AugmentationKind)
 VoteRule = Literal["votes", "product", "mean-probability", "hierarchical", "probmul", "kgmon", "hierarchical-kgmon"]
 
 
@@ -242,6 +244,9 @@ class CorpusConfig(Section):
     pairs: tuple[PositiveInt, PositiveInt] = (3, 6)  # pairs in a sample, drawn uniformly
     max_tokens: PositiveInt = 1024  # longest sample
     too_long: Literal["drop", "skip"] = "drop"  # drop: the last pairs go until it fits or 2 are left; skip: draw again
+    # What is changed of a task that a sample shows: its geometry (8 of them), its colours, the order of its pairs.
+    # Validation has all of them always.
+    augment: tuple[AugmentationKind, ...] = ALL_KINDS
     keep_background: Share = 0.8  # share of samples in which colour 0 stays 0
     output_only: OutputOnly = "permute"  # colours that only outputs have: left as they are, or permuted too
 
