@@ -13,6 +13,7 @@ COMMANDS = {  # what it does, and the module whose `main` it is
     "report": ("write a run's page", "report.command"),
     "show": ("show tasks and answers as coloured grids", "solving.show"),
     "data": ("get, make, compare and describe task sets", "data.command"),
+    "study": ("answer a question by repeated runs", "studies.command"),
     "bench": ("measure how fast it is here", "bench.bench"),
 }
 

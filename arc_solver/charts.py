@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 INK = "#010203"  # in a chart for a page it becomes the text colour around
 DOTS = 110  # an inch, in files of pixels
+POINTS = 200  # of a curve that is drawn on a grid of its own
 LINES = (("#3f83d6", ""), ("#d27d2d", "o"))  # colours that both light and dark pages show, and marks of the points
 
 
@@ -137,3 +138,80 @@ def _logarithmic(axes: "Axes") -> None:
     axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(ticker.NullFormatter())
+
+
+def band_chart(curves: Mapping[str, Sequence[tuple[Sequence[float], Sequence[float]]]], y: str, picture: Path) -> None:
+    """Draws of each name the mean of its curves, and between the lowest and the highest of them a band.
+
+    Args:
+        curves: of each name its curves, as points over millions of tokens; they may have different points.
+    """
+    import numpy as np
+
+    figure = new_figure(7, 4)
+    axes = figure.subplots()
+    for name, of in curves.items():
+        ends = min(xs[-1] for xs, _ in of)
+        grid = np.linspace(max(xs[0] for xs, _ in of), ends, POINTS)
+        values_CP = np.array([np.interp(grid, xs, ys) for xs, ys in of])
+        (line,) = axes.plot(grid, values_CP.mean(0), linewidth=1.2, label=name)
+        axes.fill_between(grid, values_CP.min(0), values_CP.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
+    axes.set(xlabel="million tokens", ylabel=y)
+    _logarithmic(axes)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    save_figure(figure, picture)
+
+
+def interval_chart(intervals: Mapping[str, tuple[float, float, float]], x: str, picture: Path) -> None:
+    """Draws values with their intervals below each other; 0 is where there is no difference.
+
+    Args:
+        intervals: of each name the value, and its lower and upper end, which may be NaN.
+    """
+    figure = new_figure(7, 0.9 + 0.36 * len(intervals))
+    axes = figure.subplots()
+    for row, (value, low, high) in enumerate(intervals.values()):
+        axes.plot((low, high), (row, row), color="#3f83d6", linewidth=2)
+        axes.plot(value, row, "o", color="#1f3f66", markersize=5)
+    axes.axvline(0, color="grey", linewidth=0.8, linestyle="dashed")
+    axes.set_yticks(range(len(intervals)), list(intervals))
+    axes.set(xlabel=x, ylim=(len(intervals) - 0.5, -0.5))
+    axes.grid(alpha=0.3, axis="x")
+    save_figure(figure, picture)
+
+
+def power_law_chart(
+    points: Mapping[float, Sequence[float]],
+    at: Callable[[float], float],
+    far: tuple[float, float, float, float],
+    y: str,
+    picture: Path,
+) -> None:
+    """Draws the values of each x, a law through them, and what it says of a larger x.
+
+    Args:
+        far: that x, the value there, and its interval's ends.
+    """
+    import numpy as np
+
+    figure = new_figure(7, 4)
+    axes = figure.subplots()
+    for x, values in points.items():
+        axes.plot([x] * len(values), values, "o", color="#3f83d6", markersize=4)
+    xs = np.geomspace(min(points), far[0], POINTS)
+    axes.plot(xs, [at(x) for x in xs], color="grey", linewidth=1, label="power law")
+    below, above = far[1] - far[2], far[3] - far[1]
+    axes.errorbar(
+        far[0],
+        far[1],
+        [[max(0.0, below)], [max(0.0, above)]],
+        fmt="s",
+        color="#d27d2d",
+        capsize=3,
+        label="ten times more, 95%",
+    )
+    axes.set(xlabel="x of the arms", ylabel=y, xscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    save_figure(figure, picture)

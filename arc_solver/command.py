@@ -19,7 +19,7 @@ Say = Callable[[str], None]  # takes a line for the person at the keyboard
 
 _called = "bin/"  # how commands are called here: see `run_main`
 # Not a part of a user's path, such as /home/me/bin/train/x.
-_CALL = re.compile(r"(?<![\w./~-])bin/(solve|score|train|submit|data|show|report|bench)(?![\w/-]|\.\w)")
+_CALL = re.compile(r"(?<![\w./~-])bin/(solve|score|train|submit|data|show|report|study|bench)(?![\w/-]|\.\w)")
 
 
 def as_called(text: str) -> str:

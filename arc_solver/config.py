@@ -67,6 +67,8 @@ Quantize = Literal["", "8bit", "4bit"]
 Schedule = Literal["linear", "cosine", "constant", "cyclic", "wsd"]
 RULES_OF_FEW_SCORES = ("votes", "hierarchical", "product")  # that need no scores where product has no use for them
 OutputOnly = Literal["keep", "permute"]
+AugmentationKind = Literal["geometry", "colours", "order"]
+ALL_KINDS: tuple[AugmentationKind, ...] = get_args(AugmentationKind)
 VoteRule = Literal["votes", "product", "mean-probability", "hierarchical", "probmul", "kgmon", "hierarchical-kgmon"]
 
 
@@ -149,6 +151,7 @@ class ModelConfig(Section):
     head_dim: PositiveInt = 64  # channels of a head
     mlp_width: PositiveInt = 768  # channels between the two products of a layer's MLP
     rope_theta: PositiveFloat = 10_000.0  # base of the rotary embedding
+    seed: int | None = None  # of new weights, and of a new adapter's; left out: run.seed
 
     @model_validator(mode="after")
     def _check(self) -> "ModelConfig":
@@ -241,6 +244,9 @@ class CorpusConfig(Section):
     pairs: tuple[PositiveInt, PositiveInt] = (3, 6)  # pairs in a sample, drawn uniformly
     max_tokens: PositiveInt = 1024  # longest sample
     too_long: Literal["drop", "skip"] = "drop"  # drop: the last pairs go until it fits or 2 are left; skip: draw again
+    # What is changed of a task that a sample shows: its geometry (8 of them), its colours, the order of its pairs.
+    # Validation has all of them always.
+    augment: tuple[AugmentationKind, ...] = ALL_KINDS
     keep_background: Share = 0.8  # share of samples in which colour 0 stays 0
     output_only: OutputOnly = "permute"  # colours that only outputs have: left as they are, or permuted too
 
@@ -600,7 +606,7 @@ def _toml_hint(error: Exception) -> str:
 def _override(tree: dict[str, Any], word: str) -> None:
     path, equals, text = word.partition("=")
     *sections, key = path.split(".")
-    if not (equals and sections and key and all(sections)):
+    if not (equals and key and (all(sections) if sections else key == "stages")):  # which is a list of its own
         what = (equals and _with_sections(word)) or "settings are written section.key=value, e.g. run.seed=1"
         raise UserError(f"'{word}' is not understood: {what}")
     try:

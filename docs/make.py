@@ -2,6 +2,7 @@
 
 - docs/settings.md: every setting with its default and meaning, from `arc_solver/config.py` and its comments.
 - the picture in CONTRIBUTING.md: which folder of the package imports from which.
+- the table of studies in README.md: the question and the answer of each page in docs/studies/.
 """
 
 import ast
@@ -16,6 +17,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "arc_solver"
 SETTINGS = ROOT / "docs" / "settings.md"
 MAP = ROOT / "CONTRIBUTING.md"
+README = ROOT / "README.md"
+STUDIES = ROOT / "docs" / "studies"
 HEAD = """# Settings
 
 Every setting, as `arc_solver/config.py` declares it; this page is written by `python docs/make.py`. A config file holds
@@ -155,9 +158,20 @@ def with_picture(page: str) -> str:
     return re.sub(r"```mermaid\n.*?```", lambda _: picture(), page, count=1, flags=re.DOTALL)
 
 
+def with_studies(page: str) -> str:
+    """README, with a row for each study that has a page: its question and the line that answers it."""
+    rows = ["| question | answer |", "|---|---|"]
+    for file in sorted(STUDIES.glob("*.md")):
+        question, _, answer = file.read_text().splitlines()[:3]
+        link = f"[{question.removeprefix('# ')}]({file.relative_to(ROOT).as_posix()})"
+        rows.append(f"| {link} | {answer.strip('*')} |")
+    return re.sub(r"\| question \| answer \|\n(?:\|.*\n)+", lambda _: "\n".join(rows) + "\n", page, count=1)
+
+
 def main() -> int:
     SETTINGS.write_text(settings_page())
     MAP.write_text(with_picture(MAP.read_text()))
+    README.write_text(with_studies(README.read_text()))
     return 0
 
 

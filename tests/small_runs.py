@@ -45,7 +45,7 @@ def small(stages: list[dict[str, Any]] | None = None, **sections: dict[str, Any]
 def write_config(config: Config, folder: Path) -> Path:
     """The config as a file that `load_config` reads."""
     file = folder / "small.toml"
-    tree = config.model_dump(mode="json")
+    tree = config.model_dump(mode="json", exclude_none=True)  # which TOML has no word for
     if len(config.stages) == 1:  # it only says again what the sections say
         del tree["stages"]
     file.write_text("\n".join(_lines(tree)))

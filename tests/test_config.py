@@ -44,7 +44,7 @@ def test_overrides():
         ("adapt.targets=q_proj", r"""give a list, such as 'adapt.targets=\["q_proj"\]'"""),
         ("run.time_budget=60", "'60' is no duration: write it as"),
         ("corpus.difficulty=[0.5, 0.1]", "corpus"),
-        ("seed=1", "did you mean run.seed=1 or validation.seed=1?"),
+        ("seed=1", "did you mean run.seed=1 or model.seed=1 or validation.seed=1?"),
         ("sede=1", "section.key=value"),
         ("run.seed", "section.key=value"),
     ],
@@ -92,3 +92,12 @@ def test_named_rng_is_the_same_in_every_process():
 def test_a_setting_in_the_place_of_the_config_is_no_file_that_is_missing():
     with pytest.raises(UserError, match=r"'train\.steps=3' is a setting, and a config file comes first"):
         load_config("train.steps=3")
+
+
+def test_all_stages_can_be_given_as_one_word():
+    word = 'stages=[{name="a", train={steps=3}}, {name="b", start="weights+optimizer"}]'
+    config = load_config(None, ["train.steps=7", word, "stages.1.train.lr=0.5"])
+    assert [(stage.name, stage.train.steps) for stage in config.stages] == [("a", 3), ("b", 7)]
+    assert config.stages[1].train.lr == 0.5
+    with pytest.raises(UserError, match="train=3"):
+        load_config(None, ["train=3"])

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "kaggle" / "README.md"]
-PAGES += sorted((ROOT / "docs").glob("*.md"))
+PAGES += sorted((ROOT / "docs").rglob("*.md"))
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +23,7 @@ def make():
 def test_written_pages_are_those_of_this_code(make):
     assert make.SETTINGS.read_text() == make.settings_page(), "run: python docs/make.py"
     assert make.MAP.read_text() == make.with_picture(make.MAP.read_text()), "run: python docs/make.py"
+    assert make.README.read_text() == make.with_studies(make.README.read_text()), "run: python docs/make.py"
 
 
 def test_every_setting_is_on_its_page(make):
@@ -44,6 +45,6 @@ def test_what_a_page_points_to_is_there(page):
     for path in re.findall(r"`((?:arc_solver|bin|configs|docs|kaggle|tests)/[\w./-]+)`", text):
         assert (ROOT / path).exists(), path
     for path in re.findall(
-        r"`((?:puzzles|answers|data|report|models|decoding|training|solving|release|bench)/\w+\.py)`", text
+        r"`((?:puzzles|answers|data|report|models|decoding|training|solving|studies|release|bench)/\w+\.py)`", text
     ):
         assert (ROOT / "arc_solver" / path).exists(), path

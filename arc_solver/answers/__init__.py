@@ -12,7 +12,18 @@ In the order of reading; each imports only from those before it:
 
 from .candidates import STAGES, Candidate, Predictions
 from .revote import best_file, parse_predictions, tasks_of_run
-from .submission import Score, Submission, data_rows, read_submission, score, score_of, write_submission
+from .submission import (
+    Score,
+    Submission,
+    candidate_grids,
+    data_rows,
+    first_attempts,
+    read_submission,
+    score,
+    score_of,
+    solved_outputs,
+    write_submission,
+)
 from .vote import choose_attempts, rank
 
 __all__ = [
@@ -22,13 +33,16 @@ __all__ = [
     "Score",
     "Submission",
     "best_file",
+    "candidate_grids",
     "choose_attempts",
     "data_rows",
+    "first_attempts",
     "parse_predictions",
     "rank",
     "read_submission",
     "score",
     "score_of",
+    "solved_outputs",
     "tasks_of_run",
     "write_submission",
 ]

@@ -135,13 +135,13 @@ class SampleStream(Dataset[DrawnSample]):
         task_id = self.ids[s][rng.integers(len(self.ids[s]))]
         pairs = source.tasks[task_id](rng, count)
         if len(pairs) > count:
-            pairs = [pairs[i] for i in rng.permutation(len(pairs))[:count]]
+            chosen = rng.permutation(len(pairs))[:count]
+            pairs = [pairs[i] for i in (chosen if "order" in self.config.augment else np.sort(chosen))]
         if source.config.problem_augmentation and rng.random() < source.config.problem_augmentation:
             problem = random_problem_augmentation(rng, pairs)
             pairs = [problem.apply_pair(pair) for pair in pairs]
-        augmentation = random_augmentation(rng, self.policy, pairs)
-        assert augmentation.order is not None
-        return [augmentation.apply_pair(pairs[i]) for i in augmentation.order]
+        augmentation = random_augmentation(rng, self.policy, pairs).only(self.config.augment)
+        return [augmentation.apply_pair(pairs[i]) for i in augmentation.order or range(len(pairs))]
 
     def _encode(self, pairs: Sequence[Pair], imitates: bool) -> Sample:
         if imitates:

@@ -5,7 +5,7 @@ augmentation is a *view* of the task. A `ProblemAugmentation` makes another task
 inputs or only the outputs, so that the rule becomes a new one.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Literal
@@ -41,6 +41,12 @@ class Augmentation:
 
     def apply_pair(self, pair: Pair) -> Pair:
         return Pair(self.apply(pair.input), self.apply(pair.output))
+
+    def only(self, kinds: Collection[str]) -> "Augmentation":
+        """What of it is of some kinds, "geometry", "colours" and "order"; the rest stays as it is in the task."""
+        colours = self.colours if "colours" in kinds else IDENTITY_COLOURS
+        order = self.order if "order" in kinds else None
+        return Augmentation(self.geometry if "geometry" in kinds else 0, colours, order)
 
     def apply_task(self, task: Task) -> Task:
         order = self.order or range(len(task.train))

@@ -430,7 +430,7 @@ class RayActors:
 
     def __init__(self, make_worker: MakeWorker, count: int = 0, address: str | None = None):
         self.on_progress: Callable[[Any, float], None] = _say_nothing
-        self._ray = ray = _connect(count, address)
+        self._ray = ray = connect_ray(count, address)
         self.jobs: dict[int, Any] = {}
         self._make_worker = ray.cloudpickle.dumps(make_worker)
         resources = ray.cluster_resources()
@@ -505,7 +505,7 @@ class RayActors:
         self._ray.shutdown()
 
 
-def _connect(count: int, address: str | None) -> Any:
+def connect_ray(count: int, address: str | None) -> Any:
     """The module `ray`, connected to the cluster at `address`, or to one that is started here."""
     if find_spec("ray") is None:
         raise UserError(f"Ray is not installed: run {install_command('arc_solver[cluster]')}")

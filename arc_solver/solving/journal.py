@@ -30,9 +30,19 @@ import torch
 from safetensors import SafetensorError
 
 from .. import __version__
-from ..answers import STAGES, Predictions, choose_attempts, parse_predictions, rank, write_submission
+from ..answers import (
+    STAGES,
+    Predictions,
+    candidate_grids,
+    choose_attempts,
+    first_attempts,
+    parse_predictions,
+    rank,
+    solved_outputs,
+    write_submission,
+)
 from ..answers.chances import solved_chance
-from ..answers.submission import blank_submission, candidate_grids, first_attempts, solved_outputs
+from ..answers.submission import blank_submission
 from ..config import Config
 from ..data import NOTHING, TrainingData
 from ..data.leaks import demonstrations_of

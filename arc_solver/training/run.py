@@ -239,7 +239,8 @@ def start_model(
         # In a terminal the client of the hub draws bars of its own.
         with waiting(say.plain, f"fetching {config.model.path} from the Hugging Face hub", quiet_s=REFUSING_S):
             fetch_checkpoint(config.model.path)
-    seed = int(named_rng(config.run.seed, "weights").integers(2**31))
+    first = config.run.seed if config.model.seed is None else config.model.seed
+    seed = int(named_rng(first, "weights").integers(2**31))
     with waiting(say, "loading the model", quiet_s=REFUSING_S):
         if config.lora.enabled:
             start = _start_lora(config, out_dir, checkpoint, parallel, say, seed, begin)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ..config import CorpusConfig, FormatConfig
+from ..config import ALL_KINDS, CorpusConfig, FormatConfig
 from ..data.corpus import Partition, validation_source
 from ..data.stream import Batch, SampleStream, pack_in_order
 from ..decoding import TorchEngine
@@ -23,7 +23,8 @@ Question = tuple[Prompt, Grid]  # and its answer
 def _stream(
     partition: Partition, corpus: CorpusConfig, format: FormatConfig, name: str, labels: Labels
 ) -> SampleStream:
-    """The same samples for every seed of a run."""
+    """The same samples for every seed of a run, and however its training samples are augmented."""
+    corpus = corpus.model_copy(update={"augment": ALL_KINDS})
     return SampleStream([validation_source(partition)], corpus, format, 0, name, labels=labels)
 
 

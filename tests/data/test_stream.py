@@ -271,6 +271,29 @@ def test_problem_augmentation_0_leaves_a_task_as_it_is(small):
         assert any(drawn <= own for own in tasks.values())
 
 
+@pytest.mark.parametrize("kinds", [(), ("geometry",), ("colours",), ("order",), ("geometry", "colours", "order")])
+def test_a_sample_is_augmented_by_the_kinds_that_are_asked_for(large, kinds):
+    """Of grids so large that none equals another by chance."""
+    tasks = {task_id: [_whole(p["input"]) for p in pairs] for task_id, pairs in json.loads(large.read_text()).items()}
+    turned = {_whole(grid): _whole(own) for pairs in tasks.values() for own in pairs for grid in _turns(np.array(own))}
+    samples = stream([pairs_of(large)], augment=kinds)
+    drawn = [[_whole(pair.input) for pair in samples.draw_pairs(i)] for i in range(40)]
+    grids = [grid for pairs in drawn for grid in pairs]
+    assert all(grid in turned for grid in grids) == ("colours" not in kinds)
+    assert all(turned.get(grid) == grid for grid in grids) == (not {"geometry", "colours"} & {*kinds})
+    if not {"geometry", "colours"} & {*kinds}:
+        places = [[pairs.index(grid) for grid in of] for of in drawn for pairs in tasks.values() if of[0] in pairs]
+        assert all(of == sorted(of) for of in places) == ("order" not in kinds)
+
+
+def _whole(grid) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(map(int, row)) for row in grid)
+
+
+def _turns(grid: np.ndarray) -> list[np.ndarray]:
+    return [np.rot90(of, quarter) for of in (grid, grid.T) for quarter in range(4)]
+
+
 def _signature(*grids) -> tuple:
     """What geometries and colour permutations leave alone."""
     cells = [np.array(grid) for grid in grids]

@@ -1,0 +1,302 @@
+"""One run of a study: an arm with a seed is trained, solves tasks, and is measured.
+
+What several runs have in common is done once: a training is found by a digest of the settings that it depends on, and
+so is a run of `bin/solve`. Both are processes of their own that continue each other as they always do, so a study can
+be killed at any moment. What was measured lies in `results/`, a file for each run.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+from ..answers import candidate_grids, first_attempts, solved_outputs
+from ..answers.revote import read_run, select
+from ..config import BUNDLED_DIR, Config
+from ..data import leak_audit, read_training_data
+from ..errors import MachineError, UserError, counted
+from ..files import git_commit, lock, sha256, write_json
+from ..models import cpu_name
+from ..puzzles import read_json, read_object
+from ..training.card import TRAINING_FILE
+from .study import Arm, StudyFile
+
+# Sections of the settings that a training depends on, and a run of bin/solve besides.
+TRAINS = ("format", "model", "lora", "corpus", "validation", "audit", "train", "stages")
+SOLVES = ("tasks", "adapt", "engine", "predict")
+DONE = "done.json"  # in a folder whose work is done: what it took
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A run that is to be done."""
+
+    arm: str
+    seed: int
+    config: Config
+    study_dir: Path
+    trains: bool
+    solves: bool
+    again: str = ""  # tells it from another arm's, whose settings are the same
+    threads: int = 1
+
+    @property
+    def train_key(self) -> str:
+        """What tells this training from others; "" where none is asked for."""
+        return self._digest(TRAINS) if self.trains else ""
+
+    @property
+    def solve_key(self) -> str:
+        """What tells this run of bin/solve from others."""
+        return self._digest((*TRAINS, *SOLVES) if self.trains else ("model", *SOLVES))
+
+    @property
+    def key(self) -> str:
+        """What tells its result from that of other settings."""
+        return self._digest((*TRAINS, *SOLVES, "vote"))
+
+    def _digest(self, sections: tuple[str, ...]) -> str:
+        content = self.config.model_dump(mode="json")
+        if content["model"]["seed"] is None:  # it is the run's then
+            content["model"]["seed"] = self.config.run.seed
+        text = json.dumps([self.config.run.seed, self.again, [content[name] for name in sections]], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What was measured of a run.
+
+    Attributes:
+        values: metrics that a run has one value of.
+        tasks: of each metric of tasks the share of each task's outputs.
+        seconds: of training and of solving, whoever shared them.
+        about: machine, versions, digests of weights, the leak audit.
+    """
+
+    arm: str
+    seed: int
+    key: str
+    values: Mapping[str, float] = field(default_factory=dict)
+    tasks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    def value(self, metric: str) -> float | None:
+        """None: it could not be measured, as where an output was not finite."""
+        if metric in self.tasks:
+            return sum(self.tasks[metric].values()) / len(self.tasks[metric])
+        return self.values.get(metric)
+
+
+def make_job(found: StudyFile, study_dir: Path, arm: Arm, seed: int, threads: int = 1) -> Job:
+    study, again = found.study, arm.name if arm.again else ""
+    return Job(arm.name, seed, found.config(arm, seed), study_dir, study.train, study.solves, again, threads)
+
+
+def result_file(study_dir: Path, arm: str, seed: int) -> Path:
+    return study_dir / "results" / f"{arm}.{seed}.json"
+
+
+def read_result(job: Job) -> Result | None:
+    """What was measured of this run; None: it is not done, or was done with other settings."""
+    file = result_file(job.study_dir, job.arm, job.seed)
+    if not file.exists():
+        return None
+    content = read_json(file)
+    return Result(**content) if content.get("key") == job.key else None
+
+
+def save_result(result: Result, study_dir: Path) -> None:
+    file = result_file(study_dir, result.arm, result.seed)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, asdict(result))
+
+
+# ---- the work ------------------------------------------------------------------------------------------------------
+
+
+class Processes:
+    """The commands that runs consist of, so that all of them can be ended at once."""
+
+    def __init__(self) -> None:
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._changing = threading.Lock()
+        self._is_ending = False
+
+    def call(
+        self, module: str, words: list[str], log: Path, held: IO[str], threads: int, env: Mapping[str, str]
+    ) -> None:
+        """Runs a command of ours and waits for its end.
+
+        Args:
+            log: what it says goes there.
+            held: a lock that it holds as long as it lives, even if this process is killed.
+
+        Raises:
+            UserError: what the command itself says of its input.
+            MachineError: it failed otherwise, or all are being ended.
+        """
+        names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+        environment = {**os.environ, **dict.fromkeys(names, str(threads)), **env}
+        with log.open("ab") as stream:
+            begin = stream.tell()
+            with self._changing:
+                if self._is_ending:
+                    raise MachineError("ended before it began")
+                process = subprocess.Popen(
+                    [sys.executable, "-P", "-m", module, *words],
+                    stdin=subprocess.DEVNULL,
+                    stdout=stream,
+                    stderr=stream,
+                    env=environment,
+                    pass_fds=(held.fileno(),),
+                    start_new_session=True,  # Ctrl-C is handed on by `end`, once
+                )
+                self._running.add(process)
+            code = process.wait()
+        self._running.discard(process)
+        if code:
+            said = log.read_bytes()[begin:].decode(errors="replace").strip().splitlines()
+            last = next((line for line in reversed(said) if line.startswith("error: ")), said[-1] if said else "")
+            if code == 2:
+                raise UserError(last.removeprefix("error: "))
+            raise MachineError(f"it ended with exit code {code}: {last.removeprefix('error: ')}; see {log}")
+
+    def end(self) -> None:
+        """Has all end as after Ctrl-C, which saves what they have done."""
+        with self._changing:
+            self._is_ending = True
+            for process in self._running:
+                process.send_signal(signal.SIGINT)
+
+
+def perform(job: Job, processes: Processes, env: Mapping[str, str]) -> Result:
+    """Trains, solves and measures, as far as that is not done yet.
+
+    Args:
+        env: what the commands find in their environment besides.
+
+    Raises:
+        UserError: a command refused its input, or a model was trained on what is measured.
+        MachineError: a command failed, or another process works on the run.
+    """
+    values: dict[str, float] = {}
+    tasks: dict[str, dict[str, float]] = {}
+    seconds: dict[str, float] = {}
+    about: dict[str, Any] = {
+        "machine": cpu_name(),
+        "threads": job.threads,
+        "commit": git_commit(),
+    }
+    model = job.config.model.path
+    if job.trains:
+        out = job.study_dir / "trained" / job.train_key
+        done = _train(job, out, partial(processes.call, threads=job.threads, env=env))
+        made = read_json(out / "model" / TRAINING_FILE)
+        values = {name: made[name] for name in ("validation_loss", "accuracy") if made[name] is not None}
+        seconds["train"] = done["seconds"]
+        about |= {name: made[name] for name in ("machine", "torch", "parameters", "tokens", "steps")}
+        about |= {"audit_of_training": made["leak_audit"], "weights": done["weights"], "trained": out.name}
+        model = str(out / "model")
+    if job.solves:
+        out = job.study_dir / "solved" / job.solve_key
+        done = _solve(job, model, out, partial(processes.call, threads=job.threads, env=env))
+        seconds["solve"] = done["seconds"]
+        tasks, said = _measure_answers(job, out, Path(model) if model else BUNDLED_DIR)
+        about |= said
+    return Result(job.arm, job.seed, job.key, values, tasks, seconds, about)
+
+
+def _train(job: Job, out: Path, call: Callable[..., None]) -> Mapping[str, Any]:
+    with _alone(out) as held:
+        if not (out / DONE).exists():
+            settings = _settings(job, TRAINS)
+            begun = (out / "partition").is_dir()
+            words = [_write_settings(out, settings), "--out", str(out), *(["--resume"] if begun else [])]
+            call("arc_solver.train", words, out.with_suffix(".log"), held)
+            made = read_json(out / "model" / TRAINING_FILE)
+            weights = sha256(out / "model" / "model.safetensors")
+            shutil.rmtree(out / "checkpoints", ignore_errors=True)  # large, and nobody goes on from there
+            write_json(out / DONE, {"seconds": round(60 * made["minutes"]), "weights": weights})
+    return read_object(out / DONE)
+
+
+def _solve(job: Job, model: str, out: Path, call: Callable[..., None]) -> Mapping[str, Any]:
+    with _alone(out) as held:
+        if not (out / DONE).exists():
+            settings = _settings(job, (*SOLVES, "lora"))
+            settings["model"] = {"path": model, "adapter": "" if job.trains else job.config.model.adapter}
+            settings["run"] |= {"show": 0, "workers": job.config.run.workers or job.threads}
+            call("arc_solver.solve", [_write_settings(out, settings), "--out", str(out)], out.with_suffix(".log"), held)
+            summary = read_object(out / "summary.json")
+            if fallen := summary["fallen_back"]:
+                raise MachineError(f"{counted(len(fallen), 'task')} of {out} fell back; see {out.with_suffix('.log')}")
+            shutil.rmtree(out / "adapters", ignore_errors=True)
+            write_json(out / DONE, {"seconds": round(summary["seconds"]["whole"])})
+    return read_object(out / DONE)
+
+
+def _settings(job: Job, sections: Sequence[str]) -> dict[str, Any]:
+    content = job.config.model_dump(mode="json")
+    run = {"seed": job.config.run.seed, "device": job.config.run.device}
+    return {name: content[name] for name in sections} | {"run": run}
+
+
+def _write_settings(out: Path, settings: Mapping[str, Any]) -> str:
+    file = out.with_suffix(".json")
+    write_json(file, settings)
+    return str(file)
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[IO[str]]:
+    """Nobody else works on a folder meanwhile. Runs of this study that share it wait for each other.
+
+    Raises:
+        MachineError: another process does, as one that outlived a study that was killed.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with _ours[out]:
+        held = lock(out.with_suffix(".lock"))
+        if held is None:
+            raise MachineError(f"{out} is still worked on by a process of an earlier call: wait for it, or end it")
+        with held:
+            yield held
+
+
+_ours: defaultdict[Path, threading.Lock] = defaultdict(threading.Lock)
+
+
+def _measure_answers(job: Job, out: Path, model: Path) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
+    """Of each metric the share of each task's outputs that is right; and what the tasks are."""
+    run = read_run(out, [f"vote.{key}={json.dumps(value)}" for key, value in job.config.vote])
+    solutions = run.task_set.solutions
+    if not solutions:
+        raise UserError(f"no solution of {job.config.tasks.spec} is known: give tasks.solutions, or other tasks")
+    attempts = select(run, job.config.vote.rule)
+    right = {
+        "pass@1": solved_outputs({i: first_attempts(outputs) for i, outputs in attempts.items()}, solutions),
+        "pass@2": solved_outputs(attempts, solutions),
+        "coverage": solved_outputs(candidate_grids(run.predictions, solutions), solutions),
+    }
+    tasks = {name: {i: sum(of) / len(of) for i, of in sorted(found.items())} for name, found in right.items()}
+    seen = read_training_data(model)
+    audit = leak_audit(seen, run.task_set) if seen else None
+    if audit and not audit.passed:
+        raise UserError(
+            f"{audit}: a study measures what was not trained on: choose other tasks, or set audit.scored_on"
+        )
+    said = str(audit) if audit else f"no leak audit: {model} does not say what it was trained on"
+    return tasks, {"audit": said, "tasks": run.task_set.name, "data": run.task_set.data, "solved": out.name}

@@ -1,0 +1,171 @@
+"""`bin/study` on real trainings and real runs of bin/solve, small ones: killed, continued, on Ray; and its page."""
+
+import json
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from forked import Forked
+from small_runs import small, write_config
+from solve_runs import finish, some_tasks
+from toys import write_challenges
+
+from arc_solver.files import is_locked, lock
+from arc_solver.studies.runs import make_job
+from arc_solver.studies.study import read_study
+
+HEAD = """question = "Does a longer training help?"
+hypothesis = "It does."
+metrics = ["validation_loss", "pass@2"]
+config = "small.toml"
+set = ["tasks.spec={tasks}", "adapt.steps=4", "adapt.rank=2", "predict.views=2", "predict.score_all=true"]
+seeds = 2
+[[arms]]
+name = "short"
+[[arms]]
+name = "long"
+set = ["train.steps=9"]
+"""
+
+
+def write_study(folder: Path) -> Path:
+    challenges = write_challenges(folder, some_tasks(3))
+    write_config(small(), folder)
+    file = folder / "mine.toml"
+    file.write_text(HEAD.format(tasks=challenges))
+    return file
+
+
+@pytest.fixture
+def study(tmp_path) -> Path:
+    return write_study(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory) -> Path:
+    """A study whose runs are all done; what they said is beside it."""
+    file = write_study(tmp_path_factory.mktemp("done"))
+    file.with_suffix(".said").write_text(finish(Forked("arc_solver.study", words(file))))
+    return file
+
+
+def words(study: Path, *more: str) -> list[str]:
+    return [str(study), "--out", str(study.parent / "out"), "--page", str(study.parent / "page"), *more]
+
+
+def page_of(study: Path) -> str:
+    """Without what a run cost, and from where the study came."""
+    text = (study.parent / "page" / "mine.md").read_text()
+    return re.sub(r"- Cost: .*", "", text).replace(str(study.parent), "")
+
+
+def test_a_study_answers_its_question_and_does_nothing_twice(done):
+    said = done.with_suffix(".said").read_text()
+    assert "2 arms; 0 runs of 4 done before" in said and "Against `short`" in said
+    text = page_of(done)
+    first = text.splitlines()
+    assert first[0] == "# Does a longer training help?" and first[2].startswith("**Against `short`, loss on held-out")
+    parts = ("**Hypothesis**", "## What was measured", "## How", "## Machine, cost, seeds")
+    order = [text.index(part) for part in parts]
+    assert order == sorted(order) and text.count("leak audit passed") == 2
+    pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
+    assert len(pictures) == 2
+    assert all((done.parent / "page" / name).stat().st_size < 300_000 for name in pictures)
+    again = finish(Forked("arc_solver.study", words(done, "--resume")))
+    assert "4 runs of 4 done before" in again and "nothing was left to do" in again and page_of(done) == text
+
+
+def test_killed_and_continued_it_gives_the_same_page(study, done):
+    process = Forked("arc_solver.study", words(study))
+    for place in ("trained/*/log.jsonl", "trained/*/done.json", "solved/*/log.jsonl"):
+        while not list((study.parent / "out").glob(place)):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        wait_for_what_it_left(study.parent / "out")
+        process = Forked("arc_solver.study", words(study))
+    finish(process)
+    assert page_of(study) == page_of(done)
+
+
+def wait_for_what_it_left(out: Path) -> None:
+    """The commands that a killed study had begun go on, and hold the locks of what they work on."""
+    for file in [*out.glob("trained/*.lock"), *out.glob("solved/*.lock")]:
+        while is_locked(file):
+            time.sleep(0.05)
+
+
+def test_what_an_earlier_call_left_running_is_not_disturbed(study):
+    (study.parent / "out" / "trained").mkdir(parents=True)
+    (study.parent / "out" / "study.json").write_text('{"name": "mine"}')
+    found = read_study(study)
+    key = make_job(found, study.parent / "out", found.study.arms[0], 0).train_key
+    with lock(study.parent / "out" / "trained" / f"{key}.lock"):
+        said = finish(Forked("arc_solver.study", words(study)), expect=1)
+    assert "arm 'short', seed 0: " in said and "is still worked on by a process of an earlier call" in said
+
+
+def test_an_interrupted_one_ends_its_runs_and_goes_on(study):
+    process = Forked("arc_solver.study", words(study))
+    while not list((study.parent / "out").glob("trained/*/log.jsonl")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate()
+    assert process.returncode == 1 and "the same command goes on" in said[0] and "Traceback" not in said[1]
+    assert not any(is_locked(file) for file in (study.parent / "out").glob("trained/*.lock"))  # nobody is left
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--hours", "0"], "--hours must be above 0"),
+        (["--resume"], "holds no study to resume"),
+        (["--address", "auto"], "--address is for a Ray cluster"),
+        (["train.stepz=3"], "arm 'short': unknown setting train.stepz; did you mean train.steps"),
+        (["model.path=/nowhere"], "arm 'short', seed 0: "),
+    ],
+)
+def test_what_is_wrong_is_one_sentence(study, more, said):
+    errors = finish(Forked("arc_solver.study", words(study, "--parallel", "1", *more)), expect=2).splitlines()
+    assert [line for line in errors if line.startswith("error: ")] == errors[-1:] and said in errors[-1]
+
+
+def test_a_folder_is_one_studys(done):
+    other = done.with_name("other.toml")
+    other.write_text(done.read_text())
+    assert "holds the study 'mine'" in finish(Forked("arc_solver.study", words(other)), expect=2)
+
+
+def test_what_the_arms_share_is_done_once(study):
+    """Arms that only select differently have one run of bin/solve, and are compared as such: by one seed too."""
+    head = study.read_text().partition("[[arms]]")[0].replace("seeds = 2", "seeds = 1")
+    head = head.replace('"validation_loss", ', "")
+    arms = [f'[[arms]]\nname = "{rule}"\nset = ["vote.rule={rule}"]\n' for rule in ("product", "votes", "kgmon")]
+    study.write_text(head + "".join(arms))
+    finish(Forked("arc_solver.study", words(study)))
+    for what in ("trained", "solved"):
+        assert len(list((study.parent / "out").glob(f"{what}/*/done.json"))) == 1
+    assert "one seed" not in page_of(study).partition("## What was measured")[0]
+
+
+def test_the_same_settings_again_leave_the_same_weights(study):
+    head = study.read_text().partition("[[arms]]")[0].replace(', "pass@2"', "")
+    arms = {"once": "", "again": "again = true\n", "weights": 'vary = ["model.seed"]\n'}
+    study.write_text(f'kind = "spread"\n{head}' + "".join(f'[[arms]]\nname = "{n}"\n{of}' for n, of in arms.items()))
+    finish(Forked("arc_solver.study", words(study)))
+    assert "Of 2 pairs of runs with the same seed, 2 left the same weights" in page_of(study)
+    results = [json.loads(file.read_text()) for file in (study.parent / "out" / "results").iterdir()]
+    weights = {(r["arm"], r["seed"]): r["about"]["weights"] for r in results}
+    assert len({*weights.values()}) == 3 and weights["once", 0] == weights["weights", 0]
+
+
+def test_on_ray_the_results_are_the_same(study, done):
+    study.write_text(study.read_text().replace(', "pass@2"', ""))
+    finish(Forked("arc_solver.study", words(study, "--executor", "ray")))
+    for file in (study.parent / "out" / "results").iterdir():
+        ours, theirs = (json.loads((of.parent / "out" / "results" / file.name).read_text()) for of in (study, done))
+        assert ours["values"] == theirs["values"] and ours["about"]["weights"] == theirs["about"]["weights"]

@@ -1,0 +1,93 @@
+"""Which runs are done, in which order, and what a budget is spent on; with a trainer that is made up."""
+
+import numpy as np
+import pytest
+
+from arc_solver.errors import MachineError
+from arc_solver.studies.runs import Result, make_job, read_result, result_file
+from arc_solver.studies.schedule import LocalRunner, Plan, run_all
+from arc_solver.studies.study import read_study
+
+STUDY = """question = "q?"
+hypothesis = "h"
+metrics = ["validation_loss"]
+seeds = 3
+[[arms]]
+name = "first"
+[[arms]]
+name = "calm"
+set = ["train.steps=7"]
+[[arms]]
+name = "wild"
+set = ["train.steps=8"]
+"""
+SPREADS = {"first": 0.01, "calm": 0.01, "wild": 1.0}
+
+
+@pytest.fixture
+def found(tmp_path):
+    (tmp_path / "made.toml").write_text(STUDY)
+    return read_study(tmp_path / "made.toml")
+
+
+def made_up(job, processes=None, env=None) -> Result:
+    value = 1.0 + float(np.random.default_rng(job.seed + 1).normal(0, SPREADS[job.arm]))
+    return Result(job.arm, job.seed, job.key, {"validation_loss": value}, {}, {"train": 60.0}, {})
+
+
+def do(plan, perform=made_up, count=1) -> list[tuple[str, int]]:
+    return [(job.arm, job.seed) for job, _ in run_all(plan, LocalRunner(count, perform))]
+
+
+def test_each_arm_has_its_seeds_one_after_another(found, tmp_path):
+    done = do(Plan(found, tmp_path / "out"))
+    assert done == [(arm, seed) for seed in range(3) for arm in SPREADS]
+    assert do(Plan(found, tmp_path / "out")) == []
+
+
+def test_what_is_done_is_kept_and_what_changed_is_done_again(found, tmp_path):
+    do(Plan(found, tmp_path / "out"))
+    (tmp_path / "made.toml").write_text(STUDY.replace("steps=8", "steps=9").replace("seeds = 3", "seeds = 4"))
+    changed = read_study(tmp_path / "made.toml")
+    assert do(Plan(changed, tmp_path / "out")) == [
+        ("wild", 0), ("wild", 1), ("wild", 2), ("first", 3), ("calm", 3), ("wild", 3),
+    ]  # fmt: skip
+
+
+def test_a_result_is_that_of_its_settings(found, tmp_path):
+    do(Plan(found, tmp_path / "out"))
+    jobs = [make_job(found, tmp_path / "out", arm, 0) for arm in found.study.arms]
+    assert all(read_result(job) for job in jobs)
+    assert len({job.key for job in jobs}) == len({job.train_key for job in jobs}) == 3
+    file = result_file(tmp_path / "out", "wild", 0)
+    file.write_text(file.read_text().replace(jobs[2].key, jobs[1].key))
+    assert read_result(jobs[2]) is None
+
+
+def test_a_budget_goes_where_the_interval_is_widest(found, tmp_path):
+    """Two seeds for each arm; then the wild one has more, and the one that it is compared with."""
+    plan = Plan(found, tmp_path / "out", budget_s=12 * 60)
+    done = do(plan)
+    assert len(done) == 12 and plan.spent_s == 12 * 60
+    seeds = {arm: sum(arm == of for of, _ in done) for arm in SPREADS}
+    assert seeds == {"first": 5, "calm": 2, "wild": 5}
+    assert do(Plan(found, tmp_path / "out", budget_s=12 * 60)) == []
+    assert len(do(Plan(found, tmp_path / "out", budget_s=14 * 60))) == 2
+
+
+def test_two_runs_at_once_take_half_of_a_budget(found, tmp_path):
+    plan = Plan(found, tmp_path / "out", budget_s=6 * 60, count=2)
+    assert len(do(plan, count=2)) == 12
+
+
+def test_a_run_that_fails_ends_the_study_and_loses_nothing(found, tmp_path):
+    def failing(job, processes, env):
+        if (job.arm, job.seed) == ("calm", 1):
+            raise MachineError("the disk is full")
+        return made_up(job)
+
+    plan = Plan(found, tmp_path / "out")
+    with pytest.raises(MachineError, match="arm 'calm', seed 1: the disk is full"):
+        do(plan, failing)
+    assert len(plan.results) == 4
+    assert len(do(Plan(found, tmp_path / "out"))) == 5

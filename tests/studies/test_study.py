@@ -1,0 +1,70 @@
+"""A study's file: what is read, and what is refused before anything runs."""
+
+from pathlib import Path
+
+import pytest
+
+from arc_solver.errors import UserError
+from arc_solver.studies.study import METRICS, read_study
+
+HEAD = 'question = "q?"\nhypothesis = "h"\nmetrics = ["validation_loss", "pass@2"]\n'
+ARMS = '[[arms]]\nname = "a"\n[[arms]]\nname = "b"\nset = ["train.steps=7"]\n'
+
+
+def written(tmp_path, text: str):
+    file = tmp_path / "mine.toml"
+    file.write_text(text)
+    return file
+
+
+def test_settings_come_from_the_base_the_study_the_arm_and_the_command_line(tmp_path):
+    (tmp_path / "base.toml").write_text("[train]\nsteps = 1\nlr = 0.5\n[adapt]\nsteps = 3\n")
+    text = f'{HEAD}config = "base.toml"\nset = ["train.lr=0.25"]\n{ARMS}'
+    found = read_study(written(tmp_path, text), ["adapt.steps=9"])
+    first, second = (found.config(arm, 5) for arm in found.study.arms)
+    assert found.name == "mine" and (first.train.steps, second.train.steps) == (1, 7)
+    assert first.train.lr == second.train.lr == 0.25 and first.adapt.steps == 9
+    assert first.run.seed == 5 and found.study.decides == "validation_loss" and found.study.solves
+
+
+def test_seeds_may_be_of_a_part_of_the_randomness(tmp_path):
+    text = f'{HEAD}kind = "spread"\n[[arms]]\nname = "weights"\nvary = ["model.seed"]\n'
+    found = read_study(written(tmp_path, text), seeds=4)
+    config = found.config(found.study.arms[0], 3)
+    assert found.study.seeds == 4 and (config.run.seed, config.model.seed) == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (HEAD, "arms: Field required"),
+        (HEAD + '[[arms]]\nname = "a"\n', "give at least two arms"),
+        (HEAD + ARMS.replace('"b"', '"a"'), "two arms are named 'a'"),
+        (HEAD + ARMS.replace("steps=7", "stepz=7"), "arm 'b': unknown setting train.stepz"),
+        (HEAD + ARMS + "oops = 1\n", "arms.1.oops"),
+        ("train = false\n" + HEAD + ARMS, "validation_loss is measured in training, and train is false"),
+        ('kind = "scaling"\n' + HEAD + ARMS, "needs x in each arm, and 'a' has none"),
+        (HEAD.replace("pass@2", "pass@9") + ARMS, r"metrics\.1"),
+        (HEAD + 'config = "none.toml"\n' + ARMS, "does not exist"),
+        ("question =", "is no TOML"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_runs(tmp_path, text, said):
+    with pytest.raises(UserError, match=said):
+        read_study(written(tmp_path, text))
+
+
+def test_a_study_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match=r"cannot be read .* see configs/studies/"):
+        read_study(tmp_path / "none.toml")
+
+
+def test_shares_are_better_when_more_and_losses_when_less():
+    assert {name: metric.sign for name, metric in METRICS.items() if metric.sign < 0} == {"validation_loss": -1}
+    assert METRICS["pass@2"].says(0.125, signed=True) == "+12.5%" and METRICS["validation_loss"].says(1.0) == "1.0000"
+
+
+@pytest.mark.parametrize("file", sorted(Path("configs/studies").glob("*.toml")), ids=lambda file: file.stem)
+def test_the_studies_that_ship_are_read(file):
+    if file.stem != "small":  # which they share
+        assert read_study(file).study.hypothesis

@@ -1,0 +1,128 @@
+"""Verdicts: right in 19 of 20 cases where nothing differs, and effects that are there are found."""
+
+import numpy as np
+import pytest
+
+from arc_solver.studies import verdict
+from arc_solver.studies.verdict import Measured, difference, fit_power_law, spread
+
+TASKS, REPETITIONS = 80, 100
+
+
+@pytest.fixture(autouse=True)
+def fewer_resamples(monkeypatch):
+    monkeypatch.setattr(verdict, "RESAMPLES", 2000)
+
+
+def trained(rng, seeds, effect=0.0, of_seeds=0.04) -> Measured:
+    """A fake trainer: each seed has its luck in all tasks at once, and each task and seed their own besides."""
+    hard = np.random.default_rng(0).beta(0.4, 0.8, TASKS)
+    tasks = {}
+    for seed in range(seeds):
+        chances = np.clip(hard + effect + rng.normal(0, of_seeds), 0, 1)
+        tasks[seed] = {f"{i:03d}": float(solved) for i, solved in enumerate(rng.random(TASKS) < chances)}
+    return Measured({seed: float(np.mean([*of.values()])) for seed, of in tasks.items()}, tasks)
+
+
+def values_alone(measured: Measured) -> Measured:
+    return Measured(measured.values)
+
+
+def verdicts(seeds, effect=0.0, of=lambda measured: measured, **luck) -> list[str]:
+    rng = np.random.default_rng(1)
+    pairs = [(trained(rng, seeds, effect, **luck), trained(rng, seeds, **luck)) for _ in range(REPETITIONS)]
+    return [difference(of(ours), of(first), 1).verdict for ours, first in pairs]
+
+
+@pytest.mark.parametrize("of", [lambda measured: measured, values_alone], ids=["tasks", "values"])
+@pytest.mark.parametrize("of_seeds", [0.0, 0.04])
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_arms_that_are_the_same_cannot_be_told_apart(seeds, of_seeds, of):
+    """In at least 19 of 20 repetitions, as far as a hundred of them can say."""
+    told = sum(verdict != "cannot tell" for verdict in verdicts(seeds, of=of, of_seeds=of_seeds))
+    assert told <= 10  # of 100; with a chance of 5% each, more come in 1% of cases
+
+
+@pytest.mark.parametrize("of", [lambda measured: measured, values_alone], ids=["tasks", "values"])
+@pytest.mark.parametrize("effect", [-1, 1])
+def test_an_effect_of_twice_the_noise_is_found(effect, of):
+    noise = float(np.std([trained(np.random.default_rng(i), 1).mean for i in range(200)]))
+    found = verdicts(12, 2 * noise * effect, of=of)
+    assert found.count("better" if effect > 0 else "worse") >= 90
+    assert found.count("worse" if effect > 0 else "better") == 0
+
+
+def test_less_is_better_for_a_loss():
+    worse, better = Measured({0: 1.0, 1: 1.1, 2: 1.05}), Measured({0: 0.5, 1: 0.6, 2: 0.56})
+    assert difference(better, worse, -1).verdict == "better"
+    assert difference(worse, better, -1).verdict == "worse"
+    assert difference(better, worse, 1).verdict == "worse"
+
+
+def test_seeds_are_paired():
+    """What all arms of a seed have in common is no luck of their difference."""
+    first = Measured({seed: float(seed) for seed in range(4)})
+    ours = Measured({seed: seed + 0.1 + 0.001 * (seed % 2) for seed in range(4)})
+    found = difference(ours, first, 1)
+    assert found.verdict == "better" and found.width < 0.01
+    more = Measured({**ours.values, 9: 100.0})
+    assert difference(more, first, 1).value == pytest.approx(found.value)
+
+
+def test_one_seed_tells_nothing_of_others():
+    rng = np.random.default_rng(2)
+    ours, first = trained(rng, 1, 0.5), trained(rng, 1)
+    found = difference(ours, first, 1)
+    assert found.verdict == "cannot tell" and np.isnan(found.low) and found.more_seeds == 1
+    assert difference(ours, first, 1, shares_luck=True).verdict == "better"
+    assert spread(ours) is None
+
+
+def test_the_same_results_are_no_difference():
+    ours = trained(np.random.default_rng(3), 3)
+    found = difference(ours, ours, 1)
+    assert (found.value, found.low, found.high, found.verdict, found.more_seeds) == (0, 0, 0, "cannot tell", None)
+
+
+def test_more_seeds_would_tell_and_they_do():
+    """With as many as it says, the difference is told about as often as not."""
+    rng = np.random.default_rng(4)
+
+    def drawn(seeds, mean):
+        return Measured({seed: float(value) for seed, value in enumerate(rng.normal(mean, 1.0, seeds))})
+
+    asked = [difference(drawn(4, 1.0), drawn(4, 0.0), 1) for _ in range(60)]
+    needed = int(np.median([4 + found.more_seeds for found in asked if found.more_seeds]))
+    told = [difference(drawn(needed, 1.0), drawn(needed, 0.0), 1).verdict for _ in range(60)]
+    assert needed > 4 and told.count("better") / 60 >= 0.3
+
+
+def test_too_few_tasks_are_no_matter_of_seeds():
+    first = Measured(dict.fromkeys(range(3), 0.5), {s: {"a": 1.0, "b": 0.0} for s in range(3)})
+    ours = Measured(dict.fromkeys(range(3), 0.5), {s: {"a": 0.0, "b": 1.0} for s in range(3)})
+    ours = Measured(dict.fromkeys(range(3), 0.55), {s: {"a": 0.1, "b": 1.0} for s in range(3)})
+    found = difference(ours, first, 1)
+    assert found.verdict == "cannot tell" and found.more_seeds is None
+
+
+def test_a_spread_has_the_interval_of_a_normal_distribution():
+    """In 19 of 20 cases the true one lies in it."""
+    rng = np.random.default_rng(5)
+    inside = 0
+    for _ in range(300):
+        found = spread(Measured({s: float(v) for s, v in enumerate(rng.normal(3.0, 2.0, 5))}))
+        inside += found.low <= 2.0 <= found.high
+    assert 0.91 <= inside / 300 <= 0.985
+
+
+def test_a_power_law_is_found_again():
+    xs = [1, 3, 10, 30, 100]
+    rng = np.random.default_rng(6)
+    points = {x: [0.2 + 1.5 * x**-0.5 + float(rng.normal(0, 0.003)) for _ in range(3)] for x in xs}
+    law = fit_power_law(points)
+    low, high = law.exponent_interval
+    assert low <= 0.5 <= high and high - low < 0.2
+    at, below, above = law.ten_times
+    assert below <= 0.2 + 1.5 * 1000**-0.5 <= above and at == pytest.approx(law.at(1000))
+    flat = fit_power_law({x: [0.7] for x in xs})
+    assert flat.at(10_000) == pytest.approx(0.7, abs=1e-6)
