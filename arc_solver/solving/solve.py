@@ -39,9 +39,8 @@ from ..models import (
 )
 from ..models.hardware import whole_memory
 from ..models.lora import origin_of
-from ..puzzles import Task, TaskSet
+from ..puzzles import Task, TaskSet, smallest
 from ..puzzles.pictures import Drawing, task_picture
-from ..puzzles.task_files import smallest
 from ..report import PageWriter
 from ..report.writer import pages_of_run
 from ..rng import named_rng
