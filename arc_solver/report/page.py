@@ -25,7 +25,7 @@ from ..charts import line_chart
 from ..clock import format_clock, format_duration
 from ..command import as_called
 from ..errors import counted
-from .collect import STATES, RunFacts, Session, TaskFacts
+from .collect import NO_PART, STATES, RunFacts, Session, TaskFacts
 from .compare import OUTCOMES, Beside, Comparison
 from .reasons import KINDS
 from .training import TrainingFacts
@@ -113,7 +113,7 @@ def run_page(run: RunFacts, every_s: float = EVERY_S) -> str:
         facts=_facts(run),
         clock_note=_clock_note(run),
         unusual=[(key, _said(value), _said(usual)) for key, (value, usual) in run.unusual.items()],
-        settings=[(key, _said(value)) for key, value in run.settings.items()],
+        settings=[(key, _said(value)) for key, value in run.settings.items() if not key.startswith(NO_PART)],
         data=[in_script(task.text) for task in run.tasks],
     )
 

@@ -48,6 +48,7 @@ def test_the_page_of_a_real_run(run):
         "worker 0",
     ):
         assert said in text, said
+    assert "kaggle." not in text and "<td>stages</td>" not in run_page(run)  # of releases and trainings
     for i, task in enumerate(run.tasks):
         assert json.loads(page.scripts[f"t{i}"])["id"] == task.task.id
         assert task.task.id in page.text
