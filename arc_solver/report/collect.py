@@ -31,15 +31,16 @@ from ..config import BUNDLED_DIR, Config
 from ..data import leak_audit, read_training_data
 from ..errors import UserError, counted
 from ..files import is_locked
-from ..puzzles import Attempts, Grid, Task, TaskSet, read_json, read_object, same_grid
+from ..puzzles import Attempts, Grid, Task, TaskSet, read_json, read_object, same_grid, smallest
 from .reasons import Reason, main_kind, why_not_solved
 
 STATES = {  # of a task, and what the page says
     "solved": "solved",
-    "covered": "covered, not selected",
+    "covered": "proposed, not selected",
     "missed": "missed",
     "fell-back": "fell back",
     "answered": "answered",
+    "damaged": "its file cannot be read",
     "waiting": "no answer yet",
 }
 NO_PART = ("kaggle.", "stages")  # settings that are no part of a run
@@ -68,7 +69,7 @@ class TaskFacts:
 
     task: Task
     solution: Sequence[Grid] | None  # None: not known
-    predictions: Predictions | None  # None: the run has not come to it
+    predictions: Predictions | None  # None: the run has not come to it, or its file cannot be read
     ranked: Sequence[Sequence[Ranked]]  # the candidates for each test input, best first
     attempts: Sequence[Attempts]  # for each test input; empty: none
     stage: str
@@ -79,6 +80,7 @@ class TaskFacts:
     error: str | None
     reasons: Sequence[Reason]  # empty if it is solved, or the solution is not known
     failures: Sequence[Failure] = ()  # in turn
+    damaged: Sequence[str] = ()  # its files that cannot be read
 
     @property
     def solved(self) -> list[bool]:
@@ -105,7 +107,7 @@ class TaskFacts:
         if self.solution is not None and all(self.solved):
             return "solved"
         if self.predictions is None:
-            return "waiting"
+            return "damaged" if self.damaged else "waiting"
         if self.fallback:
             return "fell-back"
         if self.solution is None:
@@ -124,6 +126,16 @@ class TaskFacts:
     @property
     def candidates(self) -> int:
         return sum(map(len, self.ranked))
+
+    @property
+    def wrong_cells(self) -> int | None:
+        """Of the better attempt; of several test outputs, of all together. None: not known, or of another shape."""
+        if self.solution is None or not self.attempts:
+            return None
+        counts = []
+        for right, both in zip(self.solution, self.attempts, strict=True):
+            counts.append([int((grid != right).sum()) for grid in both if grid.shape == right.shape])
+        return sum(map(min, counts)) if all(counts) else None
 
     @property
     def main_reason(self) -> str:
@@ -220,11 +232,32 @@ class RunFacts:
     audit: tuple[bool | None, str]  # whether it passed, None if it could not be made, and what it says
     damaged: Sequence[str]  # files that could not be read
     failures: Sequence[Failure] = ()  # in turn
+    folder: str = ""  # as it was given
 
-    def score(self, which: str) -> Score | None:
-        """Of the tasks with known solutions: by "first" attempts, "solved" by both, "covered". None: there are none."""
-        known = {t.task.id: getattr(t, which) for t in self.tasks if t.solution is not None}
+    def score(self, which: str, of_all: bool = False) -> Score | None:
+        """Of the tasks with known solutions: by "first" attempts, "solved" by both, "covered". None: there are none.
+
+        Args:
+            of_all: what has no answer yet is counted too, as not solved.
+        """
+        counted = self.tasks if of_all else self.scored
+        known = {t.task.id: getattr(t, which) for t in counted if t.solution is not None}
         return score_of(known) if known else None
+
+    @property
+    def scored(self) -> Sequence[TaskFacts]:
+        """What a score is of: all tasks, or while some have no answer yet, those that have one."""
+        if all(task.predictions for task in self.tasks):
+            return self.tasks
+        return [task for task in self.tasks if task.candidates]
+
+    @property
+    def wanted(self) -> Sequence[TaskFacts]:
+        """The tasks that are to be solved: all, or the smallest."""
+        if not (most := self.settings.get("run.smoke")):
+            return self.tasks
+        ids = {task.id for task in smallest(self.task_set.tasks, most)}
+        return [task for task in self.tasks if task.task.id in ids]
 
     @property
     def answered(self) -> int:
@@ -253,14 +286,13 @@ class RunReader:
     def read(self, is_running: bool | None = None) -> RunFacts:
         """How the run stands. `is_running`: None: as its lock says."""
         config = settings_of_run(self.run_dir)
-        damaged: list[str] = []
         records = read_log(self.run_dir / "log.jsonl")
         failures = [_failure(record) for record in records if record.get("event") == "failure"]
         of_task: dict[str, list[Failure]] = {}
         for failure in failures:
             for task_id in failure.tasks:
                 of_task.setdefault(task_id, []).append(failure)
-        tasks = [self._task(task, config, of_task.get(task.id, []), damaged) for task in self.task_set.tasks]
+        tasks = [self._task(task, config, of_task.get(task.id, [])) for task in self.task_set.tasks]
         settings = read_object(self.run_dir / "config.json")
         self._audit = self._audit or self._audited(settings)
         return RunFacts(
@@ -274,35 +306,41 @@ class RunReader:
             flat(settings),
             _sessions(records),
             self._audit,
-            damaged,
+            [name for task in tasks for name in task.damaged],
             failures,
+            str(self.run_dir),
         )
 
-    def _task(self, task: Task, config: Config, failures: list[Failure], damaged: list[str]) -> TaskFacts:
+    def _task(self, task: Task, config: Config, failures: list[Failure]) -> TaskFacts:
         file = best_file(self.run_dir, task.id)
         stat = file and file.stat()
         key = (file, stat and stat.st_mtime_ns, stat and stat.st_size, config.vote, failures)
         if task.id not in self._known or self._known[task.id][0] != key:
-            facts = self._read_task(task, file, config, failures, damaged)
+            facts = self._read_task(task, config, failures)
             self._known[task.id] = key, facts
         return self._known[task.id][1]
 
-    def _read_task(
-        self, task: Task, file: Path | None, config: Config, failures: list[Failure], damaged: list[str]
-    ) -> TaskFacts:
+    def _read_task(self, task: Task, config: Config, failures: list[Failure]) -> TaskFacts:
+        """What the best stage says that can be read, as where the run goes on."""
         content: Mapping[str, Any] = {}
-        found = None
-        if file:
+        found, stage = None, ""
+        files = [file for name in STAGES if (file := self.run_dir / name / f"{task.id}.json").exists()]
+        damaged: list[str] = []
+        while files and not found:
+            file = files.pop()
             try:
                 content = read_json(file)
-                found = parse_predictions(content, task, file)
+                found, stage = parse_predictions(content, task, file), file.parent.name
             except UserError:
+                content = {}
                 damaged.append(f"{file.parent.name}/{file.name}")
         solution, vote = self.task_set.solutions.get(task.id), config.vote
         adaptation, fallback = content.get("adaptation"), content.get("fallback")
-        tests, stage = range(len(task.test)), file.parent.name if found and file else ""
-        stages = (self.run_dir / stage / f"{task.id}.json" for stage in STAGES) if found else ()
-        earlier = [stage for stage in stages if stage != file and stage.exists()]
+        tests = range(len(task.test))
+        unread = [Reason("unanswered", "Its file cannot be read.")] if damaged and not found else []
+        why: list[Reason] = []
+        if solution is not None:
+            why = why_not_solved(task, solution, found, adaptation, fallback, vote, stage)
         return TaskFacts(
             task,
             solution,
@@ -311,12 +349,13 @@ class RunReader:
             choose_attempts(found, task, vote) if found else [],
             stage,
             adaptation,
-            content.get("seconds", 0.0) + sum(read_object(stage).get("seconds", 0.0) for stage in earlier),
+            content.get("seconds", 0.0) + sum(read_object(earlier).get("seconds", 0.0) for earlier in files),
             content.get("predicting", 0.0),
             fallback,
             content.get("error"),
-            why_not_solved(task, solution, found, adaptation, fallback, vote, stage) if solution is not None else [],
+            unread or why,
             failures,
+            damaged,
         )
 
     def _audited(self, settings: Mapping[str, Any]) -> tuple[bool | None, str]:

@@ -6,6 +6,7 @@ bin/report TRAINING_DIR [--watch]       a training, ended or going on
 """
 
 import os
+import sys
 import time
 import webbrowser
 from pathlib import Path
@@ -16,7 +17,7 @@ from ..errors import MachineError, UserError
 from ..files import write_whole
 from .collect import RunReader
 from .compare import compare_folders, page_name
-from .page import EVERY_S, comparison_page, run_page, training_page
+from .page import EVERY_S, comparison_page, run_page, training_page, warnings_of
 from .training import is_training, read_training
 from .writer import PAGE
 
@@ -41,7 +42,7 @@ def main(arguments: list[str]) -> int:
     first = args.folders[0]
     name = PAGE if len(args.folders) == 1 else page_name(*args.folders)
     page = args.out or first / name
-    goes_on, reader = False, None
+    goes_on, reader, warnings = False, None, list[str]()
     if len(args.folders) == 2:
         links = [_link(folder / PAGE, page) for folder in args.folders]
         _write(comparison_page(compare_folders(*args.folders), links), page)
@@ -49,21 +50,26 @@ def main(arguments: list[str]) -> int:
         goes_on = _write_training(first, page, args.watch)
     else:
         reader = RunReader(first)
-        goes_on = _write_run(reader, page)
-    print(page)
-    if args.open:
-        webbrowser.open(page.resolve().as_uri())
+        goes_on, warnings = _write_run(reader, page)
+    print(page, flush=True)
+    if args.open and not webbrowser.open(page.resolve().as_uri()):
+        print(f"no browser could be started here: open {page} in one", file=sys.stderr)
     while args.watch and goes_on:
         time.sleep(EVERY_S)
-        goes_on = _write_run(reader, page) if reader else _write_training(first, page, watch=True)
+        if reader:
+            goes_on, warnings = _write_run(reader, page)
+        else:
+            goes_on = _write_training(first, page, watch=True)
+    for warning in warnings:
+        print(warning, file=sys.stderr)
     return 0
 
 
-def _write_run(reader: RunReader, page: Path) -> bool:
-    """Whether the run goes on."""
+def _write_run(reader: RunReader, page: Path) -> tuple[bool, list[str]]:
+    """Whether the run goes on, and what must be known of it."""
     run = reader.read()
     _write(run_page(run), page)
-    return run.is_running
+    return run.is_running, warnings_of(run)
 
 
 def _write_training(folder: Path, page: Path, watch: bool) -> bool:

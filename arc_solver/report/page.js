@@ -8,6 +8,8 @@ const GEOMETRIES = ["as it is", "¼ turn", "½ turn", "¾ turn", "transposed", "
 const NATS = 100; // log-probabilities are whole hundredths
 const HALF = 5; // nats less than certain, at which a bar is half as tall
 const RELOAD_MS = 10000;
+const READABLE = 15; // pixels of a cell with its number in it
+const SMALLEST = 9; // pixels of a cell that has room for a number
 const LATE = 6; // times the usual seconds between two pages: then it is said that nothing comes
 const $ = (id) => document.getElementById(id);
 const all = (selector, of = document) => [...of.querySelectorAll(selector)];
@@ -29,7 +31,8 @@ function drawing(tag, attributes = {}, ...children) {
 // ---- grids ----
 
 const rowsOf = (text) => text.split("/");
-const shapeOf = (text) => `${rowsOf(text).length} × ${rowsOf(text)[0].length}`;
+const sidesOf = (text) => [rowsOf(text).length, rowsOf(text)[0].length];
+const shapeOf = (text) => sidesOf(text).join(" × ");
 const parsed = new Map();
 
 function task(i) {
@@ -66,7 +69,7 @@ function draw(canvas, text, side, options = {}) {
     const colour = Number(digit), x = c * cell + gap, y = r * cell + gap, inner = cell - gap;
     pen.fillStyle = PALETTE[colour];
     pen.fillRect(x, y, inner, inner);
-    if (options.numbers && cell > 8) {
+    if (options.numbers && cell >= SMALLEST) {
       pen.fillStyle = DARK.includes(colour) ? "#fff" : "#000";
       pen.fillText(digit, x + inner / 2, y + inner / 2 + 0.5);
     }
@@ -95,11 +98,22 @@ function differences(text, right) {
   return a.reduce((sum, row, r) => sum + [...row].filter((digit, c) => digit !== b[r][c]).length, 0);
 }
 
-function gridCanvas(title, text, options) {
+function gridCanvas(title, text, options) { // as a button that shows it larger
   const cells = rowsOf(text).map((row) => [...row].join(" ")).join("; ");
   const canvas = element("canvas", { role: "img", "data-grid": options.name, "aria-label": `${title}, grid of ${shapeOf(text)}: ${cells}` });
-  draw(canvas, text, options.side || 260, { numbers: isOn("numbers"), marks: isOn("marks"), right: options.right, most: options.most });
-  return canvas;
+  draw(canvas, text, options.side, { numbers: isOn("numbers"), marks: isOn("marks"), right: options.right, most: options.most });
+  if (isOn("numbers") && Number(canvas.dataset.cell) < SMALLEST) $("no-room").hidden = false;
+  const button = element("button", { type: "button", class: "grid", title: "enlarge" }, canvas);
+  button.addEventListener("click", () => enlarge(title, text, options.right));
+  return button;
+}
+
+function enlarge(title, text, right) { // to what the window has room for, or so that numbers fit
+  const canvas = $("large").querySelector("canvas"), page = document.documentElement;
+  const room = Math.min(page.clientWidth - 60, page.clientHeight - 130), side = Math.max(...sidesOf(text));
+  draw(canvas, text, Math.max(room, SMALLEST * side + 1), { numbers: isOn("numbers"), marks: isOn("marks"), right, most: 60 });
+  $("large-title").textContent = `${title}, ${shapeOf(text)}`;
+  if (!$("large").open) $("large").showModal();
 }
 
 function gridFigure(title, text, options) {
@@ -124,11 +138,11 @@ function candidateItem(one, grid, place, t, content) {
   const item = element("li", isRight ? { class: "is-right" } : {});
   const canvas = gridCanvas(`candidate ${place + 1}`, grid, { name: `candidate-${t}-${place}`, side: 120, right, most: 16 });
   const known = one.p.filter((p) => p !== null), views = content.geometries.length;
-  const sum = known.length ? -known.reduce((a, b) => a + b, 0) * (views / known.length) / NATS : null;
+  const sum = -known.reduce((a, b) => a + b, 0) / NATS, scored = known.length === views ? "all views" : `${known.length} of ${views} views`;
   const says = element("div", {},
     element("p", {}, element("b", {}, `${place + 1}`), place < 2 ? ` · attempt ${place + 1}` : "", isRight ? " · right ✓" : ""),
     element("p", {}, `${one.v.length} of ${views} views`, one.s.length ? `, ${one.s.length} searches` : ""),
-    element("p", {}, sum === null ? "not scored" : `${sum.toFixed(2)} nats in all`));
+    element("p", {}, known.length ? `${sum.toFixed(2)} nats in ${scored}` : "not scored"));
   if (right && !isRight) {
     const off = differences(grid, right);
     says.append(element("p", { class: "muted" }, off === null ? shapeOf(grid) : `${off} ${off === 1 ? "cell differs" : "cells differ"}`));
@@ -139,8 +153,7 @@ function candidateItem(one, grid, place, t, content) {
     const classes = [p === null ? "unknown" : "", one.v.includes(v) ? "voted" : "", one.s.includes(v) ? "searched" : ""];
     strip.append(element("i", { class: classes.join(" ").trim(), style: `height:${height.toFixed(0)}px`, title: viewText(one, v, content) }));
   });
-  const details = element("details", {}, element("summary", {}, "every view"));
-  details.addEventListener("toggle", () => {
+  const details = keptOpen(element("details", { id: `views of ${content.id}, ${t}, ${place}` }, element("summary", {}, "every view")), () => {
     if (details.open && details.children.length === 1) details.append(viewTable(one, content));
   });
   item.append(canvas, says, strip, details);
@@ -205,11 +218,15 @@ function failures(content) {
   return [element("p", {}, `${found.length} ${found.length === 1 ? "try" : "tries"} failed:`), element("ol", {}, ...found.map((says) => element("li", {}, says)))];
 }
 
-// So large that a pair has room beside each other.
-const sideOfPairs = () => Math.min(260, Math.max(90, (document.documentElement.clientWidth - 90) / 2));
+// So large that cells are readable, if a pair has room beside each other.
+function sideOfPairs(content) {
+  const grids = [...content.train.flat(), ...content.test, ...(content.solution || [])];
+  const wanted = Math.max(240, READABLE * Math.max(...grids.flatMap(sidesOf)) + 1);
+  return Math.min(wanted, Math.max(90, ($("task").clientWidth - 42) / 2));
+}
 
 function pairs(content) {
-  const side = sideOfPairs();
+  const side = sideOfPairs(content);
   return element("div", { class: "pairs" }, ...content.train.map(([input, output], k) => {
     const grids = [["input", input], ["output", output]].map(([name, text]) => gridCanvas(`demonstration ${k + 1}, ${name}`, text, { name: `train-${k}-${name}`, side }));
     const arrow = element("span", { class: "arrow", "aria-hidden": "true" }, "→");
@@ -220,37 +237,40 @@ function pairs(content) {
 
 function attemptsOf(content, attempts, t, prefix = "") {
   const right = content.solution && content.solution[t];
-  return attempts.map((grid, k) => gridFigure(`attempt ${k + 1}`, grid, { name: `${prefix}attempt-${t}-${k}`, side: sideOfPairs(), right, says: right ? "" : shapeOf(grid) }));
+  return attempts.map((grid, k) => gridFigure(`attempt ${k + 1}`, grid, { name: `${prefix}attempt-${t}-${k}`, side: sideOfPairs(content), right, says: right ? "" : shapeOf(grid) }));
 }
 
 function show(i) {
   const content = task(i), row = rows[i], body = $("task-body");
+  document.title = `${content.id} – ${TITLE}`;
+  $("no-room").hidden = true;
   body.replaceChildren(element("h1", {}, element("span", { class: "id" }, content.id), " ", element("span", { class: "state" }, ...[...row.cells[1].cloneNode(true).childNodes])));
   if (content.reasons && content.reasons.length) body.append(element("ul", { class: "why" }, ...content.reasons.map((says) => element("li", {}, says))));
-  body.append(element("h3", {}, "Demonstrations"), pairs(content));
+  body.append(element("h2", {}, "Demonstrations"), pairs(content));
   if (content.runs) { showBeside(content, body); place(i); return; }
   content.test.forEach((input, t) => {
     const many = content.test.length > 1 ? ` ${t + 1}` : "", right = content.solution && content.solution[t];
-    const shown = [gridFigure("test input", input, { name: `test-${t}`, side: sideOfPairs(), says: shapeOf(input) }), ...attemptsOf(content, content.attempts[t] || [], t)];
-    if (right) shown.push(gridFigure("right output", right, { name: `solution-${t}`, side: sideOfPairs(), says: shapeOf(right) }));
-    body.append(element("h3", {}, `Test${many}`), element("div", { class: "pairs" }, ...shown));
+    const side = sideOfPairs(content);
+    const shown = [gridFigure("test input", input, { name: `test-${t}`, side, says: shapeOf(input) }), ...attemptsOf(content, content.attempts[t] || [], t)];
+    if (right) shown.push(gridFigure("right output", right, { name: `solution-${t}`, side, says: shapeOf(right) }));
+    body.append(element("h2", {}, `Test${many}`), element("div", { class: "pairs" }, ...shown));
     if (!right) body.append(element("p", { class: "muted" }, "The solution is not known."));
   });
-  body.append(element("h3", {}, "Adaptation"), ...learning(content), ...failures(content));
+  body.append(element("h2", {}, "Adaptation"), ...learning(content), ...failures(content));
   content.candidates.forEach((found, t) => {
     const many = content.test.length > 1 ? `, test ${t + 1}` : "";
-    body.append(element("h3", {}, `Candidates${many}: ${found.length}`));
-    if (t === 0 && found.length) body.append(element("p", { class: "key" }, "Each bar is a view: the taller, the more probable. ", element("i", { class: "swatch" }), " the view answered it; a dot: its search found it."));
+    body.append(element("h2", {}, `Candidates${many}: ${found.length}`));
+    if (t === 0 && found.length) body.append(element("p", { class: "key" }, `Each bar is a view: full height where the answer is certain (0 nats), half of it at −${HALF} nats, dotted where it was not scored.`, element("span", {}, element("i", { class: "swatch" }), "the view answered it; a dot: its search found it")));
     body.append(element("ol", { class: "candidates" }, ...found.map((one, place) => candidateItem(one, gridOf(one, found), place, t, content))));
   });
-  if (content.error) body.append(element("details", {}, element("summary", {}, "What went wrong"), element("pre", {}, content.error)));
+  if (content.error) body.append(keptOpen(element("details", { id: `error of ${content.id}` }, element("summary", {}, "What went wrong"), element("pre", {}, content.error))));
   place(i);
 }
 
 function showBeside(content, body) { // two runs of it
   const lossesOf = (run) => (run.adaptation && run.adaptation.losses) || [], losses = content.runs.flatMap(lossesOf);
   content.test.forEach((input, t) => {
-    const many = content.test.length > 1 ? ` ${t + 1}` : "", right = content.solution[t], side = sideOfPairs();
+    const many = content.test.length > 1 ? ` ${t + 1}` : "", right = content.solution[t], side = sideOfPairs(content);
     body.append(element("h3", {}, `Test${many}`), element("div", { class: "pairs" },
       gridFigure("test input", input, { name: `test-${t}`, side, says: shapeOf(input) }),
       gridFigure("right output", right, { name: `solution-${t}`, side, says: shapeOf(right) })));
@@ -265,16 +285,19 @@ function showBeside(content, body) { // two runs of it
 }
 
 function place(i) {
-  const at = order.indexOf(i);
-  $("place").textContent = at < 0 ? "" : `${at + 1} of ${order.length}`;
+  const along = alongOf(i), at = along.indexOf(i);
+  $("place").textContent = `${at + 1} of ${along.length}${along === order ? "" : ", hidden by the filters"}`;
   $("previous").disabled = at <= 0;
-  $("next").disabled = at < 0 || at >= order.length - 1;
+  $("next").disabled = at >= along.length - 1;
 }
+
+const alongOf = (i) => (order.includes(i) ? order : sorted(rows.map((_, k) => k))); // the tasks that arrows go along
 
 // ---- the list ----
 
 const rows = all("#table tbody tr"), cards = all(".card");
-const state = { search: "", states: [], kind: "", sort: rows.length ? Number($("table").dataset.sort) : 0, down: false, table: false, numbers: false, scroll: 0 };
+const state = { search: "", states: [], kind: "", sort: rows.length ? Number($("table").dataset.sort) : 0, down: false, table: false, numbers: false, scroll: 0, opened: [] };
+const TITLE = document.title;
 let order = rows.map((_, i) => i), open = null;
 
 const kept = {
@@ -287,17 +310,30 @@ function valueOf(row, column) {
   return said === "" ? null : Number.isNaN(Number(said)) || column === 0 ? said : Number(said);
 }
 
-function arrange() {
-  const words = state.search.toLowerCase().split(/\s+/).filter(Boolean);
-  const isShown = (row) => (!state.states.length || state.states.includes(row.dataset.state))
-    && (!state.kind || row.dataset.kinds === state.kind) && words.every((word) => row.dataset.words.includes(word));
-  order = rows.map((_, i) => i).filter((i) => isShown(rows[i]));
-  const keys = order.map((i) => [i, valueOf(rows[i], state.sort)]);
+function keptOpen(details, toggled = () => {}) { // over a reload too
+  details.addEventListener("toggle", () => {
+    state.opened = [...state.opened.filter((id) => id !== details.id), ...(details.open ? [details.id] : [])];
+    kept.write("state", state);
+    toggled();
+  });
+  details.open = state.opened.includes(details.id);
+  return details;
+}
+
+function sorted(which) {
+  const keys = which.map((i) => [i, valueOf(rows[i], state.sort)]);
   keys.sort(([i, a], [j, b]) => {
     if (a === null || b === null) return (a === null) - (b === null) || i - j; // what is not known comes last
     return (a < b ? -1 : a > b ? 1 : 0) * (state.down ? -1 : 1) || i - j;
   });
-  order = keys.map(([i]) => i);
+  return keys.map(([i]) => i);
+}
+
+function arrange() {
+  const words = state.search.toLowerCase().split(/\s+/).filter(Boolean);
+  const isShown = (row) => (!state.states.length || state.states.includes(row.dataset.state))
+    && (!state.kind || row.dataset.kinds === state.kind) && words.every((word) => row.dataset.words.includes(word));
+  order = sorted(rows.map((_, i) => i).filter((i) => isShown(rows[i])));
   const shown = new Set(order);
   rows.forEach((row, i) => { row.hidden = cards[i].hidden = !shown.has(i); });
   $("table").querySelector("tbody").append(...order.map((i) => rows[i]));
@@ -313,7 +349,13 @@ function arrange() {
   $("numbers").checked = $("numbers2").checked = state.numbers;
   $("table").hidden = !state.table;
   $("cards").hidden = state.table;
+  $("clear").hidden = !words.length && !state.states.length && !state.kind;
+  sideways();
   kept.write("state", state);
+}
+
+function sideways() {
+  $("sideways").hidden = !state.table || $("table").scrollWidth <= $("table").clientWidth;
 }
 
 function set(changes) {
@@ -321,8 +363,10 @@ function set(changes) {
   arrange();
 }
 
+const isDown = (column) => column > 1 && !("least" in all("#table th button")[column].dataset);
+
 function sortBy(column) {
-  set(column === state.sort ? { down: !state.down } : { sort: column, down: column > 1 });
+  set(column === state.sort ? { down: !state.down } : { sort: column, down: isDown(column) });
 }
 
 function thumbnails(entries) {
@@ -360,21 +404,29 @@ function follow() { // the address says which task is open
   $("task").hidden = open === null;
   if (open !== null) {
     show(open);
-    if (before !== open) { window.scrollTo(0, 0); $("task").focus({ preventScroll: true }); }
+    window.scrollTo(0, 0);
+    $("task").focus({ preventScroll: true });
   } else if (before !== null) {
+    document.title = TITLE;
     window.scrollTo(0, state.scroll);
     (state.table ? rows[before].querySelector("a") : cards[before]).focus({ preventScroll: true });
   }
 }
 
 function step(by) {
-  const at = order.indexOf(open);
-  if (at >= 0 && order[at + by] !== undefined) go(order[at + by]);
+  const along = alongOf(open), at = along.indexOf(open);
+  if (along[at + by] !== undefined) go(along[at + by]);
 }
 
 function onKey(event) {
-  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.ctrlKey || event.metaKey || event.altKey || $("large").open) return;
   const isTyping = event.target.matches("input[type=search], select, textarea");
+  if (event.target === $("search") && event.key === "Escape") { // which alone empties the box in some browsers
+    event.preventDefault();
+    if (state.search) set({ search: "" }); else event.target.blur();
+    return;
+  }
+  if (event.target === $("search") && event.key === "Enter" && order.length === 1) { go(order[0]); return; }
   if (event.key === "Escape") { if (open !== null) go(null); else if (isTyping) event.target.blur(); return; }
   if (isTyping) return;
   const by = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
@@ -395,17 +447,21 @@ function setNumbers(on) {
 function start() {
   Object.assign(state, kept.read("state") || {});
   if (!(state.sort < rows[0].cells.length)) state.sort = 0;
+  $("clear").addEventListener("click", () => set({ search: "", states: [], kind: "" }));
+  $("large").addEventListener("click", (event) => { if (event.target === $("large")) $("large").close(); }); // beside it
+  if ($("all-settings")) keptOpen($("all-settings"));
+  window.addEventListener("resize", sideways);
   $("search").addEventListener("input", (event) => set({ search: event.target.value }));
   all(".chips button").forEach((chip) => chip.addEventListener("click", () => {
     const name = chip.dataset.state;
     set({ states: state.states.includes(name) ? state.states.filter((one) => one !== name) : [...state.states, name] });
   }));
   all("button[data-kind]").forEach((one) => one.addEventListener("click", () => {
-    set({ kind: state.kind === one.dataset.kind ? "" : one.dataset.kind });
+    set({ kind: state.kind === one.dataset.kind ? "" : one.dataset.kind, states: [], search: "" });
     $("search").scrollIntoView({ block: "nearest" });
   }));
   $("kind").addEventListener("change", (event) => set({ kind: event.target.value }));
-  $("sort").addEventListener("change", (event) => set({ sort: Number(event.target.value), down: Number(event.target.value) > 1 }));
+  $("sort").addEventListener("change", (event) => set({ sort: Number(event.target.value), down: isDown(Number(event.target.value)) }));
   all("#table th button").forEach((one, k) => one.addEventListener("click", () => sortBy(k)));
   $("as-table").addEventListener("change", (event) => set({ table: event.target.checked }));
   for (const id of ["numbers", "numbers2"]) $(id).addEventListener("change", (event) => setNumbers(event.target.checked));
@@ -437,11 +493,24 @@ function theme() {
 theme();
 if (rows.length) start();
 if ("running" in document.body.dataset) {
-  const { running, every } = document.body.dataset, since = Date.now() / 1000 - Number(running);
-  if (since > LATE * Number(every) + RELOAD_MS / 1000) {
-    $("fresh").textContent = `But nothing new was written for ${Math.round(since / 60)} minutes: it may have been killed. bin/report on its folder says how it stands.`;
-  }
+  const paused = () => {
+    if (!isOn("reload")) return "This page does not reload itself now";
+    if ($("search") && document.activeElement === $("search")) return "Paused while you type";
+    return $("large") && $("large").open ? "Paused while a grid is enlarged" : "";
+  };
+  const say = () => {
+    const { running, every } = document.body.dataset, since = Date.now() / 1000 - Number(running);
+    const isLate = since > LATE * Number(every) + RELOAD_MS / 1000, age = `${Math.round(since / 60)} minutes`;
+    let says = "This page reloads itself.";
+    if (paused()) says = isLate ? `${paused()}: what you see is ${age} old.` : `${paused()}.`;
+    else if (isLate) says = `But nothing new was written for ${age}: it may have been killed. bin/report on its folder says how it stands.`;
+    $("pulse").textContent = paused() ? "paused" : isLate ? `${age} old` : ""; // where a task is open too
+    if ($("fresh").textContent !== says) $("fresh").textContent = says; // else it would be read out each time
+  };
+  say();
+  for (const event of ["focusin", "focusout", "change"]) document.addEventListener(event, () => setTimeout(say));
   setInterval(() => {
-    if (isOn("reload") && !document.hidden && document.activeElement !== $("search")) location.reload();
+    say();
+    if (!paused() && !document.hidden) location.reload();
   }, RELOAD_MS);
 }

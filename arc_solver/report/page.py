@@ -25,17 +25,26 @@ from ..charts import line_chart
 from ..clock import format_clock, format_duration, format_guess
 from ..command import as_called
 from ..errors import counted
-from .collect import STATES, RunFacts, Session, TaskFacts
+from .collect import NO_PART, STATES, RunFacts, Session, TaskFacts
 from .compare import OUTCOMES, Beside, Comparison
 from .reasons import KINDS
 from .training import TrainingFacts
 
 HERE = Path(__file__).parent
-SYMBOLS = {"solved": "✓", "covered": "◐", "missed": "✗", "fell-back": "↯", "answered": "●", "waiting": "○"}
+SYMBOLS = {
+    "solved": "✓",
+    "covered": "◐",
+    "missed": "✗",
+    "fell-back": "↯",
+    "answered": "●",
+    "damaged": "!",
+    "waiting": "○",
+}
 COLUMNS = (  # of the table, and what each says
     ("task", "its id"),
     ("state", "what became of it"),
     ("outputs", "test outputs that are solved"),
+    ("wrong cells", "of the better attempt; of several test outputs, of all together"),
     ("votes", "views that gave the first attempt; of several test inputs, the fewest"),
     ("candidates", "distinct answers"),
     ("leave-one-out", "held-out outputs that were answered exactly before they were learnt"),
@@ -70,6 +79,7 @@ ABOUT_TRAINING = {  # of a training's own record, what is said and how
     "left_out": "tasks that the audit left out",
 }
 EVERY_S = 10.0  # between two pages of what goes on, at least
+LEAST_FIRST = ("task", "state", "wrong cells")  # columns that are sorted from their least value when they are chosen
 LOG_FROM = 4.0  # times the smallest loss of a curve is the largest: then its axis is logarithmic
 TICKS = 6  # of a time axis, about
 
@@ -78,20 +88,22 @@ def run_page(run: RunFacts, every_s: float = EVERY_S) -> str:
     """The page of a run. `every_s`: while it goes on, there is a new one after that many seconds, at most."""
     about = [counted(len(run.tasks), "task") + (f", {chosen}" if (chosen := run.task_set.chosen) else "")]
     about += [f"seed {run.settings.get('run.seed', '?')}", f"run {run.name}"]
-    missed = [task for task in run.tasks if task.reasons]
+    missed = [task for task in run.scored if task.reasons]
     return _render(
         "run.html",
         title=_title(run.task_set.name),
+        tab=_tab(run),
         kicker="a run of bin/solve",
         about=" · ".join(about),
         running=_running(every_s if run.is_running else None),
         progress=_progress(run),
+        warnings=warnings_of(run),
         headline=_headline(run),
         top_figures=_top_figures(run),
         kinds=_kinds(missed),
         missed=counted(len(missed), "task"),
         states=_states(run),
-        columns=[{"title": title, "says": says} for title, says in COLUMNS],
+        columns=[{"title": title, "says": says, "least": title in LEAST_FIRST} for title, says in COLUMNS],
         rows=[_row(task) for task in run.tasks],
         sessions=[_timeline(session) for session in run.sessions if session.jobs],
         has_deadline=any(session.deadline for session in run.sessions),
@@ -100,7 +112,7 @@ def run_page(run: RunFacts, every_s: float = EVERY_S) -> str:
         audit_class=AUDIT_CLASSES[run.audit[0]],
         facts=_facts(run),
         unusual=[(key, _said(value), _said(usual)) for key, (value, usual) in run.unusual.items()],
-        settings=[(key, _said(value)) for key, value in run.settings.items()],
+        settings=[(key, _said(value)) for key, value in run.settings.items() if not key.startswith(NO_PART)],
         data=[in_script(task.text) for task in run.tasks],
     )
 
@@ -217,6 +229,29 @@ def in_script(text: str) -> Markup:
 # ---- what stands at the top ----
 
 
+def warnings_of(run: RunFacts) -> list[str]:
+    """What must be known of a run before its score: that it is not finished, and what of it cannot be read."""
+    said, goes_on = [], as_called(f"bin/solve --out {run.folder}")
+    cheap = sum(task.stage == "unadapted" for task in run.wanted)
+    left = sum(task.state == "waiting" for task in run.wanted)
+    if (left or cheap) and not run.is_running:
+        of = f"{sum(bool(task.candidates) for task in run.wanted)} of {counted(len(run.wanted), 'task')} answered"
+        how = f", {cheap} of them by the cheap pass, without adaptation" if cheap else ""
+        said.append(f"not finished: {of}{how}, and no process works on it; {goes_on} goes on")
+    if run.damaged:
+        files = f"{counted(len(run.damaged), 'file')} cannot be read ({_few(run.damaged)})"
+        said.append(f"{files}, and what they said is missing here; {goes_on} solves those tasks again")
+    return said
+
+
+def _tab(run: RunFacts) -> str:
+    """The title of the browser's tab."""
+    score = run.score("solved")
+    if not (score and run.answered):
+        return f"{run.name}: {run.answered} of {len(run.tasks)} answered"
+    return f"{run.name}: {score.tasks_solved} of {len(score.per_task)} solved"
+
+
 def _headline(run: RunFacts) -> dict[str, str] | None:
     """The score with its interval, as shares from 0% to 100%; None: no solution is known."""
     solved, first, covered = (run.score(which) for which in ("solved", "first", "covered"))
@@ -224,9 +259,11 @@ def _headline(run: RunFacts) -> dict[str, str] | None:
         return None
     content = solved.to_json()
     low, high = content["share_of_tasks_wilson_95"]
+    partial = len(run.scored) < len(run.tasks)
     return {
         "solved": f"{solved.tasks_solved}",
         "tasks": counted(content["tasks"], "task"),
+        "of": "" if not partial else ", of those answered so far" if run.is_running else ", of those answered",
         "share": f"{content['share_of_tasks']:.1%}",
         "low": f"{low:.1%}",
         "high": f"{high:.1%}",
@@ -252,16 +289,19 @@ def _top_figures(run: RunFacts) -> list[tuple[str, str]]:
             if which == "solved":
                 rows.append(("share of outputs (Kaggle's score)", f"{score.share_of_outputs:.1%}"))
                 rows.append(("mean over tasks (ARC Prize's score)", f"{score.mean_over_tasks:.1%}"))
+    if len(run.scored) < len(run.tasks) and (score := run.score("solved", of_all=True)):
+        of = f"{score.tasks_solved} of {counted(len(score.per_task), 'task')}"
+        rows.append(("with those without an answer as not solved", f"{of}, {score.share_of_outputs:.1%} of outputs"))
     summary = run.summary
     if expected := summary.get("expected"):
-        says = "{:.0f} tasks, {:.0f} to {:.0f}".format(*expected)
+        says = f"{counted(round(expected[0]), 'task')}, {expected[1]:.0f} to {expected[2]:.0f}"
         rows.append(("expected without knowing solutions", says))
     rows.append(("answered", f"{run.answered} of {counted(len(run.tasks), 'task')}"))
     adapted = sum(bool(task.adaptation) for task in run.tasks)
-    if adapted < len(run.tasks) and run.settings.get("adapt.enabled", True):
-        is_left = any(task.stage == STAGES[0] or not task.candidates for task in run.tasks)
-        goes_on = "; bin/solve --out with this folder goes on" if is_left and not run.is_running else ""
-        rows.append(("adapted to", as_called(f"{adapted} of {counted(len(run.tasks), 'task')}{goes_on}")))
+    if adapted < len(run.wanted) and run.settings.get("adapt.enabled", True):
+        rows.append(("adapted to", f"{adapted} of {counted(len(run.wanted), 'task')}"))
+    if len(run.wanted) < len(run.tasks):
+        rows.append(("to be solved (run.smoke)", f"{counted(len(run.wanted), 'task')}, the smallest"))
     if times := summary.get("seconds_per_task"):
         rows.append(
             ("time per task, of one worker", f"median {times['median']:.0f} s, longest {times['longest']:.0f} s")
@@ -299,23 +339,25 @@ def _row(task: TaskFacts) -> dict[str, Any]:
     """A task as a row of the table; each cell has a value to sort by, "" where it is not known."""
     learnt, state = task.adaptation or {}, task.state
     outputs, loss = len(task.task.test), learnt.get("last_loss")
+    is_judged = task.solution is not None and task.predictions is not None
     leave_one_out = learnt.get("leave_one_out")
-    why = KINDS.get(task.main_reason, "")
+    why = task.main_reason if task.predictions else ""  # to wait is no reason
     title = STATES[state] + ("" if state != "solved" or not task.fallback else ", fell back")
     cells = (
         (task.task.id, task.task.id),
         (list(STATES).index(state), title),
-        (sum(task.solved), f"{sum(task.solved)} of {outputs}") if task.solution is not None else ("", f"{outputs}"),
+        (sum(task.solved), f"{sum(task.solved)} of {outputs}") if is_judged else ("", f"{outputs}"),
+        _wrong_cells_cell(task),
         _votes_cell(task),
         (task.candidates, f"{task.candidates}"),
         ("", "–") if leave_one_out is None else (leave_one_out, f"{leave_one_out:.0%}"),
         ("", "–") if loss is None else (loss, f"{loss:.3f}"),
         (round(task.seconds, 2), f"{task.seconds:.0f}") if task.predictions else ("", "–"),
         (task.task.tokens, f"{task.task.tokens:,}"),
-        (why, why),
+        (KINDS.get(why, ""), KINDS.get(why, "")),
     )
-    words = [title, *(reason.says for reason in task.reasons)]
-    return {**_entry(task.task.id, state, title, words, cells), "symbol": SYMBOLS[state], "kinds": task.main_reason}
+    words = [title, *(text for reason in task.reasons for text in (KINDS[reason.kind], reason.says))]
+    return {**_entry(task.task.id, state, title, words, cells), "symbol": SYMBOLS[state], "kinds": why}
 
 
 def _entry(
@@ -330,6 +372,12 @@ def _entry(
         "words": " ".join([task_id, *words]).lower(),
         "cells": [{"value": value, "text": text} for value, text in cells],
     }
+
+
+def _wrong_cells_cell(task: TaskFacts) -> tuple[Any, str]:
+    if (wrong := task.wrong_cells) is None:
+        return "", "other shape" if task.solution is not None and task.attempts else "–"
+    return wrong, f"{wrong:,}"
 
 
 def _votes_cell(task: TaskFacts) -> tuple[Any, str]:
@@ -459,12 +507,24 @@ def _timeline(session: Session) -> dict[str, Any]:
             for job in session.jobs
             if job.worker == worker
         ]
-        lanes.append({"worker": worker, "jobs": jobs})
+        lanes.append({"worker": worker, "jobs": jobs, "says": _lane_says(session, worker)})
     every = _tick_s(span)
     ticks = [
         {"left": at(session.began + k * every), "text": format_clock(k * every)} for k in range(int(span / every) + 1)
     ]
     return {"lanes": lanes, "ticks": ticks, "limit": session.deadline and at(session.deadline)}
+
+
+def _lane_says(session: Session, worker: int) -> str:
+    """A worker's lane for those who do not see it."""
+    jobs = [job for job in session.jobs if job.worker == worker]
+    parts = []
+    for kind, says in (("adapt", "adapting"), ("ask", "asking")):
+        done = [job.ended - job.began for job in jobs if job.kind == kind and not job.failed]
+        parts += [f"{counted(len(done), 'job')} of {says}, {format_duration(sum(done))}"] if done else []
+    failed = sum(job.failed for job in jobs)
+    parts += [f"{counted(failed, 'job')} failed"] if failed else []
+    return f"worker {worker}, {format_duration(session.ended - session.began)} in all: {'; '.join(parts)}"
 
 
 def _tick_s(span_s: float) -> float:

@@ -39,9 +39,8 @@ from ..models import (
 )
 from ..models.hardware import whole_memory
 from ..models.lora import origin_of
-from ..puzzles import Task, TaskSet
+from ..puzzles import Task, TaskSet, smallest
 from ..puzzles.pictures import Drawing, needs_numbers, task_picture
-from ..puzzles.task_files import smallest
 from ..report import PageWriter
 from ..report.writer import pages_of_run
 from ..rng import named_rng
@@ -78,7 +77,7 @@ def solve(
     """Solves what is not solved yet, until `deadline` of `time.monotonic()`. The summary of the run.
 
     Args:
-        pages: kept up to date meanwhile.
+        pages: kept up to date from the beginning on.
         starting: what is waited for until the first job says something.
     """
     journal, config = scheduler.journal, scheduler.config
@@ -90,7 +89,14 @@ def solve(
     journal.log(event="begin", time=round(time.time(), 2), workers=executor.count, deadline=ends)
     with waiting(say, starting, 1.0) as wait:
         shown = _Shown(scheduler, say, wait, deadline)
-        executor.on_progress = shown.note
+        pages.refresh()
+
+        def note(job: Job, tokens: float) -> None:
+            shown.note(job, tokens)
+            meter.keep(journal, scheduler.share_done)
+            pages.refresh()
+
+        executor.on_progress = note
         for done in executor.map_unordered(scheduler.jobs(), until=deadline):
             meter.note(done)
             journal.log(**_job_record(done))

@@ -8,17 +8,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 from forked import Forked, output_of
-from pages import write_training
+from pages import facts_of, write_training
 
+from arc_solver.answers.candidates import Candidate, Predictions
 from arc_solver.puzzles.pictures import PALETTE
-from arc_solver.puzzles.tasks import Task
+from arc_solver.puzzles.tasks import Pair, Task, freeze
 from arc_solver.report.collect import Failure, RunReader
 from arc_solver.report.compare import compare
 from arc_solver.report.page import comparison_page, run_page, training_page
+from arc_solver.report.reasons import Reason
 from arc_solver.report.training import read_training
 
 pytestmark = pytest.mark.browser
@@ -125,7 +129,10 @@ def test_filters_search_and_order(browser, demo):
         page.locator("#search").fill(ids[2])
         assert shown_cards(page) == [ids[2]]
         assert page.locator("#count").inner_text() == f"1 of {len(ids)} tasks"
-        page.locator("#search").fill("")
+        page.keyboard.press("Escape")
+        assert page.locator("#search").input_value() == "" and len(shown_cards(page)) == len(ids)
+        page.reload()
+        assert page.locator("#search").input_value() == "" and len(shown_cards(page)) == len(ids)
         state = run.tasks[0].state
         page.locator(f'.chips button[data-state="{state}"]').click()
         assert shown_cards(page) == sorted(task.task.id for task in run.tasks if task.state == state)
@@ -133,12 +140,12 @@ def test_filters_search_and_order(browser, demo):
         page.locator("#as-table").check()
         for press in range(2):
             page.locator("#table th button", has_text="tokens").click()
-            shown = page.locator("#table tbody tr:visible td:nth-child(9)").all_inner_texts()
+            shown = page.locator("#table tbody tr:visible td:nth-child(10)").all_inner_texts()
             tokens = [int(text.replace(",", "")) for text in shown]
             assert len(tokens) == len(ids) and tokens == sorted(tokens, reverse=press == 0)
         page.reload()  # as a page does while the run goes on
         assert page.locator("#as-table").is_checked()
-        assert [int(t.replace(",", "")) for t in page.locator("#table td:nth-child(9)").all_inner_texts()] == tokens
+        assert [int(t.replace(",", "")) for t in page.locator("#table td:nth-child(10)").all_inner_texts()] == tokens
 
 
 def test_arrows_move_between_tasks(browser, demo):
@@ -168,6 +175,139 @@ def test_arrows_move_between_tasks(browser, demo):
         page.keyboard.press("/")
         page.keyboard.type(ids[3])
         assert shown_cards(page) == [ids[3]]
+
+
+def with_reasons(run, *kinds):
+    """The run with tasks that were not solved, for these reasons."""
+    why = [[Reason(kind, "So it is.")] for kind in kinds]
+    tasks = [replace(task, reasons=reasons) for task, reasons in zip(run.tasks, why, strict=False)]
+    return replace(run, tasks=[*tasks, *(replace(task, reasons=[]) for task in run.tasks[len(kinds) :])])
+
+
+def test_filters_do_not_get_stuck(browser, demo, tmp_path):
+    run, file = with_reasons(RunReader(demo).read(), "diverged", "stopped"), tmp_path / "page.html"
+    file.write_text(run_page(run))
+    ids = [task.task.id for task in run.tasks]
+    with opened(browser, file) as page:
+        assert not page.locator("#clear").is_visible()
+        page.locator("#search").fill("nothing like that")
+        assert shown_cards(page) == []
+        page.locator("#clear").click()
+        assert len(shown_cards(page)) == len(ids) and page.locator("#search").input_value() == ""
+        page.locator("#search").fill("nothing like that")
+        page.locator('.legend button[data-kind="stopped"]').click()  # shows its tasks, whatever was chosen before
+        assert shown_cards(page) == [ids[1]]
+        page.locator("#search").fill(ids[1])
+        page.keyboard.press("Enter")
+        assert page.locator("#task h1 .id").inner_text() == ids[1]
+        page.goto(f"{file.as_uri()}#task={ids[3]}")  # the filters hide it
+        assert page.locator("#place").inner_text() == f"{sorted(ids).index(ids[3]) + 1} of 6, hidden by the filters"
+        by = "ArrowLeft" if ids[3] == max(ids) else "ArrowRight"
+        page.keyboard.press(by)
+        near = sorted(ids)[sorted(ids).index(ids[3]) + (1 if by == "ArrowRight" else -1)]
+        assert page.locator("#task h1 .id").inner_text() == near
+
+
+def test_tasks_are_found_by_the_reasons_that_are_shown_and_sorted_by_how_near_they_are(browser, demo, tmp_path):
+    run, file = RunReader(demo).read(), tmp_path / "page.html"
+    file.write_text(run_page(with_reasons(run, "memorised")))
+    with opened(browser, file) as page:
+        page.locator("#search").fill("demonstrations memorised")
+        assert shown_cards(page) == [run.tasks[0].task.id]
+        page.locator("#search").fill("")
+        page.locator("#sort").select_option(label="wrong cells")
+        near = {task.task.id: task.wrong_cells for task in run.tasks}
+        wrong = [near[i] for i in shown_cards(page)]
+        known = [cells for cells in wrong if cells is not None]
+        assert known == sorted(known) and wrong[: len(known)] == known
+
+
+@pytest.fixture(scope="module")
+def large(demo, tmp_path_factory) -> Path:
+    """A page with one task of 30 by 30 cells, whose candidate was scored under 2 of 4 views."""
+    rng = np.random.default_rng(0)
+    first, second, test = (freeze(rng.integers(10, size=(30, 30)).astype(np.uint8)) for _ in range(3))
+    found = Predictions((0, 1, 2, 3), (Candidate(0, first, (0,), (), (-1.0, None, -2.5, None)),))
+    facts = facts_of(Task("large", (Pair(first, second),), (test,)), found, (second,))
+    file = tmp_path_factory.mktemp("large") / "page.html"
+    file.write_text(run_page(replace(RunReader(demo).read(), tasks=[facts])))
+    return file
+
+
+def test_large_grids_are_readable_where_there_is_room_and_enlarged_where_there_is_none(browser, large):
+    cell = "canvas => Number(canvas.dataset.cell)"
+    address = large.as_uri() + "#task=large"
+    with opened(browser, large) as page:
+        page.goto(address)
+        assert page.locator('canvas[data-grid="train-0-input"]').evaluate(cell) >= 15
+        tops = [page.locator(f'canvas[data-grid="train-0-{name}"]').bounding_box()["y"] for name in ("input", "output")]
+        assert tops[0] == tops[1]
+    with opened(browser, large, 390) as page:
+        page.goto(address)
+        assert page.locator('canvas[data-grid="train-0-input"]').evaluate(cell) < 9
+        assert not page.locator("#no-room").is_visible()
+        page.keyboard.press("n")
+        assert page.locator("#no-room").is_visible()
+        page.locator('canvas[data-grid="train-0-input"]').click()
+        assert page.locator("#large canvas").evaluate(cell) >= 9
+        assert page.locator("#large-title").inner_text() == "demonstration 1, input, 30 × 30"
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        page.keyboard.press("Escape")  # closes it, and not the task
+        assert not page.locator("#large").is_visible() and page.locator("#task").is_visible()
+
+
+def test_a_candidate_says_in_how_many_views_it_was_scored(browser, large):
+    with opened(browser, large) as page:
+        page.goto(large.as_uri() + "#task=large")
+        assert "-3.50 nats in 2 of 4 views" in page.locator(".candidates li").inner_text()
+        bars = page.locator(".strip i").evaluate_all("bars => bars.map(bar => parseFloat(bar.style.height))")
+        assert bars == [round(38 / (1 + 1 / 5)), 1, round(38 / (1 + 2.5 / 5)), 1]
+        assert "half of it at −5 nats" in page.locator("#task").inner_text()
+
+
+def test_what_is_open_stays_open_when_the_page_reads_itself_again(browser, demo):
+    with opened(browser, demo / "report.html") as page:
+        page.locator(".card").first.click()
+        page.locator(".candidates summary").first.click()
+        page.locator(".candidates details[open] table").wait_for()
+        page.reload()
+        page.locator(".candidates details[open] table").wait_for()
+        page.keyboard.press("Escape")
+        page.locator("#all-settings summary").click()
+        page.wait_for_function("() => state.opened.includes('all-settings')")
+        page.reload()
+        page.locator("#all-settings table").wait_for()
+
+
+def test_names_and_headings_are_for_everybody(browser, demo):
+    with opened(browser, demo / "report.html", 390) as page:
+        base = page.title()
+        assert base.startswith("run: ") and base.endswith(" of 6 solved")
+        page.locator("#as-table").check()
+        assert page.locator("#sideways").is_visible()  # ten columns on a phone
+        page.locator("#table a").first.click()
+        name = page.locator("#task h1 .id").inner_text()
+        assert page.title() == f"{name} – {base}"
+        levels = page.locator("#task :is(h1, h2, h3, h4)").evaluate_all("all => all.map(one => Number(one.tagName[1]))")
+        assert levels[0] == 1 and all(b <= a + 1 for a, b in pairwise(levels))
+        assert page.locator("#next").inner_text() == "next"
+        page.keyboard.press("Escape")
+        assert page.title() == base
+        page.locator("#all-settings summary").click()
+        lines = """all => all.map(one => {
+          const range = document.createRange();
+          range.selectNodeContents(one);
+          return range.getClientRects().length;
+        })"""
+        assert {*page.locator("#all-settings td:first-child").evaluate_all(lines)} == {1}  # no name is broken
+
+
+def test_on_paper_no_box_is_split(browser, demo):
+    with opened(browser, demo / "report.html") as page:
+        page.emulate_media(media="print")
+        page.locator(".card").first.click()
+        for box in (".learning", ".candidates > li", ".pairs figure"):
+            assert page.locator(box).first.evaluate("box => getComputedStyle(box).breakInside") == "avoid"
 
 
 @pytest.mark.parametrize("width", [1400, 390])
@@ -210,6 +350,27 @@ def test_the_page_of_a_run_that_was_killed_says_that_nothing_new_comes(browser, 
         page.clock.install(time=time.time() + 600)
         page.reload()
         assert "nothing new was written for 10 minutes" in page.locator("#fresh").inner_text()
+        page.locator(".card").first.click()
+        assert page.locator("#pulse").inner_text() == "10 minutes old"
+
+
+def test_a_page_that_does_not_read_itself_again_says_so_and_how_old_it_is(browser, demo, tmp_path):
+    file = tmp_path / "page.html"
+    file.write_text(run_page(replace(RunReader(demo).read(), is_running=True)))
+    with opened(browser, file) as page:
+        page.clock.install()
+        page.reload()
+        fresh = page.locator("#fresh")
+        assert fresh.inner_text() == "This page reloads itself."
+        page.locator("#search").focus()
+        page.clock.run_for(11_000)
+        assert fresh.inner_text() == "Paused while you type."
+        page.clock.run_for(600_000)
+        assert fresh.inner_text() == "Paused while you type: what you see is 10 minutes old."
+        assert page.locator("#pulse").inner_text() == "paused"
+        page.locator("#reload").uncheck()
+        page.clock.run_for(1)
+        assert fresh.inner_text() == "This page does not reload itself now: what you see is 10 minutes old."
 
 
 def test_a_task_says_why_there_was_no_adaptation_and_what_failed(browser, demo, tmp_path):
@@ -274,7 +435,7 @@ def test_a_name_with_markup_in_it_is_text(browser, demo, tmp_path):
         page.locator(".card").click()
         page.locator("#task").wait_for(state="visible")
         assert page.locator("#task h1 .id").inner_text() == evil
-        assert page.title() == "demo"
+        assert page.title().startswith(f"{evil} – run: ")
 
 
 def test_no_script_but_the_pages_own_runs(browser, demo, tmp_path):
@@ -284,5 +445,5 @@ def test_no_script_but_the_pages_own_runs(browser, demo, tmp_path):
     context = browser.new_context()
     page = context.new_page()
     page.goto(file.as_uri())
-    assert page.title() == "demo" and page.locator(".card").count() == 6
+    assert page.title().startswith("run: ") and page.locator(".card").count() == 6
     context.close()

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from pages import facts_of, text_of
-from toys import flip_task, random_grid
+from toys import flip_task, grid, random_grid
 
 from arc_solver.answers.candidates import Candidate, Predictions
 from arc_solver.errors import UserError
@@ -62,9 +62,56 @@ def test_a_run_that_goes_on_is_read_again_only_where_it_changed(run_dir):
     after = reader.read()
     held.close()
     assert after.is_running and not reader.read().is_running
-    assert after.damaged == [f"tasks/{second.name}"]
+    assert after.damaged == reader.read().damaged == [f"tasks/{second.name}"]  # also where it is not read again
     changed = [a.task.id for a, b in zip(before.tasks, after.tasks, strict=True) if a is not b]
     assert sorted(changed) == [first.stem, second.stem]
+
+
+@pytest.mark.parametrize("content", [b'{"task": "task0', b"{}", b"[]", b"", b"\xff\xfe\x00"])
+def test_a_damaged_file_is_none_that_was_not_reached_and_is_not_scored(run_dir, content):
+    files = sorted((run_dir / "tasks").iterdir())
+    files[0].write_bytes(content)
+    files[1].unlink()
+    run = RunReader(run_dir).read()
+    states = {task.task.id: task.state for task in run.tasks}
+    assert (states[files[0].stem], states[files[1].stem]) == ("damaged", "waiting")
+    assert run.damaged == [f"tasks/{files[0].name}"]
+    (says,) = [task.reasons[0].says for task in run.tasks if task.state == "damaged"]
+    assert says == "Its file cannot be read."
+    assert [len(run.score("solved", of_all=of_all).per_task) for of_all in (False, True)] == [10, 12]
+
+
+def test_where_the_best_stage_is_damaged_the_one_before_it_counts(run_dir):
+    file = next((run_dir / "tasks").iterdir())
+    (run_dir / "again" / file.name).write_text("{")
+    run = RunReader(run_dir).read()
+    (task,) = (task for task in run.tasks if task.task.id == file.stem)
+    assert (task.stage, run.damaged, run.answered) == ("tasks", [f"again/{file.name}"], 12)
+    assert task.seconds == json.loads(file.read_text())["seconds"]
+
+
+def test_only_the_smallest_tasks_of_a_smoke_run_are_wanted(run_dir):
+    config = json.loads((run_dir / "config.json").read_text())
+    config["run"]["smoke"] = 3
+    (run_dir / "config.json").write_text(json.dumps(config))
+    run = RunReader(run_dir).read()
+    most = max(task.task.tokens for task in run.wanted)
+    assert len(run.wanted) == 3 and sum(task.task.tokens < most for task in run.tasks) < 3
+
+
+def test_wrong_cells_are_those_of_the_better_attempt(rng):
+    right = (grid("12", "34"), grid("5"))
+
+    def wrong(*answers):
+        found = [
+            Candidate(t, cells, (0,), (), (-1.0 - k,)) for t, both in enumerate(answers) for k, cells in enumerate(both)
+        ]
+        return facts_of(flip_task(rng, tests=2), Predictions((0,), tuple(found)), right).wrong_cells
+
+    assert wrong([grid("00", "00"), grid("12", "30")], [grid("5")]) == 1
+    assert wrong([grid("00", "00"), grid("1")], [grid("4")]) == 5
+    assert wrong([grid("12", "34")], [grid("5")]) == 0
+    assert wrong([grid("12", "34")], [grid("55"), grid("5", "5")]) is None
 
 
 def test_a_run_of_an_earlier_version_has_no_curves_and_no_jobs(run_dir):
@@ -97,8 +144,8 @@ def test_a_task_that_only_the_cheap_pass_came_to_says_so(run_dir):
     run = RunReader(run_dir).read()
     (task,) = (task for task in run.tasks if task.task.id == file.stem)
     assert (task.stage, task.main_reason) == ("unadapted", "not-adapted")
-    said = "adapted to 11 of 12 tasks; bin/solve --out with this folder goes on"
-    assert said in text_of(run_page(run))
+    text = text_of(run_page(run))
+    assert "adapted to 11 of 12" in text and f"bin/solve --out {run_dir} goes on" in text
     assert "adapted to 11 of 12 tasks; bin" not in text_of(run_page(replace(run, is_running=True)))
 
 

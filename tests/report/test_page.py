@@ -14,7 +14,8 @@ from toys import flip_task
 from arc_solver.answers.candidates import Candidate, Predictions
 from arc_solver.puzzles.tasks import Task, TaskSet, freeze
 from arc_solver.report.collect import Job, RunReader, Session
-from arc_solver.report.page import COLUMNS, run_page
+from arc_solver.report.page import COLUMNS, run_page, warnings_of
+from arc_solver.report.reasons import KINDS, Reason
 
 MOST_BYTES = 15_000_000
 
@@ -22,6 +23,16 @@ MOST_BYTES = 15_000_000
 @pytest.fixture(scope="module")
 def run(whole):
     return RunReader(whole).read()
+
+
+def said(run) -> str:
+    return " ".join(" ".join(Reader(run_page(run)).text).split())
+
+
+def as_before(task, **more):
+    """A task that has no answer."""
+    why = [Reason("unanswered", "The run has not come to it.")]
+    return replace(task, predictions=None, ranked=[], attempts=[], stage="", reasons=why, **more)
 
 
 def test_the_page_of_a_real_run(run):
@@ -37,6 +48,7 @@ def test_the_page_of_a_real_run(run):
         "worker 0",
     ):
         assert said in text, said
+    assert "kaggle." not in text and "<td>stages</td>" not in run_page(run)  # of releases and trainings
     for i, task in enumerate(run.tasks):
         assert json.loads(page.scripts[f"t{i}"])["id"] == task.task.id
         assert task.task.id in page.text
@@ -83,6 +95,56 @@ def test_a_run_without_solutions_or_answers_has_a_page(run):
     text = " ".join(" ".join(Reader(run_page(bare)).text).split())
     assert "0 of 12 tasks answered" in text and "this run's log has no jobs" in text
     assert "Where the next point is" not in text
+
+
+@pytest.mark.parametrize("is_running", [True, False])
+def test_while_tasks_have_no_answer_those_that_have_one_are_scored(run, is_running):
+    right = replace(run.tasks[5], attempts=[(cells, cells) for cells in run.tasks[5].solution], reasons=[])
+    tasks = [*map(as_before, run.tasks[:5]), right, *run.tasks[6:]]
+    partial = replace(run, tasks=tasks, is_running=is_running, folder="runs/x")
+    solved = 1 + sum(all(task.solved) for task in run.tasks[6:])
+    text, page = said(partial), run_page(partial)
+    assert f"{solved} of 7 tasks tasks solved by two attempts, of those answered{' so far' * is_running}:" in text
+    assert f"with those without an answer as not solved {solved} of 12 tasks" in text
+    assert f"<title>whole: {solved} of 7 solved</title>" in page
+    assert 'data-kind="unanswered"' not in page and f"{7 - solved} tasks not solved" in text
+    of = "Not finished: 7 of 12 tasks answered, and no process works on it; bin/solve --out runs/x goes on."
+    assert (of in text) is not is_running
+    assert "answered so far" not in said(run) and "Not finished" not in said(run)
+
+
+def test_answers_of_the_cheap_pass_are_something_to_go_on_with(run):
+    tasks = [replace(run.tasks[0], stage="unadapted"), *run.tasks[1:]]
+    (warning,) = warnings_of(replace(run, tasks=tasks, folder="runs/x"))
+    assert "12 of 12 tasks answered, 1 of them by the cheap pass, without adaptation" in warning
+    assert warnings_of(run) == []
+
+
+def test_a_damaged_file_is_said(run):
+    tasks = [as_before(run.tasks[0], damaged=["tasks/a.json"]), *run.tasks[1:]]
+    (warning,) = warnings_of(replace(run, tasks=tasks, damaged=["tasks/a.json"], folder="runs/x"))
+    assert warning.startswith("1 file cannot be read (tasks/a.json), and what they said is missing here; bin/solve")
+    page = run_page(replace(run, tasks=tasks))
+    assert "of those answered" in page and ">!</i>its file cannot be read <b>1</b>" in page
+
+
+def test_a_search_finds_a_task_by_the_names_of_its_reasons(run):
+    why = [Reason("wrong-shape", "Most."), Reason("memorised", "By heart.")]
+    page = run_page(replace(run, tasks=[replace(run.tasks[0], reasons=why)]))
+    (words,) = re.findall(r'data-words="([^"]+)"', page)
+    assert all(KINDS[reason.kind] in words for reason in why)
+
+
+def test_one_task_is_a_task(run):
+    assert "1 task, 0 to 2" in said(replace(run, summary={"expected": [1.2, 0, 2]}))
+
+
+def test_bars_and_times_have_names_for_those_who_do_not_see_them(run):
+    page = run_page(replace(run, tasks=[replace(run.tasks[0], reasons=[Reason("wrong-shape", "Most.")])]))
+    assert f'aria-label="{KINDS["wrong-shape"]}: 1"' in page
+    jobs = (Job("adapt", 0, ("a",), 0.0, 50.0, False), Job("ask", 0, ("b",), 50.0, 60.0, True))
+    page = run_page(replace(run, sessions=[Session(0.0, None, 1, jobs)]))
+    assert 'role="img" aria-label="worker 0, 60 s in all: 1 job of adapting, 50 s; 1 job failed"' in page
 
 
 def test_the_timeline_shows_who_did_what_when(run):

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from forked import Forked
+from forked import Forked, output_of
 from pages import Reader, text_of, write_training
 from solve_runs import finish
 
@@ -54,6 +54,29 @@ def test_runs_of_one_name_are_told_apart_and_no_page_takes_another_s_place(whole
     assert f"<h1>x/a and {tmp_path.name}/a</h1>" in pages[1].read_text()
     with pytest.raises(UserError, match="are the same run: give two"):
         main([str(ours), str(tmp_path / "y" / ".." / "x" / "a")])
+
+
+def test_what_is_missing_of_a_run_is_said(whole, tmp_path, capsys):
+    run_dir = shutil.copytree(whole, tmp_path / "run")
+    files = sorted((run_dir / "tasks").iterdir())
+    files[0].write_bytes(files[0].read_bytes()[:300])
+    files[1].unlink()
+    assert main([str(run_dir), "--watch"]) == 0
+    said = capsys.readouterr()
+    assert said.out == f"{run_dir}/report.html\n"
+    assert f"10 of 12 tasks answered, and no process works on it; bin/solve --out {run_dir} goes on\n" in said.err
+    assert f"1 file cannot be read (tasks/{files[0].name})" in said.err
+    page = " ".join((run_dir / "report.html").read_text().split())
+    assert "Not finished: 10 of 12 tasks answered" in page and f"tasks/{files[0].name}" in page
+    main([str(whole), "--out", str(tmp_path / "page.html")])
+    assert capsys.readouterr().err == ""
+
+
+def test_where_no_browser_is_that_is_said(whole, tmp_path):
+    page = tmp_path / "page.html"
+    words = [whole, "--out", page, "--open"]
+    out, errors = output_of(Forked("arc_solver.report", words, env={"PATH": ""}))
+    assert (out, errors) == (f"{page}\n", f"no browser could be started here: open {page} in one\n")
 
 
 def test_a_training_has_curves_and_its_mixture(training_dir):
