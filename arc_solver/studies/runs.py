@@ -17,17 +17,17 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import IO, Any
 
 from ..answers import candidate_grids, first_attempts, solved_outputs
 from ..answers.revote import read_run, select
-from ..config import BUNDLED_DIR, Config
+from ..config import Config
 from ..data import leak_audit, read_training_data
 from ..errors import MachineError, UserError, counted
 from ..files import git_commit, lock, sha256, write_json
-from ..models import cpu_name
+from ..models import checkpoint_dir, cpu_name
 from ..puzzles import read_json, read_object
 from ..training.card import TRAINING_FILE
 from .study import Arm, StudyFile
@@ -59,7 +59,7 @@ class Job:
     @property
     def solve_key(self) -> str:
         """What tells this run of bin/solve from others."""
-        return self._digest((*TRAINS, *SOLVES) if self.trains else ("model", *SOLVES))
+        return self._digest((*TRAINS, *SOLVES) if self.trains else ("model", "lora", *SOLVES))
 
     @property
     def key(self) -> str:
@@ -70,8 +70,11 @@ class Job:
         content = self.config.model_dump(mode="json")
         if content["model"]["seed"] is None:  # it is the run's then
             content["model"]["seed"] = self.config.run.seed
-        text = json.dumps([self.config.run.seed, self.again, [content[name] for name in sections]], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        parts = [self.config.run.seed, self.again, [content[name] for name in sections]]
+        if not self.trains:  # another model may have come to the same place
+            weights = checkpoint_dir(self.config.model.path) / "model.safetensors"
+            parts.append(_sha256(weights, weights.stat().st_mtime_ns) if weights.is_file() else "")
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +101,12 @@ class Result:
         if metric in self.tasks:
             return sum(self.tasks[metric].values()) / len(self.tasks[metric])
         return self.values.get(metric)
+
+
+@cache
+def _sha256(file: Path, _: int) -> str:
+    """Of a file as it was changed last."""
+    return sha256(file)
 
 
 def make_job(found: StudyFile, study_dir: Path, arm: Arm, seed: int, threads: int = 1) -> Job:
@@ -195,11 +204,7 @@ def perform(job: Job, processes: Processes, env: Mapping[str, str]) -> Result:
     values: dict[str, float] = {}
     tasks: dict[str, dict[str, float]] = {}
     seconds: dict[str, float] = {}
-    about: dict[str, Any] = {
-        "machine": cpu_name(),
-        "threads": job.threads,
-        "commit": git_commit(),
-    }
+    about: dict[str, Any] = {"machine": cpu_name(), "threads": job.threads, "commit": git_commit()}
     model = job.config.model.path
     if job.trains:
         out = job.study_dir / "trained" / job.train_key
@@ -214,7 +219,7 @@ def perform(job: Job, processes: Processes, env: Mapping[str, str]) -> Result:
         out = job.study_dir / "solved" / job.solve_key
         done = _solve(job, model, out, partial(processes.call, threads=job.threads, env=env))
         seconds["solve"] = done["seconds"]
-        tasks, said = _measure_answers(job, out, Path(model) if model else BUNDLED_DIR)
+        tasks, said = _measure_answers(job, out, checkpoint_dir(model))
         about |= said
     return Result(job.arm, job.seed, job.key, values, tasks, seconds, about)
 

@@ -1,5 +1,7 @@
 """Which runs are done, in which order, and what a budget is spent on; with a trainer that is made up."""
 
+import os
+
 import numpy as np
 import pytest
 
@@ -62,6 +64,17 @@ def test_a_result_is_that_of_its_settings(found, tmp_path):
     file = result_file(tmp_path / "out", "wild", 0)
     file.write_text(file.read_text().replace(jobs[2].key, jobs[1].key))
     assert read_result(jobs[2]) is None
+
+
+def test_another_model_in_the_same_place_is_another_run(tmp_path):
+    text = STUDY.replace("validation_loss", "pass@2").replace("steps=7", "steps=1").replace("train.", "adapt.")
+    (tmp_path / "made.toml").write_text(f'train = false\nset = ["model.path={tmp_path}"]\n{text}')
+    found, keys = read_study(tmp_path / "made.toml"), []
+    for i, weights in enumerate((b"one", b"other", b"one")):
+        (tmp_path / "model.safetensors").write_bytes(weights)
+        os.utime(tmp_path / "model.safetensors", ns=(i, i))
+        keys.append(make_job(found, tmp_path, found.study.arms[0], 0).solve_key)
+    assert keys[0] == keys[2] != keys[1]
 
 
 def test_a_budget_goes_where_the_interval_is_widest(found, tmp_path):
