@@ -219,7 +219,8 @@ def _how(found: StudyFile, outcome: Outcome) -> Iterator[str]:
     if study.solves:
         for tasks, ids in _sets(results).items():
             yield f"\nSolved were {counted(ids, 'task')} of {tasks}: of each, the share of its test outputs."
-        yield f"\nThe leak audit of what was trained on and these tasks: {_listed(results, 'audit')}."
+        on_purpose = " They were trained on, on purpose: what is measured is no score." if study.seen else ""
+        yield f"\nThe leak audit of what was trained on and these tasks: {_listed(results, 'audit')}.{on_purpose}"
     if study.train:
         yield f"\nThe audit of the trainings: {_listed(results, 'audit_of_training')}."
     if study.kind == "compare":

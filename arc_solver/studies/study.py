@@ -81,6 +81,7 @@ class Study(Section):
     set: tuple[str, ...] = ()
     seeds: PositiveInt = 3
     train: bool = True  # whether each run trains a model; else model.path is asked as it is
+    seen: bool = False  # the tasks that are solved were trained on, on purpose: no run is refused for it
     metrics: Annotated[tuple[MetricName, ...], Field(min_length=1)]
     arms: Annotated[tuple[Arm, ...], Field(min_length=1)]
 

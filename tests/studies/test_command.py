@@ -140,6 +140,18 @@ def test_a_folder_is_one_studys(done):
     assert "holds the study 'mine'" in finish(Forked("arc_solver.study", words(other)), expect=2)
 
 
+def test_tasks_that_were_trained_on_are_refused_unless_that_is_the_question(study):
+    tasks = study.with_name("toy_challenges.json")
+    source = f'corpus.sources=[{{kind="tasks", path="{tasks}"}}]'
+    head = study.read_text().partition("[[arms]]")[0].replace("seeds = 2", "seeds = 1")
+    study.write_text(f'kind = "spread"\n{head}[[arms]]\nname = "one"\n')
+    said = finish(Forked("arc_solver.study", words(study, source)), expect=2)
+    assert "a study measures what was not trained on" in said
+    study.write_text(f"seen = true\n{study.read_text()}")
+    finish(Forked("arc_solver.study", words(study, source)))
+    assert "They were trained on, on purpose: what is measured is no score." in page_of(study)
+
+
 def test_what_the_arms_share_is_done_once(study):
     """Arms that only select differently have one run of bin/solve, and are compared as such: by one seed too."""
     head = study.read_text().partition("[[arms]]")[0].replace("seeds = 2", "seeds = 1")
