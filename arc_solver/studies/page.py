@@ -82,7 +82,7 @@ def answer(outcome: Outcome) -> str:
             f" ten times the largest x would bring {at} ({below} to {above}).**"
         )
     if study.kind == "spread":
-        known = {arm.name: outcome.spread(arm.name, study.decides) for arm in study.arms}
+        known = {arm.name: outcome.spread(arm.name, study.decides) for arm in study.arms if not arm.again}
         spreads = [f"`{name}` {_spread(of, metric)}" for name, of in known.items() if of]
         said = f"Standard deviation over seeds of {metric.title}: {', '.join(spreads) or 'not known yet'}."
         return f"**{' '.join([said, *_reproducible(outcome)])}**"
