@@ -36,11 +36,11 @@ def save_figure(figure: "Figure", file: Path) -> None:
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Each with what was before: an exponential average, which begins at the first."""
-    smooth, value = [], values[0]
-    for each in values:
+    """Each with what was before: an exponential average, in which the first weighs no more than the others."""
+    smooth, value = [], 0.0
+    for i, each in enumerate(values, 1):
         value = 0.98 * value + 0.02 * each
-        smooth.append(value)
+        smooth.append(value / (1 - 0.98**i))
     return smooth
 
 

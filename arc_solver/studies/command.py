@@ -6,6 +6,7 @@ bin/study configs/studies/NAME.toml [--out DIR] [--seeds 3] [--hours 2] [section
 import math
 import signal
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -13,7 +14,7 @@ from rich.console import Console
 from ..command import Parser, require_new_dir, user_path
 from ..errors import MachineError, UserError, counted
 from ..files import lock, write_json
-from ..puzzles import read_object
+from ..puzzles import load_tasks, read_object
 from ..waiting import IMPORTING_S, LINE_S, Reporter, waiting
 from .study import StudyFile, read_study
 
@@ -24,23 +25,25 @@ def main(arguments: list[str]) -> int:
     parser = Parser(prog="bin/study", description="Answer a question by repeated runs, with confidence intervals.")
     parser.add_argument("study", type=user_path, metavar="STUDY.toml", help="such as configs/studies/noise.toml")
     parser.add_argument("--out", type=user_path, metavar="DIR", help="for the runs; default runs/study-NAME")
-    parser.add_argument("--seeds", type=int, default=0, metavar="N", help="of each arm; default: as the study says")
+    parser.add_argument("--seeds", type=int, metavar="N", help="of each arm; default: as the study says")
     parser.add_argument("--hours", type=float, metavar="H", help="of this machine, spent where the interval is widest")
     parser.add_argument("--executor", choices=("local", "ray"), default="local", help="where the runs are done")
     parser.add_argument("--address", help="of a Ray cluster, e.g. auto; default: a Ray of this machine")
-    parser.add_argument("--parallel", type=int, default=0, metavar="N", help="at once; default: one a GPU, else a core")
+    parser.add_argument("--parallel", type=int, metavar="N", help="runs at once; default: one a GPU, else a core")
     parser.add_argument("--resume", action="store_true", help="only if it was begun before; it always goes on")
     parser.add_argument("--page", type=user_path, default=PAGES, metavar="DIR", help=f"for the page; default {PAGES}")
     parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="settings of all arms")
     args = parser.parse_intermixed_args(arguments)
     for name, number in (("--seeds", args.seeds), ("--parallel", args.parallel)):
-        if number < 0:
+        if number is not None and number < 1:
             raise UserError(f"{name} is at least 1, got {number}")
     if args.hours is not None and not args.hours > 0:
         raise UserError(f"--hours must be above 0, got {args.hours:g}")
     if args.address and args.executor != "ray":
         raise UserError("--address is for a Ray cluster: give --executor ray")
-    found = read_study(args.study, args.overrides, args.seeds)
+    given = {"--seeds": args.seeds, "--hours": args.hours}
+    options = [word for name, value in given.items() if value is not None for word in (name, f"{value:g}")]
+    found = read_study(args.study, args.overrides, args.seeds, options)
     out = args.out or Path("runs") / f"study-{found.name}"
     if args.resume and not (out / "results").is_dir():
         raise UserError(f"{out} holds no study to resume: leave --resume out to begin one")
@@ -57,15 +60,20 @@ def _run(found: StudyFile, out: Path, args: Namespace) -> int:
     with held:
         with waiting(say, "starting", quiet_s=IMPORTING_S):
             from .page import answer, measured, write_page
+            from .runs import left_running
             from .schedule import LocalRunner, Plan, RayRunner, run_all
 
-            runner = RayRunner(args.parallel, args.address) if args.executor == "ray" else LocalRunner(args.parallel)
+            _require_solutions(found)
+            count = args.parallel or 0
+            runner = RayRunner(count, args.address) if args.executor == "ray" else LocalRunner(count)
             budget_s = math.inf if args.hours is None else 3600 * args.hours
             plan = Plan(found, out, budget_s, runner.count, runner.threads)
         before, arms = len(plan.results), len(found.study.arms)
-        total = arms * found.study.seeds if args.hours is None else 0
+        total = before + plan.left if args.hours is None else 0
         of = f" of {total}" if total else ""
         say(f"{counted(arms, 'arm')}; {counted(before, 'run')}{of} done before; {runner.count} at once, in {out}")
+        if left := left_running(out):
+            say(f"{counted(len(left), 'run')} of an earlier call still going on, and waited for: {_few(left)}")
         try:
             with waiting(say, "runs", total, quiet_s=LINE_S) as wait:
                 wait.done = before
@@ -96,8 +104,23 @@ def _claim(found: StudyFile, out: Path) -> None:
         require_new_dir(out)
         try:
             out.mkdir(parents=True, exist_ok=True)
-            write_json(file, {"name": found.name})
+            write_json(file, {"name": found.name, "question": found.study.question})
         except OSError as error:
             raise UserError(f"--out {out} cannot be made ({error.strerror}): give another folder") from None
     elif (name := read_object(file).get("name")) != found.name:
         raise UserError(f"{out} holds the study '{name}': give another --out")
+    elif (question := read_object(file).get("question")) != found.study.question:
+        raise UserError(f"{out} holds a study of another question ('{question}'): give another --out and --page")
+
+
+def _require_solutions(found: StudyFile) -> None:
+    """Refuses tasks that are not there or whose solutions nobody knows, before anything is trained for them."""
+    if not found.study.solves:
+        return
+    for tasks in {found.config(arm, 0).tasks for arm in found.study.arms}:
+        if not load_tasks(tasks).solutions:
+            raise UserError(f"no solution of {tasks.spec} is known: give tasks.solutions, or other tasks")
+
+
+def _few(folders: Sequence[Path]) -> str:
+    return ", ".join(map(str, folders[:2])) + (" and others" if len(folders) > 2 else "")

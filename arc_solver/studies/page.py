@@ -3,7 +3,9 @@
 No number in it is typed by hand: all come from the results of the runs, and the command that made them stands there.
 """
 
+import json
 import math
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
@@ -11,15 +13,16 @@ from pathlib import Path
 
 from ..charts import band_chart, interval_chart, power_law_chart, smoothed
 from ..clock import format_duration
+from ..config import load_config
 from ..errors import counted
 from ..files import write_whole
-from ..report.collect import read_log
+from ..report.collect import flat, read_log
 from .outcome import Outcome
 from .runs import Result
 from .study import METRICS, Arm, Metric, Study, StudyFile
-from .verdict import Difference, Spread
+from .verdict import MOST_SEEDS, Difference, PowerLaw, Spread
 
-VERDICTS = ("better", "worse", "cannot tell")
+VERDICTS = {"better": "better than", "worse": "worse than", "cannot tell": "cannot be told from"}  # and of arms
 SURE = 0.05  # how often a verdict is wrong where nothing differs
 
 
@@ -73,25 +76,41 @@ def measured(result: Result, study: Study) -> str:
 def answer(outcome: Outcome) -> str:
     """What a study found, in one line."""
     study, metric = outcome.study, METRICS[outcome.study.decides]
-    if study.kind == "scaling" and (law := outcome.power_law()):
-        low, high = law.exponent_interval
-        at, below, above = (metric.says(v) for v in law.ten_times)
-        of = metric.title if metric.sign < 0 else f"what is missing to all {metric.title}"
-        return (
-            f"**{of[0].upper()}{of[1:]} falls with x to the power of -{law.exponent:.2f} ({low:.2f} to {high:.2f});"
-            f" ten times the largest x would bring {at} ({below} to {above}).**"
-        )
+    title = f"{metric.title[0].upper()}{metric.title[1:]}"
+    if study.kind == "scaling":
+        law = outcome.power_law()
+        return f"**{_law(law, metric) if law else f'{title}: nothing is known yet.'}**"
     if study.kind == "spread":
         known = {arm.name: outcome.spread(arm.name, study.decides) for arm in study.arms if not arm.again}
         spreads = [f"`{name}` {_spread(of, metric)}" for name, of in known.items() if of]
-        said = f"Standard deviation over seeds of {metric.title}: {', '.join(spreads) or 'not known yet'}."
+        said = f"{title}, standard deviation over seeds with its 95% interval: {', '.join(spreads) or 'not known yet'}."
         return f"**{' '.join([said, *_reproducible(outcome)])}**"
     by_verdict: dict[str, list[str]] = {verdict: [] for verdict in VERDICTS}
     for arm in study.arms[1:]:
         if difference := outcome.difference(arm.name, study.decides):
             by_verdict[difference.verdict].append(f"`{arm.name}` ({_interval(difference, metric)})")
-    verdicts = [f"{verdict}: {', '.join(arms)}" for verdict, arms in by_verdict.items() if arms]
-    return f"**Against `{outcome.first.name}`, {metric.title}: {'; '.join(verdicts) or 'nothing is known yet'}.**"
+    first = outcome.first.name
+    verdicts = [f"{VERDICTS[verdict]} `{first}`: {', '.join(arms)}" for verdict, arms in by_verdict.items() if arms]
+    less = ", of which less is better" if metric.sign < 0 else ""
+    return f"**{title}{less}; differences with 95% intervals. {'; '.join(verdicts) or 'Nothing is known yet'}.**"
+
+
+def _law(law: PowerLaw, metric: Metric) -> str:
+    low, high = law.exponent_interval
+    at, below, above = (metric.says(value) for value in law.ten_times)
+    of = metric.title if metric.sign < 0 else f"what is missing to all {metric.title}"
+    said = (
+        f"{of[0].upper()}{of[1:]} falls as x to the power of -p, with p = {law.exponent:.2f} ({low:.2f} to {high:.2f},"
+        f" 95%); ten times the largest x would bring {at} ({below} to {above}), if the law held so far."
+    )
+    if law.foretold:
+        value, below, above, measured = (metric.says(value) for value in law.foretold)
+        inside = law.foretold[1] <= law.foretold[3] <= law.foretold[2]
+        said += (
+            f" The other points foretell {value} ({below} to {above}) for the largest x; measured were {measured}"
+            f"{'' if inside else ', so it does not hold'}."
+        )
+    return said
 
 
 def _reproducible(outcome: Outcome) -> Iterator[str]:
@@ -112,6 +131,8 @@ def _interval(difference: Difference, metric: Metric) -> str:
     value = metric.says(difference.value, signed=True)
     if math.isnan(difference.low):
         return f"{value}, one seed"
+    if difference.low == difference.high:
+        return f"{value} in all seeds and tasks"
     ends = f"{metric.says(difference.low, signed=True)} to {metric.says(difference.high, signed=True)}"
     return f"{value}, {ends}"
 
@@ -119,6 +140,8 @@ def _interval(difference: Difference, metric: Metric) -> str:
 def _spread(of: Spread | None, metric: Metric) -> str:
     if of is None:
         return "one seed"
+    if not of.value:
+        return "all the same"
     return f"{metric.says(of.value)} ({metric.says(of.low)} to {metric.says(of.high)})"
 
 
@@ -127,14 +150,17 @@ def _spread(of: Spread | None, metric: Metric) -> str:
 
 def _table(outcome: Outcome, metric_name: str) -> Iterator[str]:
     metric, compares = METRICS[metric_name], outcome.study.kind == "compare"
-    yield from _row("arm", "settings", "seeds", "mean", "spread over seeds, 95%", *_COMPARED[: 2 * compares])
-    yield from _row(*["---"] * (5 + 2 * compares))
+    scales = ["x"] if outcome.study.kind == "scaling" else []
+    heads = ["arm", "settings", *scales, "seeds", "mean", "spread over seeds, 95%", *_COMPARED[: 2 * compares]]
+    yield from _row(*heads)
+    yield from _row(*["---"] * len(heads))
     for arm in outcome.study.arms:
         measured = outcome.measured(arm.name, metric_name)
         if not measured:
-            yield from _row(f"`{arm.name}`", _settings(arm), "0", "–", "–", *["–"] * (2 * compares))
+            yield from _row(f"`{arm.name}`", _settings(arm), "0", *["–"] * (len(heads) - 3))
             continue
-        cells = [f"`{arm.name}`", _settings(arm), f"{len(measured.values)}", metric.says(measured.mean)]
+        x = [f"{arm.x:g}"] if scales and arm.x else []
+        cells = [f"`{arm.name}`", _settings(arm), *x, f"{len(measured.values)}", metric.says(measured.mean)]
         cells.append(_spread(outcome.spread(arm.name, metric_name), metric))
         if compares:
             cells += _compared(outcome, arm, metric_name)
@@ -151,7 +177,8 @@ def _compared(outcome: Outcome, arm: Arm, metric_name: str) -> list[str]:
     verdict = difference.verdict
     if verdict == "cannot tell":
         more = difference.more_seeds
-        verdict += f"; {counted(more, 'more seed')} might" if more else "; no number of seeds would, of these tasks"
+        if difference.value:
+            verdict += f"; {counted(more, 'more seed')} might" if more else f"; not by {MOST_SEEDS} seeds either"
     return [_interval(difference, METRICS[metric_name]), verdict]
 
 
@@ -211,14 +238,19 @@ def _loss_curves(outcome: Outcome, study_dir: Path) -> dict[str, list[tuple[Sequ
 
 def _how(found: StudyFile, outcome: Outcome) -> Iterator[str]:
     study, results = found.study, list(outcome.results)
-    words = " ".join(found.overrides)
-    yield f"    bin/study {found.file.as_posix()}{' ' if words else ''}{words}\n"
+    yield f"    bin/study {shlex.join([found.file.as_posix(), *found.options, *found.overrides])}\n"
     base = [f"`{word}`" for word in (*study.set, *found.overrides)]
     config = f"`{study.config}`" if study.config else "the defaults"
-    yield f"All arms have {config}{' and ' if base else ''}{', '.join(base)}.".replace("|", "\\|")
+    yield f"All arms have {config}{' and ' if base else ''}{', '.join(base)}."
+    if found.base:
+        settings = flat(load_config(found.base).model_dump(mode="json", exclude_defaults=True, exclude={"stages"}))
+        listed = ", ".join(f"`{key}={json.dumps(value)}`" for key, value in settings.items())
+        yield f"\n`{study.config}` has {listed}."
+    if not study.train:
+        yield f"\nNothing was trained; asked was {_listed(results, 'model')}."
     if study.solves:
         for tasks, ids in _sets(results).items():
-            yield f"\nSolved were {counted(ids, 'task')} of {tasks}: of each, the share of its test outputs."
+            yield f"\nAsked were {counted(ids, 'task')} of {tasks}; of each the share of its test outputs is counted."
         on_purpose = " They were trained on, on purpose: what is measured is no score." if study.seen else ""
         yield f"\nThe leak audit of what was trained on and these tasks: {_listed(results, 'audit')}.{on_purpose}"
     if study.train:
@@ -228,7 +260,7 @@ def _how(found: StudyFile, outcome: Outcome) -> Iterator[str]:
         yield (
             "\nIntervals are of a paired bootstrap over tasks, where there are tasks, to which the luck of the seeds is"
             f" added. Where nothing differs, a verdict is wrong in {SURE:.0%} of cases; {counted(count, 'comparison')}"
-            f" by each metric {'is' if count == 1 else 'are'} made here."
+            f" by each metric {'is' if count == 1 else 'are'} made here. Arms are compared by the seeds that both have."
         )
     yield (
         "\nThe spread is the standard deviation over seeds, with the interval that it would have of a normal"

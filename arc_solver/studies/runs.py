@@ -13,11 +13,12 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,15 +27,17 @@ from ..answers.revote import read_run, select
 from ..config import Config
 from ..data import leak_audit, read_training_data
 from ..errors import MachineError, UserError, counted
-from ..files import git_commit, lock, sha256, write_json
+from ..files import git_commit, is_locked, lock, sha256, write_json
 from ..models import checkpoint_dir, cpu_name
 from ..puzzles import read_json, read_object
+from ..report.collect import read_log
 from ..training.card import TRAINING_FILE
 from .study import Arm, StudyFile
 
 # Sections of the settings that a training depends on, and a run of bin/solve besides.
 TRAINS = ("format", "model", "lora", "corpus", "validation", "audit", "train", "stages")
 SOLVES = ("tasks", "adapt", "engine", "predict")
+LOOK_S = 0.3  # between two looks at a lock
 DONE = "done.json"  # in a folder whose work is done: what it took
 
 
@@ -73,8 +76,7 @@ class Job:
             content["model"]["seed"] = self.config.run.seed
         parts = [self.config.run.seed, self.again, [content[name] for name in sections]]
         if not self.trains:  # another model may have come to the same place
-            weights = checkpoint_dir(self.config.model.path) / "model.safetensors"
-            parts.append(_sha256(weights, weights.stat().st_mtime_ns) if weights.is_file() else "")
+            parts.append(_digest_of(checkpoint_dir(self.config.model.path)))
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -102,6 +104,12 @@ class Result:
         if metric in self.tasks:
             return sum(self.tasks[metric].values()) / len(self.tasks[metric])
         return self.values.get(metric)
+
+
+def _digest_of(checkpoint: Path) -> str:
+    """Of its weights; "" if they are not in one file."""
+    file = checkpoint / "model.safetensors"
+    return _sha256(file, file.stat().st_mtime_ns)[:16] if file.is_file() else ""
 
 
 @cache
@@ -144,7 +152,7 @@ class Processes:
     def __init__(self) -> None:
         self._running: set[subprocess.Popen[bytes]] = set()
         self._changing = threading.Lock()
-        self._is_ending = False
+        self.is_ending = False
 
     def call(
         self, module: str, words: list[str], log: Path, held: IO[str], threads: int, env: Mapping[str, str]
@@ -164,7 +172,7 @@ class Processes:
         with log.open("ab") as stream:
             begin = stream.tell()
             with self._changing:
-                if self._is_ending:
+                if self.is_ending:
                     raise MachineError("ended before it began")
                 process = subprocess.Popen(
                     [sys.executable, "-P", "-m", module, *words],
@@ -188,7 +196,7 @@ class Processes:
     def end(self) -> None:
         """Has all end as after Ctrl-C, which saves what they have done."""
         with self._changing:
-            self._is_ending = True
+            self.is_ending = True
             for process in self._running:
                 process.send_signal(signal.SIGINT)
 
@@ -208,9 +216,11 @@ def perform(job: Job, processes: Processes, env: Mapping[str, str]) -> Result:
     seconds: dict[str, float] = {}
     about: dict[str, Any] = {"machine": cpu_name(), "threads": job.threads, "commit": git_commit()}
     model = job.config.model.path
+    if not job.trains:
+        about["model"] = f"{model or 'the bundled model'}, weights {_digest_of(checkpoint_dir(model)) or 'not known'}"
     if job.trains:
         out = job.study_dir / "trained" / job.train_key
-        done = _train(job, out, partial(processes.call, threads=job.threads, env=env))
+        done = _train(job, out, processes, env)
         made = read_json(out / "model" / TRAINING_FILE)
         values = {name: made[name] for name in ("validation_loss", "accuracy") if made[name] is not None}
         seconds["train"] = done["seconds"]
@@ -219,34 +229,35 @@ def perform(job: Job, processes: Processes, env: Mapping[str, str]) -> Result:
         model = str(out / "model")
     if job.solves:
         out = job.study_dir / "solved" / job.solve_key
-        done = _solve(job, model, out, partial(processes.call, threads=job.threads, env=env))
+        done = _solve(job, model, out, processes, env)
         seconds["solve"] = done["seconds"]
         tasks, said = _measure_answers(job, out, checkpoint_dir(model))
         about |= said
     return Result(job.arm, job.seed, job.key, values, tasks, seconds, about)
 
 
-def _train(job: Job, out: Path, call: Callable[..., None]) -> Mapping[str, Any]:
-    with _alone(out) as held:
+def _train(job: Job, out: Path, processes: Processes, env: Mapping[str, str]) -> Mapping[str, Any]:
+    with _alone(out, processes) as held:
         if not (out / DONE).exists():
             settings = _settings(job, TRAINS)
             begun = (out / "partition").is_dir()
             words = [_write_settings(out, settings), "--out", str(out), *(["--resume"] if begun else [])]
-            call("arc_solver.train", words, out.with_suffix(".log"), held)
-            made = read_json(out / "model" / TRAINING_FILE)
+            processes.call("arc_solver.train", words, out.with_suffix(".log"), held, job.threads, env)
             weights = sha256(out / "model" / "model.safetensors")
             shutil.rmtree(out / "checkpoints", ignore_errors=True)  # large, and nobody goes on from there
-            write_json(out / DONE, {"seconds": round(60 * made["minutes"]), "weights": weights})
+            *_, last = (record["elapsed_s"] for record in read_log(out / "log.jsonl") if "elapsed_s" in record)
+            write_json(out / DONE, {"seconds": round(last), "weights": weights})
     return read_object(out / DONE)
 
 
-def _solve(job: Job, model: str, out: Path, call: Callable[..., None]) -> Mapping[str, Any]:
-    with _alone(out) as held:
+def _solve(job: Job, model: str, out: Path, processes: Processes, env: Mapping[str, str]) -> Mapping[str, Any]:
+    with _alone(out, processes) as held:
         if not (out / DONE).exists():
             settings = _settings(job, (*SOLVES, "lora"))
             settings["model"] = {"path": model, "adapter": "" if job.trains else job.config.model.adapter}
             settings["run"] |= {"show": 0, "workers": job.config.run.workers or job.threads}
-            call("arc_solver.solve", [_write_settings(out, settings), "--out", str(out)], out.with_suffix(".log"), held)
+            words = [_write_settings(out, settings), "--out", str(out)]
+            processes.call("arc_solver.solve", words, out.with_suffix(".log"), held, job.threads, env)
             summary = read_object(out / "summary.json")
             if fallen := summary["fallen_back"]:
                 raise MachineError(f"{counted(len(fallen), 'task')} of {out} fell back; see {out.with_suffix('.log')}")
@@ -268,19 +279,27 @@ def _write_settings(out: Path, settings: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def _alone(out: Path) -> Iterator[IO[str]]:
-    """Nobody else works on a folder meanwhile. Runs of this study that share it wait for each other.
+def _alone(out: Path, processes: Processes) -> Iterator[IO[str]]:
+    """Nobody else works on a folder meanwhile. Runs that share it wait for each other, and for what outlived a study
+    that was killed.
 
     Raises:
-        MachineError: another process does, as one that outlived a study that was killed.
+        MachineError: all are being ended.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     with _ours[out]:
-        held = lock(out.with_suffix(".lock"))
-        if held is None:
-            raise MachineError(f"{out} is still worked on by a process of an earlier call: wait for it, or end it")
+        while not (held := lock(out.with_suffix(".lock"))):
+            if processes.is_ending:
+                raise MachineError("ended before it began")
+            time.sleep(LOOK_S)
         with held:
             yield held
+
+
+def left_running(study_dir: Path) -> list[Path]:
+    """The folders that commands of an earlier call, which was killed, still work on."""
+    locks = [file for what in ("trained", "solved") for file in (study_dir / what).glob("*.lock")]
+    return [file.with_suffix("") for file in locks if is_locked(file)]
 
 
 _ours: defaultdict[Path, threading.Lock] = defaultdict(threading.Lock)

@@ -153,9 +153,14 @@ class Plan:
 
     @property
     def outcome(self) -> Outcome:
-        """Of all runs that are done, and with a fixed number of seeds of no more than those."""
-        most = MOST_SEEDS if self.budget_s < math.inf else self.found.study.seeds
-        return Outcome(self.found.study, [r for r in self.results.values() if r.seed < most])
+        """Of all runs that are done, by this call or an earlier one."""
+        return Outcome(self.found.study, list(self.results.values()))
+
+    @property
+    def left(self) -> int:
+        """Runs that a fixed number of seeds leaves to do."""
+        seeds = range(self.found.study.seeds)
+        return sum((arm.name, seed) not in self.results for arm in self.found.study.arms for seed in seeds)
 
     @property
     def spent_s(self) -> float:

@@ -15,6 +15,7 @@ name = "cyclic"
 set = ["train.schedule=cyclic"]
 """
 
+import difflib
 import tomllib
 from collections import Counter
 from collections.abc import Sequence
@@ -118,6 +119,7 @@ class StudyFile:
     file: Path
     study: Study
     overrides: tuple[str, ...]  # of the command line, for all arms
+    options: tuple[str, ...] = ()  # of the command line besides, that another call needs for the same answer
 
     def config(self, arm: Arm, seed: int) -> Config:
         """All settings of a run. What an arm does not vary has seed 0.
@@ -125,37 +127,64 @@ class StudyFile:
         Raises:
             UserError: a setting is not one that exists.
         """
-        base = self.file.parent / self.study.config if self.study.config else None
+        study, own = self.study, {word.partition("=")[0] for word in arm.set}
+        if twice := [word for word in self.overrides if word.partition("=")[0] in own]:
+            key = twice[0].partition("=")[0]
+            raise UserError(f"arm '{arm.name}' sets {key} itself: leave {twice[0]} out, or change {self.file}")
         seeds = [f"{setting}={seed}" for setting in arm.vary]
         try:
-            return load_config(base, [*self.study.set, *arm.set, *self.overrides, *seeds])
+            config = load_config(self.base, [*study.set, *self.overrides, *arm.set, *seeds])
         except UserError as error:
             raise UserError(f"{self.file}, arm '{arm.name}': {error}") from None
+        scored_on, spec = config.audit.scored_on, config.tasks.spec
+        if not (study.train and study.solves) or study.seen or spec in scored_on:
+            return config
+        # What is measured is audited before anything is trained.
+        return config.model_copy(update={"audit": config.audit.model_copy(update={"scored_on": (*scored_on, spec)})})
+
+    @property
+    def base(self) -> Path | None:
+        """The config file that all arms have."""
+        return self.file.parent / self.study.config if self.study.config else None
 
 
-def read_study(file: Path, overrides: Sequence[str] = (), seeds: int = 0) -> StudyFile:
+def read_study(
+    file: Path, overrides: Sequence[str] = (), seeds: int | None = None, options: Sequence[str] = ()
+) -> StudyFile:
     """A study's file, checked whole before anything runs.
 
     Args:
         overrides: `section.key=value` words for all arms.
-        seeds: in the place of its own; 0: its own.
+        seeds: in the place of its own; None: its own.
+        options: see `StudyFile`.
 
     Raises:
         UserError: it is not there, or no study.
     """
     try:
         tree: Any = tomllib.loads(file.read_text(encoding="utf-8-sig"))
-        study = Study.model_validate({**tree, "seeds": seeds} if seeds else tree)
+        study = Study.model_validate({**tree, "seeds": seeds} if seeds is not None else tree)
     except OSError as error:
         raise UserError(f"study {file} cannot be read ({error.strerror}); see configs/studies/ for some") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"study {file} is no TOML: {error}; see configs/studies/ for some") from None
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        said = first["msg"].removeprefix("Value error, ").replace("Input should", "should", 1)
-        raise UserError(f"study {file}: {f'{where}: ' if where else ''}{said}; see configs/studies/ for some") from None
-    found = StudyFile(file.stem, file, study, tuple(overrides))
+        raise UserError(f"study {file}: {_explained(first['type'], first['loc'], first['msg'])}") from None
+    found = StudyFile(file.stem, file, study, tuple(overrides), tuple(options))
     for arm in study.arms:
         found.config(arm, 0)
     return found
+
+
+def _explained(kind: str, loc: Sequence[int | str], message: str) -> str:
+    """What is wrong with a place of the file. Arms are counted from 1."""
+    names = [f"arm {part + 1}" if isinstance(part, int) else part for part in loc if part != "arms" or len(loc) == 1]
+    if kind == "extra_forbidden":
+        known = [*(Arm if len(loc) > 1 else Study).model_fields]
+        alike = difflib.get_close_matches(str(loc[-1]), known, 1)
+        instead = f"did you mean {alike[0]}?" if alike else f"known: {', '.join(known)}"
+        return f"{', '.join(names)}: there is no such key; {instead}"
+    said = {"missing": "is missing: give it", "too_short": "give at least one"}.get(kind, message)
+    said = said.removeprefix("Value error, ").replace("Input should", "should", 1)
+    return f"{', '.join(names)}: {said}" if names else said

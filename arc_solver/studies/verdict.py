@@ -8,6 +8,7 @@ have together, that one seed solves a task which another does not, is in both, a
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ import numpy as np
 from ..rng import named_rng
 
 RESAMPLES = 20_000
+GRID = 20_000  # points of a density
+FOLLOWS = 4.0  # times the variance that seeds leave: points that are no farther from a law follow it
 SURE = (2.5, 97.5)  # percent: the ends of an interval
 MOST_SEEDS = 200  # of which it is asked whether they would tell
 
@@ -74,8 +77,7 @@ def spread(measured: Measured) -> Spread | None:
     if len(values) < 2:
         return None
     value, degrees = float(np.std(values, ddof=1)), len(values) - 1
-    chances = named_rng(0, "spread", degrees).chisquare(degrees, RESAMPLES)
-    low, high = (value * math.sqrt(degrees / float(np.percentile(chances, end))) for end in reversed(SURE))
+    low, high = (value * math.sqrt(degrees) / float(end) for end in _chi(np.array(SURE[::-1]) / 100, degrees))
     return Spread(value, low, high, len(values))
 
 
@@ -138,16 +140,20 @@ class _Luck:
     def over_seeds(self) -> np.ndarray:
         """What other seeds would add to it."""
         scale = math.sqrt(self.of_seeds / self.seeds)
-        return scale * named_rng(0, "seeds").standard_t(self.degrees, RESAMPLES)
+        evenly = (np.arange(RESAMPLES) + 0.5) / RESAMPLES
+        return named_rng(0, "seeds").permutation(scale * _t(evenly, self.degrees))
 
     def more_seeds(self, value: float) -> int | None:
         count = len(self.changes_T)
         of_tasks = max(0.0, float(np.var(self.changes_T)) / count - self.of_both / self.seeds) if count else 0.0
-        for seeds in range(self.seeds + 1, MOST_SEEDS + 1):
+
+        def tells(seeds: int) -> bool:
             variance = of_tasks + (self.of_seeds + self.of_both) / seeds
-            if abs(value) > _quantile(self.degrees * seeds / self.seeds) * math.sqrt(variance):
-                return seeds - self.seeds
-        return None
+            quantile = float(_t(np.array([SURE[1] / 100]), self.degrees * seeds / self.seeds)[0])
+            return abs(value) > quantile * math.sqrt(variance)
+
+        enough = bisect_left(range(self.seeds + 1, MOST_SEEDS + 1), True, key=tells)
+        return enough + 1 if self.seeds + 1 + enough <= MOST_SEEDS else None
 
 
 def _table(tasks: Mapping[int, Mapping[str, float]], seeds: Iterable[int]) -> np.ndarray:
@@ -163,13 +169,27 @@ def _residual_variance(table_ST: np.ndarray) -> float:
     return float((rest**2).sum() / ((seeds - 1) * (tasks - 1)))
 
 
-def _quantile(degrees: float) -> float:
-    """The upper end of a t distribution's 95%, by Cornish and Fisher's expansion (Abramowitz and Stegun 26.7.5)."""
-    z = 1.959964
-    g1 = (z**3 + z) / 4
-    g2 = (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    g3 = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return z + g1 / degrees + g2 / degrees**2 + g3 / degrees**3
+def _t(chances: np.ndarray, degrees: float) -> np.ndarray:
+    """Quantiles of a t distribution: with t = sqrt(degrees) tan(a) its density in a is a power of the cosine."""
+    angles = _middles(-np.pi / 2, np.pi / 2)
+    return np.asarray(math.sqrt(degrees) * np.tan(_quantiles(chances, angles, np.cos(angles) ** (degrees - 1))))
+
+
+def _chi(chances: np.ndarray, degrees: int) -> np.ndarray:
+    """Quantiles of a chi distribution, the root of chi-square."""
+    roots = _middles(0, math.sqrt(degrees) + 10)
+    return _quantiles(chances, roots, roots ** (degrees - 1) * np.exp(-(roots**2) / 2))
+
+
+def _middles(low: float, high: float) -> np.ndarray:
+    """Of the parts of a range that a density is looked at in."""
+    return low + (high - low) * (np.arange(GRID) + 0.5) / GRID
+
+
+def _quantiles(chances: np.ndarray, grid: np.ndarray, density: np.ndarray) -> np.ndarray:
+    """Of a density on a grid, which need not be normalised."""
+    below = np.cumsum(density) - density / 2
+    return np.interp(chances, below / density.sum(), grid)
 
 
 # ---- scaling -------------------------------------------------------------------------------------------------------
@@ -180,8 +200,9 @@ class PowerLaw:
     """y = floor + scale * x ** -exponent.
 
     Attributes:
-        exponent_interval, ten_times: 95% by a bootstrap over seeds; `ten_times` is y at ten times the largest x, with
-            its interval.
+        exponent_interval, ten_times: 95%; `ten_times` is y at ten times the largest x, with its interval.
+        foretold: what the other points say of the largest x, with its interval, and what was measured there; None:
+            they are too few.
     """
 
     floor: float
@@ -189,6 +210,7 @@ class PowerLaw:
     exponent: float
     exponent_interval: tuple[float, float]
     ten_times: tuple[float, float, float]
+    foretold: tuple[float, float, float, float] | None
 
     def at(self, x: float) -> float:
         return self.floor + self.scale * x**-self.exponent
@@ -197,33 +219,77 @@ class PowerLaw:
 def fit_power_law(points: Mapping[float, Sequence[float]]) -> PowerLaw:
     """The law that fits best, in squares. The floor is at least 0, as of a loss.
 
+    The intervals hold the luck of the seeds, and how far the points lie from the law, but not that another law may
+    hold beyond the points.
+
     Args:
         points: of each x the values of its seeds.
     """
     xs = np.array(sorted(points))
-    means = np.array([np.mean(points[x]) for x in xs])
-    floor, scale, exponent = _fit(xs, means)
-    rng, drawn = named_rng(0, "power law"), []
-    for _ in range(RESAMPLES // 20):
-        again = np.array([rng.choice(points[x], len(points[x])).mean() for x in xs])
-        drawn.append(_fit(xs, again))
-    far = 10 * xs[-1]
-    ends = [f + s * far**-e for f, s, e in drawn]
+    floor, scale, exponent = _fit(xs, _means(points, xs))
+    drawn = _drawn(points, xs)
     low, high = np.percentile([e for _, _, e in drawn], SURE)
-    below, above = np.percentile(ends, SURE)
-    law = (floor, scale, exponent)
-    at = floor + scale * far**-exponent
-    return PowerLaw(*law, (float(low), float(high)), (float(at), float(below), float(above)))
+    foretold = None
+    if len(xs) > 3:
+        rest = xs[:-1]
+        foretold = (
+            *_at(xs[-1], _fit(rest, _means(points, rest)), _drawn(points, rest)),
+            float(np.mean(points[xs[-1]])),
+        )
+    ten_times = _at(10 * xs[-1], (floor, scale, exponent), drawn)
+    return PowerLaw(floor, scale, exponent, (float(low), float(high)), ten_times, foretold)
 
 
-def _fit(xs: np.ndarray, ys: np.ndarray) -> tuple[float, float, float]:
-    """Floor, scale and exponent: of each exponent of a grid the best line in x ** -exponent, and of those the best."""
-    best = (math.inf, 0.0, 0.0, 0.0)
-    for exponent in np.geomspace(0.02, 4.0, 160):
-        powers = xs**-exponent
-        scale, floor = np.polyfit(powers, ys, 1)
-        if floor < 0:
-            scale, floor = float(powers @ ys / (powers @ powers)), 0.0
-        error = float(((floor + scale * powers - ys) ** 2).sum())
-        best = min(best, (error, float(floor), float(scale), float(exponent)))
-    return best[1:]
+Law = tuple[float, float, float]  # floor, scale, exponent
+
+
+def _means(points: Mapping[float, Sequence[float]], xs: np.ndarray) -> np.ndarray:
+    return np.array([np.mean(points[x]) for x in xs])
+
+
+def _drawn(points: Mapping[float, Sequence[float]], xs: np.ndarray) -> list[Law]:
+    """Laws through points that are drawn about the law: as far from it as seeds let the means be, or as they are if
+    that is farther."""
+    floor, scale, exponent = _fit(xs, _means(points, xs))
+    law = floor + scale * xs**-exponent
+    misfit = float(((_means(points, xs) - law) ** 2).sum()) / max(1, len(xs) - 3)
+    several = [(len(points[x]) - 1, float(np.var(points[x], ddof=1))) for x in xs if len(points[x]) > 1]
+    of_seeds = sum(n * variance for n, variance in several) / max(1, sum(n for n, _ in several))
+    known = np.array([of_seeds / len(points[x]) for x in xs])
+    follows = misfit <= FOLLOWS * known.max()
+    degrees = sum(n for n, _ in several) if follows and several else max(1, len(xs) - 3)
+    scales = np.sqrt(known if follows else np.full(len(xs), misfit))
+    rng = named_rng(0, "power law")
+    # One scale for a draw: how large it really is, is known as well as its degrees of freedom say.
+    spreads = np.sqrt(degrees / rng.chisquare(degrees, RESAMPLES // 40))
+    return [_fit(xs, law + spread * scales * rng.standard_normal(len(xs))) for spread in spreads]
+
+
+def _at(x: float, law: Law, drawn: Sequence[Law]) -> tuple[float, float, float]:
+    """A law's value, with the interval of those that were drawn."""
+    ends = [floor + scale * x**-exponent for floor, scale, exponent in drawn]
+    low, high = np.percentile(ends, SURE)
+    floor, scale, exponent = law
+    return float(floor + scale * x**-exponent), float(low), float(high)
+
+
+def _fit(xs: np.ndarray, ys: np.ndarray) -> Law:
+    """Of each exponent of a grid the best line in x ** -exponent, and of those the best; then of a grid about it."""
+    exponents = np.geomspace(0.02, 4.0, 60)
+    for _ in range(3):
+        laws = [_line(xs, ys, exponent) for exponent in exponents]
+        best = min(range(len(laws)), key=lambda i: laws[i][0])
+        around = exponents[max(0, best - 1)], exponents[min(len(exponents) - 1, best + 1)]
+        exponents = np.linspace(*around, 20)
+    return laws[best][1:]
+
+
+def _line(xs: np.ndarray, ys: np.ndarray, exponent: float) -> tuple[float, float, float, float]:
+    """The squares that are left, and the law with that exponent."""
+    powers = xs**-exponent
+    about = powers - powers.mean()
+    scale = float(about @ ys / (about @ about))
+    floor = float(ys.mean() - scale * powers.mean())
+    if floor < 0:
+        scale, floor = float(powers @ ys / (powers @ powers)), 0.0
+    return float(((floor + scale * powers - ys) ** 2).sum()), floor, scale, float(exponent)

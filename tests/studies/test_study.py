@@ -37,14 +37,16 @@ def test_seeds_may_be_of_a_part_of_the_randomness(tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (HEAD, "arms: Field required"),
+        (HEAD, "arms: is missing: give it"),
         (HEAD + '[[arms]]\nname = "a"\n', "give at least two arms"),
         (HEAD + ARMS.replace('"b"', '"a"'), "two arms are named 'a'"),
         (HEAD + ARMS.replace("steps=7", "stepz=7"), "arm 'b': unknown setting train.stepz"),
-        (HEAD + ARMS + "oops = 1\n", "arms.1.oops"),
+        (HEAD + ARMS + "sets = 1\n", r"arm 2, sets: there is no such key; did you mean set\?"),
+        ("sedes = 3\n" + HEAD + ARMS, r"sedes: there is no such key; did you mean seeds\?"),
+        (HEAD + ARMS.replace('name = "b"\n', ""), "arm 2, name: is missing: give it"),
         ("train = false\n" + HEAD + ARMS, "validation_loss is measured in training, and train is false"),
         ('kind = "scaling"\n' + HEAD + ARMS, "needs x in each arm, and 'a' has none"),
-        (HEAD.replace("pass@2", "pass@9") + ARMS, r"metrics\.1"),
+        (HEAD.replace("pass@2", "pass@9") + ARMS, "metrics, .*should be 'validation_loss'"),
         (HEAD + 'config = "none.toml"\n' + ARMS, "does not exist"),
         ("question =", "is no TOML"),
     ],
@@ -68,3 +70,16 @@ def test_shares_are_better_when_more_and_losses_when_less():
 def test_the_studies_that_ship_are_read(file):
     if file.stem != "small":  # which they share
         assert read_study(file).study.hypothesis
+
+
+def test_what_is_measured_is_audited_before_anything_is_trained(tmp_path):
+    text = HEAD + 'set = ["tasks.spec=demo"]\n' + ARMS
+    found = read_study(written(tmp_path, text))
+    assert found.config(found.study.arms[0], 0).audit.scored_on == ("arc-agi-1/evaluation", "demo")
+    found = read_study(written(tmp_path, f"seen = true\n{text}"))
+    assert found.config(found.study.arms[0], 0).audit.scored_on == ("arc-agi-1/evaluation",)
+
+
+def test_an_arm_and_the_command_line_do_not_both_set_a_thing(tmp_path):
+    with pytest.raises(UserError, match=r"arm 'b' sets train\.steps itself: leave train\.steps=9 out"):
+        read_study(written(tmp_path, HEAD + ARMS), ["train.steps=9"])

@@ -63,10 +63,10 @@ def page_of(study: Path) -> str:
 
 def test_a_study_answers_its_question_and_does_nothing_twice(done):
     said = done.with_suffix(".said").read_text()
-    assert "2 arms; 0 runs of 4 done before" in said and "Against `short`" in said
+    assert "2 arms; 0 runs of 4 done before" in said and " than `short`: " in said
     text = page_of(done)
     first = text.splitlines()
-    assert first[0] == "# Does a longer training help?" and first[2].startswith("**Against `short`, loss on held-out")
+    assert first[0] == "# Does a longer training help?" and first[2].startswith("**Loss on held-out tasks")
     parts = ("**Hypothesis**", "## What was measured", "## How", "## Machine, cost, seeds")
     order = [text.index(part) for part in parts]
     assert order == sorted(order) and text.count("leak audit passed") == 2
@@ -98,14 +98,21 @@ def wait_for_what_it_left(out: Path) -> None:
             time.sleep(0.05)
 
 
-def test_what_an_earlier_call_left_running_is_not_disturbed(study):
-    (study.parent / "out" / "trained").mkdir(parents=True)
-    (study.parent / "out" / "study.json").write_text('{"name": "mine"}')
-    found = read_study(study)
-    key = make_job(found, study.parent / "out", found.study.arms[0], 0).train_key
-    with lock(study.parent / "out" / "trained" / f"{key}.lock"):
-        said = finish(Forked("arc_solver.study", words(study)), expect=1)
-    assert "arm 'short', seed 0: " in said and "is still worked on by a process of an earlier call" in said
+def test_what_an_earlier_call_left_running_is_waited_for(study):
+    study.write_text(study.read_text().replace(', "pass@2"', "").replace("seeds = 2", "seeds = 1"))
+    out, found = study.parent / "out", read_study(study)
+    (out / "trained").mkdir(parents=True)
+    (out / "study.json").write_text(json.dumps({"name": "mine", "question": found.study.question}))
+    short = make_job(found, out, found.study.arms[0], 0)
+    with lock(out / "trained" / f"{short.train_key}.lock"):
+        process = Forked("arc_solver.study", words(study))
+        while not (out / "results" / "long.0.json").exists():
+            assert process.poll() is None
+            time.sleep(0.02)
+        assert not (out / "trained" / short.train_key).exists()
+    said = finish(process)
+    assert f"1 run of an earlier call still going on, and waited for: {out}/trained/{short.train_key}" in said
+    assert (out / "results" / "short.0.json").exists()
 
 
 def test_an_interrupted_one_ends_its_runs_and_goes_on(study):
@@ -127,6 +134,9 @@ def test_an_interrupted_one_ends_its_runs_and_goes_on(study):
         (["--address", "auto"], "--address is for a Ray cluster"),
         (["train.stepz=3"], "arm 'short': unknown setting train.stepz; did you mean train.steps"),
         (["model.path=/nowhere"], "arm 'short', seed 0: "),
+        (["train.steps=5"], "arm 'long' sets train.steps itself: leave train.steps=5 out"),
+        (["--seeds", "0"], "--seeds is at least 1"),
+        (["tasks.spec=/nowhere.json"], "'/nowhere.json' not found"),
     ],
 )
 def test_what_is_wrong_is_one_sentence(study, more, said):
@@ -134,10 +144,21 @@ def test_what_is_wrong_is_one_sentence(study, more, said):
     assert [line for line in errors if line.startswith("error: ")] == errors[-1:] and said in errors[-1]
 
 
-def test_a_folder_is_one_studys(done):
+def test_a_folder_is_one_studys(done, tmp_path):
     other = done.with_name("other.toml")
     other.write_text(done.read_text())
     assert "holds the study 'mine'" in finish(Forked("arc_solver.study", words(other)), expect=2)
+    again = tmp_path / "mine.toml"
+    text = done.read_text().replace("Does a longer", "Why does a longer")
+    again.write_text(text.replace("small.toml", f"{done.parent}/small.toml"))
+    said = finish(Forked("arc_solver.study", [str(again), "--out", str(done.parent / "out")]), expect=2)
+    assert "holds a study of another question ('Does a longer training help?')" in said
+
+
+def test_tasks_without_solutions_are_refused_before_anything_is_trained(study):
+    study.with_name("toy_solutions.json").unlink()
+    assert "no solution of" in finish(Forked("arc_solver.study", words(study)), expect=2)
+    assert not (study.parent / "out" / "trained").exists()
 
 
 def test_tasks_that_were_trained_on_are_refused_unless_that_is_the_question(study):
@@ -146,7 +167,7 @@ def test_tasks_that_were_trained_on_are_refused_unless_that_is_the_question(stud
     head = study.read_text().partition("[[arms]]")[0].replace("seeds = 2", "seeds = 1")
     study.write_text(f'kind = "spread"\n{head}[[arms]]\nname = "one"\n')
     said = finish(Forked("arc_solver.study", words(study, source)), expect=2)
-    assert "a study measures what was not trained on" in said
+    assert "training task" in said and not list((study.parent / "out").glob("trained/*/log.jsonl"))
     study.write_text(f"seen = true\n{study.read_text()}")
     finish(Forked("arc_solver.study", words(study, source)))
     assert "They were trained on, on purpose: what is measured is no score." in page_of(study)
