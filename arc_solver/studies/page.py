@@ -22,7 +22,7 @@ from .runs import Result
 from .study import METRICS, Arm, Metric, Study, StudyFile
 from .verdict import MOST_SEEDS, Difference, PowerLaw, Spread
 
-VERDICTS = {"better": "better than", "worse": "worse than", "cannot tell": "cannot be told from"}  # and of arms
+VERDICTS = {"better": "Better than", "worse": "Worse than", "cannot tell": "Cannot be told from"}  # and of arms
 SURE = 0.05  # how often a verdict is wrong where nothing differs
 
 
@@ -92,7 +92,7 @@ def answer(outcome: Outcome) -> str:
     first = outcome.first.name
     verdicts = [f"{VERDICTS[verdict]} `{first}`: {', '.join(arms)}" for verdict, arms in by_verdict.items() if arms]
     less = ", of which less is better" if metric.sign < 0 else ""
-    return f"**{title}{less}; differences with 95% intervals. {'; '.join(verdicts) or 'Nothing is known yet'}.**"
+    return f"**{title}{less}; differences with 95% intervals. {'. '.join(verdicts) or 'Nothing is known yet'}.**"
 
 
 def _law(law: PowerLaw, metric: Metric) -> str:
