@@ -86,11 +86,12 @@ def _run(found: StudyFile, out: Path, args: Namespace) -> int:
         if len(plan.results) == before:
             say(f"nothing was left to do{'' if args.hours is None else f' within {args.hours:g} hours'}")
         try:
-            page = write_page(found, plan.outcome, out, args.page, plan.spent_s)
+            outcome = plan.outcome
+            page = write_page(found, outcome, out, args.page, plan.spent_s)
         except OSError as error:
             why = error.strerror
             raise MachineError(f"the page cannot be written to {args.page} ({why}): give another --page") from None
-        say(answer(plan.outcome).strip("*"))
+        say(answer(outcome).strip("*"))
         say(f"{page}; runs in {out}")
     return 0
 

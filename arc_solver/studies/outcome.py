@@ -1,6 +1,6 @@
 """Results of runs -> what is known of each arm, and of each beside the first."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -56,15 +56,21 @@ class Outcome:
         of_seeds = self.spread(arm, metric)
         return (of_seeds.high - of_seeds.low) if of_seeds else float("inf")
 
-    def power_law(self) -> PowerLaw | None:
-        """Of the deciding metric, of shares what is missing to 1; None: there are too few points."""
+    @cached_property
+    def points(self) -> Mapping[float, Sequence[float]]:
+        """Of each x the values of its seeds, by the deciding metric; of shares what is missing to 1."""
         points: dict[float, list[float]] = {}
         sign = METRICS[self.study.decides].sign
         for arm in self.study.arms:
             measured = self.measured(arm.name, self.study.decides)
             if arm.x is not None and measured:
                 points.setdefault(arm.x, []).extend(v if sign < 0 else 1 - v for v in measured.values.values())
-        return fit_power_law(points) if len(points) > 2 else None
+        return points
+
+    @cached_property
+    def power_law(self) -> PowerLaw | None:
+        """Through the points; None: they are too few."""
+        return fit_power_law(self.points) if len(self.points) > 2 else None
 
     def _share_candidates(self, arm: str) -> bool:
         """Whether both arms chose among the same candidates, seed by seed."""

@@ -23,7 +23,7 @@ from .study import METRICS, Arm, Metric, Study, StudyFile
 from .verdict import MOST_SEEDS, Difference, PowerLaw, Spread
 
 VERDICTS = {"better": "Better than", "worse": "Worse than", "cannot tell": "Cannot be told from"}  # and of arms
-SURE = 0.05  # how often a verdict is wrong where nothing differs
+WRONG = 0.05  # how often a verdict is wrong where nothing differs
 
 
 def write_page(found: StudyFile, outcome: Outcome, study_dir: Path, folder: Path, spent_s: float) -> Path:
@@ -78,7 +78,7 @@ def answer(outcome: Outcome) -> str:
     study, metric = outcome.study, METRICS[outcome.study.decides]
     title = f"{metric.title[0].upper()}{metric.title[1:]}"
     if study.kind == "scaling":
-        law = outcome.power_law()
+        law = outcome.power_law
         return f"**{_law(law, metric) if law else f'{title}: nothing is known yet.'}**"
     if study.kind == "spread":
         known = {arm.name: outcome.spread(arm.name, study.decides) for arm in study.arms if not arm.again}
@@ -206,13 +206,9 @@ def _draw(found: StudyFile, outcome: Outcome, study_dir: Path, folder: Path) -> 
             unit = ", percent of all" if metric.is_share else ""
             interval_chart(intervals, f"{metric.title}: more than `{outcome.first.name}`{unit}", folder / name)
             drawn[name] = f"What each arm has more than {outcome.first.name}, with 95% intervals"
-    if study.kind == "scaling" and (law := outcome.power_law()):
+    if study.kind == "scaling" and (law := outcome.power_law):
         name = f"{found.name}-law.svg"
-        points: dict[float, list[float]] = {}
-        for arm in study.arms:
-            if (measured := outcome.measured(arm.name, study.decides)) and arm.x:
-                points.setdefault(arm.x, []).extend(v if metric.sign < 0 else 1 - v for v in measured.values.values())
-        power_law_chart(points, law.at, (10 * max(points), *law.ten_times), metric.title, folder / name)
+        power_law_chart(outcome.points, law.at, (10 * max(outcome.points), *law.ten_times), metric.title, folder / name)
         drawn[name] = "The runs, the power law through them, and what it says of ten times more"
     if study.train and (curves := _loss_curves(outcome, study_dir)):
         name = f"{found.name}-loss.svg"
@@ -259,7 +255,7 @@ def _how(found: StudyFile, outcome: Outcome) -> Iterator[str]:
         count = len(study.arms) - 1
         yield (
             "\nIntervals are of a paired bootstrap over tasks, where there are tasks, to which the luck of the seeds is"
-            f" added. Where nothing differs, a verdict is wrong in {SURE:.0%} of cases; {counted(count, 'comparison')}"
+            f" added. Where nothing differs, a verdict is wrong in {WRONG:.0%} of cases; {counted(count, 'comparison')}"
             f" by each metric {'is' if count == 1 else 'are'} made here. Arms are compared by the seeds that both have."
         )
     yield (
