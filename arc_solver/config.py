@@ -151,7 +151,7 @@ class ModelConfig(Section):
     head_dim: PositiveInt = 64  # channels of a head
     mlp_width: PositiveInt = 768  # channels between the two products of a layer's MLP
     rope_theta: PositiveFloat = 10_000.0  # base of the rotary embedding
-    seed: int | None = None  # of new weights, and of a new adapter's; left out: run.seed
+    seed: int | None = None  # of new weights, and of the first ones of new adapters; left out: run.seed
 
     @model_validator(mode="after")
     def _check(self) -> "ModelConfig":

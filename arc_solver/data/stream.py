@@ -63,10 +63,11 @@ class NoRoom(UserError):
 
 @dataclass(frozen=True, eq=False)
 class DrawnSample:
-    """A sample with the source it was drawn from, and what was dropped or rejected on the way."""
+    """A sample with the source and the task it was drawn from, and what was dropped or rejected on the way."""
 
     sample: Sample
     source: int = 0  # index into the mixture
+    task: str = ""  # id in that source
     dropped: int = 0  # demonstrations that were dropped to make it fit
     too_long: int = 0  # samples of its source that were drawn before it and did not fit at all
 
@@ -109,7 +110,7 @@ class SampleStream(Dataset[DrawnSample]):
         s = min(int(np.searchsorted(self.cumulative, rng.random(), side="right")), len(self.sources) - 1)
         config = self.sources[s].config
         for too_long in range(1000):  # of the same source, so that the weights are those of what is trained on
-            pairs = self._draw(rng, s)
+            task, pairs = self._draw(rng, s)
             imitates = rng.random() * (config.solve + config.imitate) >= config.solve
             tokens = imitation_tokens if imitates else sample_tokens
             kept = len(pairs)
@@ -117,7 +118,7 @@ class SampleStream(Dataset[DrawnSample]):
             while self.config.too_long == "drop" and kept > 2 and tokens(pairs[:kept], self.format) > room:
                 kept -= 1
             if tokens(pairs[:kept], self.format) <= room:
-                return DrawnSample(self._encode(pairs[:kept], imitates), s, len(pairs) - kept, too_long)
+                return DrawnSample(self._encode(pairs[:kept], imitates), s, task, len(pairs) - kept, too_long)
         raise NoRoom(
             f"corpus.max_tokens={self.config.max_tokens} is too small for source '{config.label}': 1000 samples"
             " of it in a row were longer: make it larger, or leave the source out"
@@ -125,10 +126,10 @@ class SampleStream(Dataset[DrawnSample]):
 
     def draw_pairs(self, index: int) -> list[Pair]:
         """The augmented pairs of a task of the first source, before any is dropped for length; a pure function too."""
-        return self._draw(named_rng(self.seed, *self.names, index), 0)
+        return self._draw(named_rng(self.seed, *self.names, index), 0)[1]
 
-    def _draw(self, rng: np.random.Generator, s: int) -> list[Pair]:
-        """The augmented pairs of one task, in random order, before any is dropped for length."""
+    def _draw(self, rng: np.random.Generator, s: int) -> tuple[str, list[Pair]]:
+        """A task's id, and augmented pairs of it in random order, before any is dropped for length."""
         source = self.sources[s]
         low, high = self.config.pairs
         count = int(rng.integers(low, high + 1))
@@ -141,7 +142,7 @@ class SampleStream(Dataset[DrawnSample]):
             problem = random_problem_augmentation(rng, pairs)
             pairs = [problem.apply_pair(pair) for pair in pairs]
         augmentation = random_augmentation(rng, self.policy, pairs).only(self.config.augment)
-        return [augmentation.apply_pair(pairs[i]) for i in augmentation.order or range(len(pairs))]
+        return task_id, [augmentation.apply_pair(pairs[i]) for i in augmentation.order or range(len(pairs))]
 
     def _encode(self, pairs: Sequence[Pair], imitates: bool) -> Sample:
         if imitates:

@@ -99,7 +99,8 @@ def packed_loss(
     logits_of: Callable[..., Tensor] | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """Cross entropy of the target ids of a packed batch, in nats: their mean, or their sum.
+    """Cross entropy of the target ids of a packed batch of T ids, in nats: their mean, or their sum; or with
+    reduction="none" of all ids but the first, [T - 1], 0 where there is no target.
 
     `logits_of` is `model.logits`, or that compiled.
     """

@@ -158,7 +158,7 @@ def adapt(
     model: Model,
     config: AdaptConfig,
     rngs: Sequence[np.random.Generator],
-    start: Adapter | None = None,
+    starts: Sequence[Adapter] | None = None,
     on_step: Callable[[int], None] = lambda tokens: None,
     deadline: float = math.inf,
     memory: float = math.inf,
@@ -167,14 +167,14 @@ def adapt(
 
     Args:
         rngs: one for each task: its result does not depend on which tasks it is adapted with.
-        start: the adapter that all continue; None: a fresh one for each.
+        starts: the adapters that they continue; None: a fresh one for each.
         on_step: called after each step, with its tokens.
         deadline: of `time.monotonic()`. No step begins after it, and the learning rate falls in time for it.
         memory: bytes that are free. What has no room in one pass goes through the model part by part; the gradients
             are the same.
     """
     began = time.monotonic()
-    starts = [start or fresh_adapter(model, config, rng) for rng in rngs]
+    starts = starts or [fresh_adapter(model, config, rng) for rng in rngs]
     with attach_adapters(model, starts) as bank:
         learners = [
             _Learner(k, *each, bank, config, model.format) for k, each in enumerate(zip(tasks, rngs, strict=True))

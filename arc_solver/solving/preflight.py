@@ -36,7 +36,8 @@ def preflight(model: Model, engine: Engine, start: Adapter | None, config: Confi
     if config.adapt.enabled:
         few = config.adapt.model_copy(update={"steps": 1, "batch_size": 1, "stop": "never"})
         rngs, memory = [named_rng(0, "preflight")], free_memory(model.device)
-        found = _tried("adapt", model, lambda: adapt([task], model, few, rngs, start, memory=memory)[0])
+        starts = [start] if start else None
+        found = _tried("adapt", model, lambda: adapt([task], model, few, rngs, starts, memory=memory)[0])
         if found.ended != "steps":
             raise MachineError(_sentence("adapt", model, "the loss or its gradients are not finite"))
         adapter = found.adapter

@@ -23,6 +23,7 @@ from ..models import (
     checkpoint_dir,
     fast_dtype,
     free_memory,
+    fresh_adapter,
     load_model,
     merge_saved_adapter,
     peak_memory,
@@ -125,7 +126,16 @@ class Worker:
         deadline = time.monotonic() + job.seconds
         memory = free_memory(self.model.device, self.neighbours)
         on_step = self._on_step()
-        return adapt(job.tasks, self.model, self.config.adapt, rngs, self.start, on_step, deadline, memory)
+        return adapt(job.tasks, self.model, self.config.adapt, rngs, self._starts(job), on_step, deadline, memory)
+
+    def _starts(self, job: AdaptJob) -> list[Adapter] | None:
+        """What the adapters continue; None: fresh ones, whose first weights are drawn before each task's samples."""
+        if self.start:
+            return [self.start] * len(job.tasks)
+        if (seed := self.config.model.seed) is None:
+            return None
+        rngs = [named_rng(seed, task.id, "adapter", job.round) for task in job.tasks]
+        return [fresh_adapter(self.model, self.config.adapt, rng) for rng in rngs]
 
     def _ask(self, job: PredictJob) -> list[Any]:
         rngs = [self._rng(task, "predict", job.round) for task in job.tasks]

@@ -33,8 +33,9 @@ class Outcome:
         found = {seed: result for seed, result in self.by_arm.get(arm, {}).items() if result.value(metric) is not None}
         if not found:
             return None
-        tasks = {seed: result.tasks[metric] for seed, result in found.items()} if METRICS[metric].of_tasks else None
-        return Measured({seed: result.value(metric) or 0.0 for seed, result in found.items()}, tasks)
+        values = {seed: result.value(metric) or 0.0 for seed, result in found.items()}
+        tasks = {seed: result.tasks[metric] for seed, result in found.items() if metric in result.tasks}
+        return Measured(values, tasks if tasks.keys() == values.keys() else None)
 
     def spread(self, arm: str, metric: str) -> Spread | None:
         measured = self.measured(arm, metric)

@@ -249,6 +249,8 @@ def _how(found: StudyFile, outcome: Outcome) -> Iterator[str]:
             yield f"\nAsked were {counted(ids, 'task')} of {tasks}; of each the share of its test outputs is counted."
         on_purpose = " They were trained on, on purpose: what is measured is no score." if study.seen else ""
         yield f"\nThe leak audit of what was trained on and these tasks: {_listed(results, 'audit')}.{on_purpose}"
+    if held_out := {len(result.tasks["validation_loss"]) for result in results if "validation_loss" in result.tasks}:
+        yield f"\nThe loss is of {' or '.join(map(str, sorted(held_out)))} held-out tasks, and each counts alike."
     if study.train:
         yield f"\nThe audit of the trainings: {_listed(results, 'audit_of_training')}."
     if study.kind == "compare":

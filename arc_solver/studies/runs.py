@@ -66,13 +66,27 @@ class Job:
         return self._digest((*TRAINS, *SOLVES) if self.trains else ("model", "lora", *SOLVES))
 
     @property
+    def undone(self) -> set[Path]:
+        """The folders of its training and its run of bin/solve, as far as nobody has done them yet."""
+        folders = [*([self.trained] if self.trains else []), *([self.solved] if self.solves else [])]
+        return {folder for folder in folders if not (folder / DONE).exists()}
+
+    @property
+    def trained(self) -> Path:
+        return self.study_dir / "trained" / self.train_key
+
+    @property
+    def solved(self) -> Path:
+        return self.study_dir / "solved" / self.solve_key
+
+    @property
     def key(self) -> str:
         """What tells its result from that of other settings."""
         return self._digest((*TRAINS, *SOLVES, "vote"))
 
     def _digest(self, sections: tuple[str, ...]) -> str:
         content = self.config.model_dump(mode="json")
-        if content["model"]["seed"] is None:  # it is the run's then
+        if self.trains and content["model"]["seed"] is None:  # it is the run's then
             content["model"]["seed"] = self.config.run.seed
         parts = [self.config.run.seed, self.again, [content[name] for name in sections]]
         if not self.trains:  # another model may have come to the same place
@@ -86,7 +100,7 @@ class Result:
 
     Attributes:
         values: metrics that a run has one value of.
-        tasks: of each metric of tasks the share of each task's outputs.
+        tasks: of each metric of tasks the value of each: a loss, or the share of its outputs.
         seconds: of training and of solving, whoever shared them.
         about: machine, versions, digests of weights, the leak audit.
     """
@@ -101,8 +115,8 @@ class Result:
 
     def value(self, metric: str) -> float | None:
         """None: it could not be measured, as where an output was not finite."""
-        if metric in self.tasks:
-            return sum(self.tasks[metric].values()) / len(self.tasks[metric])
+        if of_tasks := self.tasks.get(metric):
+            return sum(of_tasks.values()) / len(of_tasks)
         return self.values.get(metric)
 
 
@@ -219,19 +233,22 @@ def perform(job: Job, processes: Processes, env: Mapping[str, str]) -> Result:
     if not job.trains:
         about["model"] = f"{model or 'the bundled model'}, weights {_digest_of(checkpoint_dir(model)) or 'not known'}"
     if job.trains:
-        out = job.study_dir / "trained" / job.train_key
+        out = job.trained
         done = _train(job, out, processes, env)
         made = read_json(out / "model" / TRAINING_FILE)
-        values = {name: made[name] for name in ("validation_loss", "accuracy") if made[name] is not None}
+        values = {"accuracy": made["accuracy"]} if made["accuracy"] is not None else {}
+        if None not in (losses := made["validation_losses"]).values():  # as after a loss that was not finite
+            tasks["validation_loss"] = losses
         seconds["train"] = done["seconds"]
         about |= {name: made[name] for name in ("machine", "torch", "parameters", "tokens", "steps")}
         about |= {"audit_of_training": made["leak_audit"], "weights": done["weights"], "trained": out.name}
         model = str(out / "model")
     if job.solves:
-        out = job.study_dir / "solved" / job.solve_key
+        out = job.solved
         done = _solve(job, model, out, processes, env)
         seconds["solve"] = done["seconds"]
-        tasks, said = _measure_answers(job, out, checkpoint_dir(model))
+        answered, said = _measure_answers(job, out, checkpoint_dir(model))
+        tasks |= answered
         about |= said
     return Result(job.arm, job.seed, job.key, values, tasks, seconds, about)
 
@@ -254,7 +271,11 @@ def _solve(job: Job, model: str, out: Path, processes: Processes, env: Mapping[s
     with _alone(out, processes) as held:
         if not (out / DONE).exists():
             settings = _settings(job, (*SOLVES, "lora"))
-            settings["model"] = {"path": model, "adapter": "" if job.trains else job.config.model.adapter}
+            given = job.config.model
+            settings["model"] = {
+                "path": model,
+                **({} if job.trains else {"adapter": given.adapter, "seed": given.seed}),
+            }
             settings["run"] |= {"show": 0, "workers": job.config.run.workers or job.threads}
             words = [_write_settings(out, settings), "--out", str(out)]
             processes.call("arc_solver.solve", words, out.with_suffix(".log"), held, job.threads, env)

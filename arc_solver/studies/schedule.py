@@ -180,7 +180,9 @@ class Plan:
         seeds = min(LEAST_SEEDS, self.found.study.seeds) if limited else self.found.study.seeds
         fixed = [(arm, seed) for seed in range(seeds) for arm in arms if (arm, seed) not in pending]
         if fixed and not (limited and self._is_spent(fixed[0][0])):
-            return self._give(*fixed[0])
+            busy = {folder for job in self.in_flight.values() for folder in job.undone}
+            free = (place for place in fixed if not (busy and self._job(*place).undone & busy))
+            return self._give(*next(free, fixed[0]))  # what another does already would only be waited for
         if fixed or not limited:
             return None
         outcome = self.outcome

@@ -35,7 +35,7 @@ class Metric:
 
     title: str
     is_share: bool  # of tasks or answers, else nats a token
-    of_tasks: bool  # a value for each task; else one for the run
+    is_solved: bool  # what bin/solve comes to; else bin/train
 
     @property
     def sign(self) -> int:
@@ -48,11 +48,11 @@ class Metric:
 
 
 METRICS = {
-    "validation_loss": Metric("loss on held-out tasks, nats a token", is_share=False, of_tasks=False),
-    "accuracy": Metric("answers generated to held-out tasks that are right", is_share=True, of_tasks=False),
-    "pass@1": Metric("solved by one attempt", is_share=True, of_tasks=True),
-    "pass@2": Metric("solved by two attempts", is_share=True, of_tasks=True),
-    "coverage": Metric("solved by any candidate", is_share=True, of_tasks=True),
+    "validation_loss": Metric("loss on held-out tasks, nats a token", is_share=False, is_solved=False),
+    "accuracy": Metric("answers generated to held-out tasks that are right", is_share=True, is_solved=False),
+    "pass@1": Metric("solved by one attempt", is_share=True, is_solved=True),
+    "pass@2": Metric("solved by two attempts", is_share=True, is_solved=True),
+    "coverage": Metric("solved by any candidate", is_share=True, is_solved=True),
 }
 Name = Annotated[str, Field(min_length=1, pattern=r"^[^|`\n/]+$")]  # of an arm, in tables and file names
 MetricName = Literal["validation_loss", "accuracy", "pass@1", "pass@2", "coverage"]
@@ -96,14 +96,14 @@ class Study(Section):
             raise ValueError("a power law has three parameters: give arms with at least three different x")
         if self.kind == "compare" and len(self.arms) < 2:
             raise ValueError("give at least two arms to compare")
-        if not self.train and (needs := [m for m in self.metrics if not METRICS[m].of_tasks]):
+        if not self.train and (needs := [m for m in self.metrics if not METRICS[m].is_solved]):
             raise ValueError(f"{needs[0]} is measured in training, and train is false: leave one of them out")
         return self
 
     @property
     def solves(self) -> bool:
         """Whether tasks are solved, with adaptation, by what was trained."""
-        return any(METRICS[metric].of_tasks for metric in self.metrics)
+        return any(METRICS[metric].is_solved for metric in self.metrics)
 
     @property
     def decides(self) -> str:

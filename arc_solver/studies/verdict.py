@@ -9,7 +9,7 @@ have together, that one seed solves a task which another does not, is in both, a
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -118,9 +118,9 @@ class _Luck:
             return None
         apart, degrees = [ours.values[seed] - first.values[seed] for seed in seeds], max(1, len(seeds) - 1)
         variance = float(np.var(apart, ddof=1)) if len(seeds) > 1 else 0.0
-        if not (ours.tasks and first.tasks):
+        table_ST = _differences(ours, first, seeds)
+        if table_ST is None:
             return _Luck(np.zeros(0), variance, 0.0, len(seeds), degrees)
-        table_ST = _table(ours.tasks, seeds) - _table(first.tasks, seeds)
         both = _residual_variance(table_ST) / table_ST.shape[1]
         # Two seeds know too little of their own variance for anything to be taken from it. And what is left after a
         # subtraction is known less well than what it was taken from.
@@ -156,8 +156,15 @@ class _Luck:
         return enough + 1 if self.seeds + 1 + enough <= MOST_SEEDS else None
 
 
-def _table(tasks: Mapping[int, Mapping[str, float]], seeds: Iterable[int]) -> np.ndarray:
-    return np.array([[value for _, value in sorted(tasks[seed].items())] for seed in seeds])
+def _differences(ours: Measured, first: Measured, seeds: Sequence[int]) -> np.ndarray | None:
+    """By seed and task; None: the metric has no tasks, or runs have different ones."""
+    if not (ours.tasks and first.tasks):
+        return None
+    pairs = [(ours.tasks[seed], first.tasks[seed]) for seed in seeds]
+    names = sorted(pairs[0][0])
+    if any(sorted(tasks) != names for pair in pairs for tasks in pair):
+        return None
+    return np.array([[mine[name] - other[name] for name in names] for mine, other in pairs])
 
 
 def _residual_variance(table_ST: np.ndarray) -> float:

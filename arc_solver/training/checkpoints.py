@@ -41,6 +41,7 @@ class Progress:
     rate: float = 0.0  # share of the peak learning rate in the stage's last step
     loss: float = math.nan  # training loss, averaged over about 20 steps
     validation_loss: float = math.nan
+    validation_losses: dict[str, float] = field(default_factory=dict)  # of each held-out task
     accuracy: float = math.nan
     counts: dict[str, dict[str, int]] = field(default_factory=dict)  # what became of each source's samples
 

@@ -230,6 +230,7 @@ def describe(run: Run) -> dict[str, Any]:
         "steps": progress.total_steps,
         "minutes": round(progress.spent_s / 60, 1),
         "validation_loss": _rounded(progress.validation_loss),
+        "validation_losses": {task: _rounded(loss) for task, loss in progress.validation_losses.items()},
         "accuracy": _rounded(progress.accuracy),
         "sources": {label: {**_about_source(run, label), **counts} for label, counts in progress.counts.items()},
         "leak_audit": _audited(run.corpus, run.config, run.model.trained_on),

@@ -58,6 +58,7 @@ class Validation:
     """The fixed sets that a run is validated on."""
 
     batches: Sequence[Batch]
+    tasks: Sequence[str]  # of the batches' samples, in their order
     questions: Sequence[Question]
 
 
@@ -154,8 +155,9 @@ class Run:
                 waiting(self.say, "validating", len(self.validation.batches)) as wait,
                 self.parallel.autocast(),
             ):
-                measured["validation_loss"] = validation_loss(self._loss_of, wait.over(self.validation.batches))
-            self.progress.validation_loss = measured["validation_loss"]
+                loss = validation_loss(self._losses_of, wait.over(self.validation.batches), self.validation.tasks)
+            self.progress.validation_loss = measured["validation_loss"] = loss.value
+            self.progress.validation_losses = dict(loss.by_task)
         if answers and self.clock.has_time_for("answers", then):
             asked = f"answering {len(self.validation.questions)} questions"
             with self.clock.measuring("answers"), waiting(self.say, asked) as wait, self.parallel.autocast():
@@ -166,9 +168,9 @@ class Run:
                 self.progress.accuracy = measured["accuracy"] = right
         return measured
 
-    def _loss_of(self, batch: Batch) -> Tensor:
+    def _losses_of(self, batch: Batch) -> Tensor:
         through = self.average.module if self.average else self.module
-        return packed_loss(self.result, batch, partial(self.result.logits, through=through), reduction="sum")
+        return packed_loss(self.result, batch, partial(self.result.logits, through=through), reduction="none")
 
     def _accuracy(self, wait: Wait) -> float:
         """Has the time for which there is room, as replies may be long: NaN if that is too short. Shards never part."""
@@ -190,7 +192,7 @@ def make_validation(config: Config, corpus: Corpus, wait: Wait) -> Validation:
     wait.note = "drawing what is validated on"
     labels, batch_tokens = config.train.labels, max(config.train.batch_tokens, config.corpus.max_tokens)
     return Validation(
-        validation_batches(corpus.partition, config.corpus, config.format, labels, batch_tokens),
+        *validation_batches(corpus.partition, config.corpus, config.format, labels, batch_tokens),
         accuracy_prompts(corpus.partition, config.corpus, config.format) if config.validation.accuracy_every else [],
     )
 

@@ -5,7 +5,9 @@ by the config.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from ..data.corpus import Partition, validation_source
 from ..data.stream import Batch, SampleStream, pack_in_order
 from ..decoding import TorchEngine
 from ..models import Model
-from ..puzzles import Grid, Labels, Malformed, Prompt, decode_reply, encode_prompt, same_grid
+from ..puzzles import IGNORE, Grid, Labels, Malformed, Prompt, decode_reply, encode_prompt, same_grid
 
 Question = tuple[Prompt, Grid]  # and its answer
 
@@ -30,13 +32,13 @@ def _stream(
 
 def validation_batches(
     partition: Partition, corpus: CorpusConfig, format: FormatConfig, labels: Labels, batch_tokens: int
-) -> list[Batch]:
-    """A fixed set of at least `partition.config.tokens` tokens."""
+) -> tuple[list[Batch], list[str]]:
+    """A fixed set of at least `partition.config.tokens` tokens, and the tasks of its samples, in their order."""
     stream = _stream(partition, corpus, format, "validation", labels)
-    samples = [stream[0].sample]
-    while sum(len(sample) for sample in samples) < partition.config.tokens:
-        samples.append(stream[len(samples)].sample)
-    return pack_in_order(samples, batch_tokens)
+    draws = [stream[0]]
+    while sum(len(draw.sample) for draw in draws) < partition.config.tokens:
+        draws.append(stream[len(draws)])
+    return pack_in_order([draw.sample for draw in draws], batch_tokens), [draw.task for draw in draws]
 
 
 def accuracy_prompts(partition: Partition, corpus: CorpusConfig, format: FormatConfig) -> list[Question]:
@@ -54,14 +56,38 @@ def accuracy_prompts(partition: Partition, corpus: CorpusConfig, format: FormatC
     return asked
 
 
-@torch.no_grad()
-def validation_loss(loss_of: Callable[[Batch], Tensor], fixed: Iterable[Batch]) -> float:
-    """Mean cross entropy over all target ids of the batches, in nats: the same however they are packed.
+@dataclass(frozen=True)
+class ValidationLoss:
+    """Mean cross entropy of target ids, in nats."""
 
-    `loss_of` is the sum over a batch's target ids.
+    value: float  # of all
+    by_task: Mapping[str, float]  # of those of each task
+
+
+@torch.no_grad()
+def validation_loss(
+    losses_of: Callable[[Batch], Tensor], batches: Iterable[Batch], tasks: Sequence[str]
+) -> ValidationLoss:
+    """The same however the samples are packed.
+
+    Args:
+        losses_of: of a batch of T ids those of all but its first, [T - 1]; 0 where there is no target.
+        tasks: of the samples of all batches, in their order.
     """
-    losses, targets = zip(*((loss_of(batch).item(), batch.target_tokens) for batch in fixed), strict=True)
-    return sum(losses) / sum(targets)
+    nats: defaultdict[str, float] = defaultdict(float)
+    targets: Counter[str] = Counter()
+    left = iter(tasks)
+    for batch in batches:
+        losses_T = torch.cat([torch.zeros(1, dtype=torch.float64), losses_of(batch).double().cpu()])
+        lengths = batch.ends_S.diff(prepend=batch.ends_S.new_zeros(1)).tolist()
+        parts = zip(losses_T.split(lengths), batch.labels_T.split(lengths), strict=True)
+        for losses_L, labels_L in parts:
+            if count := int((labels_L != IGNORE).sum()):  # none: it is padding
+                task = next(left)
+                nats[task] += float(losses_L.sum())
+                targets[task] += count
+    by_task = {task: nats[task] / targets[task] for task in sorted(nats)}
+    return ValidationLoss(sum(nats.values()) / targets.total(), by_task)
 
 
 def accuracy(

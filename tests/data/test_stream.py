@@ -305,7 +305,7 @@ def _signature(*grids) -> tuple:
 
 
 def draws_of(lengths: Iterable[int]) -> list[DrawnSample]:
-    return [DrawnSample(Sample(*np.zeros((3, length), dtype=np.uint8)), 0, 0, ()) for length in lengths]
+    return [DrawnSample(Sample(*np.zeros((3, length), dtype=np.uint8))) for length in lengths]
 
 
 @pytest.mark.parametrize(("shortest", "longest"), [(1, 30), (20, 100), (60, 100), (100, 100), (1, 100)])

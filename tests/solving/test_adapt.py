@@ -346,8 +346,8 @@ def test_groups_are_no_larger_than_their_adapters_may_be(arc):
 def test_all_can_continue_one_adapter(tasks, toy_model):
     start = random_adapter(toy_model, 5, CONFIG)
     rngs = [named_rng(0, task.id) for task in tasks]
-    still = adapt(tasks, toy_model, CONFIG.model_copy(update={"lr": 1e-30}), rngs, start)
-    moved = adapt(tasks, toy_model, CONFIG, [named_rng(0, task.id) for task in tasks], start)
+    still = adapt(tasks, toy_model, CONFIG.model_copy(update={"lr": 1e-30}), rngs, [start] * 3)
+    moved = adapt(tasks, toy_model, CONFIG, [named_rng(0, task.id) for task in tasks], [start] * 3)
     for name, (a, b) in start.weights.items():
         for k in range(3):
             assert torch.equal(still[k].adapter.weights[name][0], a)

@@ -56,6 +56,20 @@ def test_what_is_done_is_kept_and_what_changed_is_done_again(found, tmp_path):
     ]  # fmt: skip
 
 
+def test_what_another_run_does_already_is_left_for_later(tmp_path):
+    """Arms that share a training have it once: meanwhile other seeds are trained."""
+    (tmp_path / "made.toml").write_text(STUDY.replace("validation_loss", "pass@2").replace("train.", "adapt."))
+    plan = Plan(read_study(tmp_path / "made.toml"), tmp_path / "out", count=3)
+    jobs = [plan.next() for _ in range(4)]
+    assert [(job.arm, job.seed) for job in jobs] == [("first", 0), ("first", 1), ("first", 2), ("calm", 0)]
+    plan.done(jobs[0], made_up(jobs[0]))
+    for folder in (jobs[0].trained, jobs[0].solved):
+        folder.mkdir(parents=True)
+        (folder / "done.json").touch()
+    later = plan.next()
+    assert (later.arm, later.seed) == ("wild", 0) and len(later.undone) == 1
+
+
 def test_a_result_is_that_of_its_settings(found, tmp_path):
     do(Plan(found, tmp_path / "out"))
     jobs = [make_job(found, tmp_path / "out", arm, 0) for arm in found.study.arms]

@@ -530,11 +530,22 @@ def test_validation_loss_does_not_depend_on_packing_or_order():
     model = new_model(TOY, config.format, seed=0)
     corpus = make_corpus(config)
     stream = SampleStream(corpus.mixtures[0], config.corpus, config.format, 0, "test")
-    samples = [stream[i].sample for i in range(12)]
+    draws = [stream[i] for i in range(12)]
+    samples, tasks = [draw.sample for draw in draws], [draw.task for draw in draws]
     one = [pack(samples, sum(map(len, samples)) + 50)]
     many = [pack([sample], len(sample) + i) for i, sample in enumerate(reversed(samples))]
-    losses = [validation_loss(lambda b: packed_loss(model, b, reduction="sum"), batches) for batches in (one, many)]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    alone = [pack([sample], len(sample)) for sample in samples]
+
+    def losses_of(batch):
+        return packed_loss(model, batch, reduction="none")
+
+    together, apart = validation_loss(losses_of, one, tasks), validation_loss(losses_of, many, tasks[::-1])
+    assert together.value == pytest.approx(apart.value, abs=1e-5)
+    assert together.by_task == pytest.approx(apart.by_task, abs=1e-5) and len(together.by_task) > 3
+    for task in together.by_task:
+        of = [batch for batch, name in zip(alone, tasks, strict=True) if name == task]
+        nats = sum(packed_loss(model, batch, reduction="sum").item() for batch in of)
+        assert together.by_task[task] == pytest.approx(nats / sum(batch.target_tokens for batch in of), abs=1e-5)
 
 
 def test_validation_is_the_same_for_every_seed():
@@ -547,7 +558,7 @@ def fixed_sets(config):
     partition = make_corpus(config).partition
     fixed = validation_batches(partition, config.corpus, config.format, "all-but-first", 512)
     asked = accuracy_prompts(partition, config.corpus, config.format)
-    return [b.ids_T.tolist() for b in fixed], [(p.ids_T.tolist(), g.tolist()) for p, g in asked]
+    return [b.ids_T.tolist() for b in fixed[0]], [(p.ids_T.tolist(), g.tolist()) for p, g in asked]
 
 
 def test_accuracy_counts_exact_answers(monkeypatch):
