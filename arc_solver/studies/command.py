@@ -63,7 +63,7 @@ def _run(found: StudyFile, out: Path, args: Namespace) -> int:
             from .runs import left_running
             from .schedule import LocalRunner, Plan, RayRunner, run_all
 
-            _require_solutions(found)
+            _require_tasks(found)
             count = args.parallel or 0
             runner = RayRunner(count, args.address) if args.executor == "ray" else LocalRunner(count)
             budget_s = math.inf if args.hours is None else 3600 * args.hours
@@ -114,13 +114,20 @@ def _claim(found: StudyFile, out: Path) -> None:
         raise UserError(f"{out} holds a study of another question ('{question}'): give another --out and --page")
 
 
-def _require_solutions(found: StudyFile) -> None:
-    """Refuses tasks that are not there or whose solutions nobody knows, before anything is trained for them."""
+def _require_tasks(found: StudyFile) -> None:
+    """Refuses tasks that are not there, whose solutions nobody knows, or that a model which is asked as it is was
+    trained on, before anything is done for them."""
     if not found.study.solves:
         return
-    for tasks in {found.config(arm, 0).tasks for arm in found.study.arms}:
-        if not load_tasks(tasks).solutions:
+    from .runs import audit
+
+    configs = [found.config(arm, 0) for arm in found.study.arms]
+    for tasks, model in {(config.tasks, config.model.path) for config in configs}:
+        task_set = load_tasks(tasks)
+        if not task_set.solutions:
             raise UserError(f"no solution of {tasks.spec} is known: give tasks.solutions, or other tasks")
+        if not found.study.train:
+            audit(model, task_set, found.study.seen)
 
 
 def _few(folders: Sequence[Path]) -> str:

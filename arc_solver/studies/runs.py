@@ -29,7 +29,7 @@ from ..data import leak_audit, read_training_data
 from ..errors import MachineError, UserError, counted
 from ..files import git_commit, is_locked, lock, sha256, write_json
 from ..models import checkpoint_dir, cpu_name
-from ..puzzles import read_json, read_object
+from ..puzzles import TaskSet, read_json, read_object
 from ..report.collect import read_log
 from ..training.card import TRAINING_FILE
 from .study import Arm, StudyFile
@@ -37,6 +37,7 @@ from .study import Arm, StudyFile
 # Sections of the settings that a training depends on, and a run of bin/solve besides.
 TRAINS = ("format", "model", "lora", "corpus", "validation", "audit", "train", "stages")
 SOLVES = ("tasks", "adapt", "engine", "predict")
+JOINT = ("lora", "train")  # of the joint stage of bin/solve, if there is one
 LOOK_S = 0.3  # between two looks at a lock
 DONE = "done.json"  # in a folder whose work is done: what it took
 
@@ -63,7 +64,7 @@ class Job:
     @property
     def solve_key(self) -> str:
         """What tells this run of bin/solve from others."""
-        return self._digest((*TRAINS, *SOLVES) if self.trains else ("model", "lora", *SOLVES))
+        return self._digest((*TRAINS, *SOLVES) if self.trains else ("model", *JOINT, *SOLVES))
 
     @property
     def undone(self) -> set[Path]:
@@ -247,7 +248,7 @@ def perform(job: Job, processes: Processes, env: Mapping[str, str]) -> Result:
         out = job.solved
         done = _solve(job, model, out, processes, env)
         seconds["solve"] = done["seconds"]
-        answered, said = _measure_answers(job, out, checkpoint_dir(model))
+        answered, said = _measure_answers(job, out, model)
         tasks |= answered
         about |= said
     return Result(job.arm, job.seed, job.key, values, tasks, seconds, about)
@@ -270,12 +271,8 @@ def _train(job: Job, out: Path, processes: Processes, env: Mapping[str, str]) ->
 def _solve(job: Job, model: str, out: Path, processes: Processes, env: Mapping[str, str]) -> Mapping[str, Any]:
     with _alone(out, processes) as held:
         if not (out / DONE).exists():
-            settings = _settings(job, (*SOLVES, "lora"))
-            given = job.config.model
-            settings["model"] = {
-                "path": model,
-                **({} if job.trains else {"adapter": given.adapter, "seed": given.seed}),
-            }
+            settings = _settings(job, (*SOLVES, *JOINT))
+            settings["model"] = _asked(job, model)
             settings["run"] |= {"show": 0, "workers": job.config.run.workers or job.threads}
             words = [_write_settings(out, settings), "--out", str(out)]
             processes.call("arc_solver.solve", words, out.with_suffix(".log"), held, job.threads, env)
@@ -285,6 +282,16 @@ def _solve(job: Job, model: str, out: Path, processes: Processes, env: Mapping[s
             shutil.rmtree(out / "adapters", ignore_errors=True)
             write_json(out / DONE, {"seconds": round(summary["seconds"]["whole"])})
     return read_object(out / DONE)
+
+
+def _asked(job: Job, model: str) -> dict[str, Any]:
+    """The settings of the model that solves."""
+    given = job.config.model
+    if not job.trains:
+        return {"path": given.path, "adapter": given.adapter, "seed": given.seed}
+    if job.config.adapt.start == "pretrained":  # what was trained is continued, on what it was trained for
+        return {"path": given.path, "adapter": str(job.trained / "adapter")}
+    return {"path": model, "adapter": ""}
 
 
 def _settings(job: Job, sections: Sequence[str]) -> dict[str, Any]:
@@ -326,7 +333,7 @@ def left_running(study_dir: Path) -> list[Path]:
 _ours: defaultdict[Path, threading.Lock] = defaultdict(threading.Lock)
 
 
-def _measure_answers(job: Job, out: Path, model: Path) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
+def _measure_answers(job: Job, out: Path, model: str) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
     """Of each metric the share of each task's outputs that is right; and what the tasks are."""
     run = read_run(out, [f"vote.{key}={json.dumps(value)}" for key, value in job.config.vote])
     solutions = run.task_set.solutions
@@ -339,11 +346,27 @@ def _measure_answers(job: Job, out: Path, model: Path) -> tuple[dict[str, dict[s
         "coverage": solved_outputs(candidate_grids(run.predictions, solutions), solutions),
     }
     tasks = {name: {i: sum(of) / len(of) for i, of in sorted(found.items())} for name, found in right.items()}
-    seen = read_training_data(model)
-    audit = leak_audit(seen, run.task_set) if seen else None
-    if audit and not audit.passed and not job.seen:
-        raise UserError(
-            f"{audit}: a study measures what was not trained on: choose other tasks, or set audit.scored_on"
-        )
-    said = str(audit) if audit else f"no leak audit: {model} does not say what it was trained on"
+    said = audit(model, run.task_set, job.seen)
     return tasks, {"audit": said, "tasks": run.task_set.name, "data": run.task_set.data, "solved": out.name}
+
+
+def audit(model: str, task_set: TaskSet, seen: bool) -> str:
+    """What the leak audit of a model and tasks says.
+
+    Args:
+        model: folder or name, as model.path.
+        seen: whether the model may have been trained on the tasks.
+
+    Raises:
+        UserError: it may not, and was.
+    """
+    checkpoint = checkpoint_dir(model)
+    trained_on = read_training_data(checkpoint)
+    if not trained_on:
+        return f"no leak audit: {checkpoint} does not say what it was trained on"
+    found = leak_audit(trained_on, task_set)
+    if not found.passed and not seen:
+        raise UserError(
+            f"{found}: a study measures what was not trained on: choose other tasks, or set audit.scored_on"
+        )
+    return str(found)

@@ -87,7 +87,7 @@ def difference(ours: Measured, first: Measured, sign: int, shares_luck: bool = F
     Args:
         sign: 1 where more is better, -1 where less is.
         shares_luck: whether a seed's runs share all their luck in both arms, as those that select differently among the
-            same candidates do. Then one seed tells something too.
+            same candidates do. What they differ by is then of the tasks alone, and one seed tells something too.
     """
     common = sorted(ours.values.keys() & first.values.keys())
     luck = _Luck.of(ours, first, common, shares_luck)
@@ -118,6 +118,8 @@ class _Luck:
             return None
         apart, degrees = [ours.values[seed] - first.values[seed] for seed in seeds], max(1, len(seeds) - 1)
         variance = float(np.var(apart, ddof=1)) if len(seeds) > 1 else 0.0
+        if shares_luck:
+            variance = 0.0
         table_ST = _differences(ours, first, seeds)
         if table_ST is None:
             return _Luck(np.zeros(0), variance, 0.0, len(seeds), degrees)

@@ -174,6 +174,15 @@ def test_tasks_that_were_trained_on_are_refused_unless_that_is_the_question(stud
     assert "They were trained on, on purpose: what is measured is no score." in page_of(study)
 
 
+def test_a_model_that_was_trained_on_the_tasks_is_refused_before_it_is_asked(study):
+    text = study.read_text().replace('"validation_loss", ', "").replace("train.steps", "adapt.steps")
+    text = re.sub(r'"tasks.spec=[^"]*", "adapt.steps=4"', '"tasks.spec=arc-agi-1/training", "tasks.limit=3"', text)
+    study.write_text(f"train = false\n{text}")
+    said = finish(Forked("arc_solver.study", words(study)), expect=2)
+    assert "leak audit: 3 of 3 tasks found" in said and "a study measures what was not trained on" in said
+    assert not (study.parent / "out" / "solved").exists()
+
+
 def test_what_the_arms_share_is_done_once(study):
     """Arms that only select differently have one run of bin/solve, and are compared as such: by one seed too."""
     head = study.read_text().partition("[[arms]]")[0].replace("seeds = 2", "seeds = 1")
@@ -184,6 +193,19 @@ def test_what_the_arms_share_is_done_once(study):
     for what in ("trained", "solved"):
         assert len(list((study.parent / "out").glob(f"{what}/*/done.json"))) == 1
     assert "one seed" not in page_of(study).partition("## What was measured")[0]
+
+
+def test_an_adapter_that_was_trained_is_merged_or_continued(study, done):
+    base = next((done.parent / "out" / "trained").glob("*/model"))
+    head = study.read_text().partition("[[arms]]")[0].replace("seeds = 2", "seeds = 1")
+    lora = [f"model.path={base}", "lora.enabled=true", "lora.rank=2", "train.optimizer=adamw"]
+    head = head.replace("set = [", f"set = {json.dumps(lora)[:-1]}, ").replace('"validation_loss", ', "")
+    study.write_text(f'{head}[[arms]]\nname = "fresh"\n[[arms]]\nname = "on"\nset = ["adapt.start=pretrained"]\n')
+    finish(Forked("arc_solver.study", words(study)))
+    (trained,) = (study.parent / "out" / "trained").glob("*/done.json")
+    asked = [json.loads(file.read_text())["model"] for file in (study.parent / "out" / "solved").glob("*.json")]
+    models = {(model["path"], model["adapter"]) for model in asked}
+    assert models == {(str(trained.parent / "model"), ""), (str(base), str(trained.parent / "adapter"))}
 
 
 def test_the_same_settings_again_leave_the_same_weights(study):

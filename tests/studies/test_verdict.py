@@ -69,6 +69,27 @@ def test_seeds_are_paired():
     assert difference(more, first, 1).value == pytest.approx(found.value)
 
 
+def choosing(rng, seeds, effect=0.0) -> tuple[Measured, Measured]:
+    """Two rules that select among the same candidates, and one that is better at it by `effect`."""
+    first, ours = trained(rng, seeds), {}
+    for seed, of in first.tasks.items():
+        other = rng.random(TASKS) < 0.1
+        again = rng.random(TASKS) < np.mean([*of.values()]) + effect / 0.1
+        ours[seed] = {i: float(a) if o else x for (i, x), o, a in zip(of.items(), other, again, strict=True)}
+    return Measured({seed: float(np.mean([*of.values()])) for seed, of in ours.items()}, ours), first
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 3])
+def test_rules_that_select_among_the_same_candidates(seeds):
+    """Their seeds have no luck besides that of the tasks: two tell more than one."""
+    rng = np.random.default_rng(1)
+    same = [difference(*choosing(rng, seeds), 1, shares_luck=True) for _ in range(REPETITIONS)]
+    assert sum(of.verdict != "cannot tell" for of in same) <= 10
+    assert np.median([of.width for of in same]) < 0.11 / np.sqrt(seeds)
+    better = [difference(*choosing(rng, seeds, 0.05), 1, shares_luck=True).verdict for _ in range(REPETITIONS)]
+    assert better.count("better") >= (40, 60, 80)[seeds - 1] and "worse" not in better
+
+
 def test_one_seed_tells_nothing_of_others():
     rng = np.random.default_rng(2)
     ours, first = trained(rng, 1, 0.5), trained(rng, 1)
