@@ -8,6 +8,7 @@ import signal
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -17,6 +18,9 @@ from ..files import lock, write_json
 from ..puzzles import load_tasks, read_object
 from ..waiting import IMPORTING_S, LINE_S, Reporter, waiting
 from .study import StudyFile, read_study
+
+if TYPE_CHECKING:
+    from .schedule import Plan
 
 PAGES = Path("docs/studies")
 
@@ -59,7 +63,7 @@ def _run(found: StudyFile, out: Path, args: Namespace) -> int:
     say = Reporter(Console())
     with held:
         with waiting(say, "starting", quiet_s=IMPORTING_S):
-            from .page import answer, measured, write_page
+            from .page import measured
             from .runs import left_running
             from .schedule import LocalRunner, Plan, RayRunner, run_all
 
@@ -82,18 +86,26 @@ def _run(found: StudyFile, out: Path, args: Namespace) -> int:
                     say(f"{job.arm}, seed {job.seed}: {measured(result, found.study)}")
         except KeyboardInterrupt:
             say(f"interrupted; {counted(len(plan.results), 'run')} kept in {out}, and the same command goes on")
+            if plan.results:
+                _tell(found, plan, out, args.page, say)  # what is known so far
             return 1
         if len(plan.results) == before:
             say(f"nothing was left to do{'' if args.hours is None else f' within {args.hours:g} hours'}")
-        try:
-            outcome = plan.outcome
-            page = write_page(found, outcome, out, args.page, plan.spent_s)
-        except OSError as error:
-            why = error.strerror
-            raise MachineError(f"the page cannot be written to {args.page} ({why}): give another --page") from None
-        say(answer(outcome).strip("*"))
-        say(f"{page}; runs in {out}")
+        _tell(found, plan, out, args.page, say)
     return 0
+
+
+def _tell(found: StudyFile, plan: "Plan", out: Path, pages: Path, say: Reporter) -> None:
+    """Writes the page, and says what it says."""
+    from .page import answer, write_page
+
+    outcome = plan.outcome
+    try:
+        page = write_page(found, outcome, out, pages, plan.spent_s)
+    except OSError as error:
+        raise MachineError(f"the page cannot be written to {pages} ({error.strerror}): give another --page") from None
+    say(answer(outcome).strip("*"))
+    say(f"{page}; runs in {out}")
 
 
 def _claim(found: StudyFile, out: Path) -> None:

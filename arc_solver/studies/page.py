@@ -91,8 +91,8 @@ def answer(outcome: Outcome) -> str:
             by_verdict[difference.verdict].append(f"`{arm.name}` ({_interval(difference, metric)})")
     first = outcome.first.name
     verdicts = [f"{VERDICTS[verdict]} `{first}`: {', '.join(arms)}" for verdict, arms in by_verdict.items() if arms]
-    less = ", of which less is better" if metric.sign < 0 else ""
-    return f"**{title}{less}; differences with 95% intervals. {'. '.join(verdicts) or 'Nothing is known yet'}.**"
+    said = f"{'. '.join(verdicts) or 'Nothing is known yet'}."
+    return f"**{said} {title}{', less is better' * (metric.sign < 0)}: differences with 95% intervals.**"
 
 
 def _law(law: PowerLaw, metric: Metric) -> str:

@@ -67,7 +67,8 @@ def test_a_study_answers_its_question_and_does_nothing_twice(done):
     assert re.search("(Better than|Worse than|Cannot be told from) `short`: `long`", said)
     text = page_of(done)
     first = text.splitlines()
-    assert first[0] == "# Does a longer training help?" and first[2].startswith("**Loss on held-out tasks")
+    assert first[0] == "# Does a longer training help?" and re.match(r"\*\*(Better|Worse|Cannot)", first[2])
+    assert first[2].endswith("Loss on held-out tasks, nats a token, less is better: differences with 95% intervals.**")
     parts = ("**Hypothesis**", "## What was measured", "## How", "## Machine, cost, seeds")
     order = [text.index(part) for part in parts]
     assert order == sorted(order) and text.count("leak audit passed") == 2
@@ -116,15 +117,16 @@ def test_what_an_earlier_call_left_running_is_waited_for(study):
     assert (out / "results" / "short.0.json").exists()
 
 
-def test_an_interrupted_one_ends_its_runs_and_goes_on(study):
-    process = Forked("arc_solver.study", words(study))
-    while not list((study.parent / "out").glob("trained/*/log.jsonl")):
+def test_an_interrupted_one_ends_its_runs_and_says_what_is_known(study):
+    process = Forked("arc_solver.study", words(study, "--parallel", "1"))
+    while not list((study.parent / "out").glob("results/*.json")):
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     said = process.communicate()
     assert process.returncode == 1 and "the same command goes on" in said[0] and "Traceback" not in said[1]
-    assert not any(is_locked(file) for file in (study.parent / "out").glob("trained/*.lock"))  # nobody is left
+    assert not any(is_locked(file) for file in (study.parent / "out").glob("*/*.lock"))  # nobody is left
+    assert "Nothing is known yet" in page_of(study) or "cannot tell" in page_of(study)
 
 
 @pytest.mark.parametrize(
