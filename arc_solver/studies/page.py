@@ -296,6 +296,11 @@ def _cost(found: StudyFile, outcome: Outcome, spent_s: float) -> Iterator[str]:
         else "- No run yet"
     )
     yield f"- Cost: {counted(len(results), 'run')}, {format_duration(spent_s)} of the whole machine"
+    taken = {name: said for name, of in outcome.by_arm.items() if (said := _taken([*of.values()]))}
+    if taken:
+        alike = len({*taken.values()}) == 1
+        said = next(iter(taken.values())) if alike else "; ".join(f"`{name}` {of}" for name, of in taken.items())
+        yield f"- A run took, in the mean: {said}"
     if commits:
         yield f"- Commit: {', '.join(commits)}"
     listed = next(iter(seeds.values()), []) if same else None
@@ -304,3 +309,10 @@ def _cost(found: StudyFile, outcome: Outcome, spent_s: float) -> Iterator[str]:
         if listed is not None
         else "; ".join(f"`{name}` {', '.join(map(str, of))}" for name, of in seeds.items())
     )
+
+
+def _taken(results: Sequence[Result]) -> str:
+    """How long runs of an arm took, whoever shared them."""
+    named = (("train", "training"), ("solve", "solving"))
+    known = {title: [r.seconds[what] for r in results if what in r.seconds] for what, title in named}
+    return " and ".join(f"{format_duration(sum(of) / len(of))} {title}" for title, of in known.items() if of)

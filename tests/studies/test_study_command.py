@@ -58,7 +58,7 @@ def words(study: Path, *more: str) -> list[str]:
 def page_of(study: Path) -> str:
     """Without what a run cost, and from where the study came."""
     text = (study.parent / "page" / "mine.md").read_text()
-    return re.sub(r"- Cost: .*", "", text).replace(str(study.parent), "")
+    return re.sub(r"- (Cost: |A run took).*", "", text).replace(str(study.parent), "")
 
 
 def test_a_study_answers_its_question_and_does_nothing_twice(done):
