@@ -134,12 +134,12 @@ def _require_tasks(found: StudyFile) -> None:
     from .runs import audit
 
     configs = [found.config(arm, 0) for arm in found.study.arms]
-    for tasks, model in {(config.tasks, config.model.path) for config in configs}:
+    for tasks, model in {(config.tasks, config.model) for config in configs}:
         task_set = load_tasks(tasks)
         if not task_set.solutions:
             raise UserError(f"no solution of {tasks.spec} is known: give tasks.solutions, or other tasks")
         if not found.study.train:
-            audit(model, task_set, found.study.seen)
+            audit(model.model_dump(), task_set, found.study.seen)
 
 
 def _few(folders: Sequence[Path]) -> str:

@@ -230,8 +230,8 @@ def perform(job: Job, processes: Processes, env: Mapping[str, str]) -> Result:
     tasks: dict[str, dict[str, float]] = {}
     seconds: dict[str, float] = {}
     about: dict[str, Any] = {"machine": cpu_name(), "threads": job.threads, "commit": git_commit()}
-    model = job.config.model.path
     if not job.trains:
+        model = job.config.model.path
         about["model"] = f"{model or 'the bundled model'}, weights {_digest_of(checkpoint_dir(model)) or 'not known'}"
     if job.trains:
         out = job.trained
@@ -243,12 +243,11 @@ def perform(job: Job, processes: Processes, env: Mapping[str, str]) -> Result:
         seconds["train"] = done["seconds"]
         about |= {name: made[name] for name in ("machine", "torch", "parameters", "tokens", "steps")}
         about |= {"audit_of_training": made["leak_audit"], "weights": done["weights"], "trained": out.name}
-        model = str(out / "model")
     if job.solves:
         out = job.solved
-        done = _solve(job, model, out, processes, env)
+        done = _solve(job, out, processes, env)
         seconds["solve"] = done["seconds"]
-        answered, said = _measure_answers(job, out, model)
+        answered, said = _measure_answers(job, out)
         tasks |= answered
         about |= said
     return Result(job.arm, job.seed, job.key, values, tasks, seconds, about)
@@ -268,11 +267,11 @@ def _train(job: Job, out: Path, processes: Processes, env: Mapping[str, str]) ->
     return read_object(out / DONE)
 
 
-def _solve(job: Job, model: str, out: Path, processes: Processes, env: Mapping[str, str]) -> Mapping[str, Any]:
+def _solve(job: Job, out: Path, processes: Processes, env: Mapping[str, str]) -> Mapping[str, Any]:
     with _alone(out, processes) as held:
         if not (out / DONE).exists():
             settings = _settings(job, (*SOLVES, *JOINT))
-            settings["model"] = _asked(job, model)
+            settings["model"] = _asked(job)
             settings["run"] |= {"show": 0, "workers": job.config.run.workers or job.threads}
             words = [_write_settings(out, settings), "--out", str(out)]
             processes.call("arc_solver.solve", words, out.with_suffix(".log"), held, job.threads, env)
@@ -284,14 +283,14 @@ def _solve(job: Job, model: str, out: Path, processes: Processes, env: Mapping[s
     return read_object(out / DONE)
 
 
-def _asked(job: Job, model: str) -> dict[str, Any]:
+def _asked(job: Job) -> dict[str, Any]:
     """The settings of the model that solves."""
     given = job.config.model
     if not job.trains:
         return {"path": given.path, "adapter": given.adapter, "seed": given.seed}
     if job.config.adapt.start == "pretrained":  # what was trained is continued, on what it was trained for
         return {"path": given.path, "adapter": str(job.trained / "adapter")}
-    return {"path": model, "adapter": ""}
+    return {"path": str(job.trained / "model"), "adapter": ""}
 
 
 def _settings(job: Job, sections: Sequence[str]) -> dict[str, Any]:
@@ -333,7 +332,7 @@ def left_running(study_dir: Path) -> list[Path]:
 _ours: defaultdict[Path, threading.Lock] = defaultdict(threading.Lock)
 
 
-def _measure_answers(job: Job, out: Path, model: str) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
+def _measure_answers(job: Job, out: Path) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
     """Of each metric the share of each task's outputs that is right; and what the tasks are."""
     run = read_run(out, [f"vote.{key}={json.dumps(value)}" for key, value in job.config.vote])
     solutions = run.task_set.solutions
@@ -346,27 +345,27 @@ def _measure_answers(job: Job, out: Path, model: str) -> tuple[dict[str, dict[st
         "coverage": solved_outputs(candidate_grids(run.predictions, solutions), solutions),
     }
     tasks = {name: {i: sum(of) / len(of) for i, of in sorted(found.items())} for name, found in right.items()}
-    said = audit(model, run.task_set, job.seen)
+    said = audit(_asked(job), run.task_set, job.seen)
     return tasks, {"audit": said, "tasks": run.task_set.name, "data": run.task_set.data, "solved": out.name}
 
 
-def audit(model: str, task_set: TaskSet, seen: bool) -> str:
+def audit(model: Mapping[str, Any], task_set: TaskSet, seen: bool) -> str:
     """What the leak audit of a model and tasks says.
 
     Args:
-        model: folder or name, as model.path.
-        seen: whether the model may have been trained on the tasks.
+        model: settings; its path, and its adapter if it has one.
+        seen: whether it may have been trained on the tasks.
 
     Raises:
         UserError: it may not, and was.
     """
-    checkpoint = checkpoint_dir(model)
-    trained_on = read_training_data(checkpoint)
-    if not trained_on:
-        return f"no leak audit: {checkpoint} does not say what it was trained on"
-    found = leak_audit(trained_on, task_set)
-    if not found.passed and not seen:
-        raise UserError(
-            f"{found}: a study measures what was not trained on: choose other tasks, or set audit.scored_on"
-        )
-    return str(found)
+    said = []
+    for folder in (checkpoint_dir(model["path"]), *([Path(model["adapter"])] if model["adapter"] else [])):
+        trained_on = read_training_data(folder)
+        found = leak_audit(trained_on, task_set) if trained_on else None
+        if found and not found.passed and not seen:
+            raise UserError(
+                f"{found}: a study measures what was not trained on: choose other tasks, or set audit.scored_on"
+            )
+        said.append(str(found) if found else f"no leak audit: {folder} does not say what it was trained on")
+    return "; ".join(dict.fromkeys(said))
