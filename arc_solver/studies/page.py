@@ -53,7 +53,7 @@ def _lines(found: StudyFile, outcome: Outcome, pictures: Mapping[str, str], spen
         yield f"\n{study.about.strip()}"
     yield "\n## What was measured"
     for metric in study.metrics:
-        yield f"\n{METRICS[metric].title[0].upper()}{METRICS[metric].title[1:]} (`{metric}`):\n"
+        yield f"\n{_begun(METRICS[metric].title)} (`{metric}`):\n"
         yield from _table(outcome, metric)
     for name, says in pictures.items():
         yield f"\n![{says}]({name})"
@@ -70,13 +70,18 @@ def measured(result: Result, study: Study) -> str:
     return f"{', '.join(said) or 'nothing measured'}; {format_duration(sum(result.seconds.values()))}"
 
 
+def _begun(words: str) -> str:
+    """As a sentence begins."""
+    return words[0].upper() + words[1:]
+
+
 # ---- the answer ----------------------------------------------------------------------------------------------------
 
 
 def answer(outcome: Outcome) -> str:
     """What a study found, in one line."""
     study, metric = outcome.study, METRICS[outcome.study.decides]
-    title = f"{metric.title[0].upper()}{metric.title[1:]}"
+    title = _begun(metric.title)
     if study.kind == "scaling":
         law = outcome.power_law
         return f"**{_law(law, metric) if law else f'{title}: nothing is known yet.'}**"
@@ -100,7 +105,7 @@ def _law(law: PowerLaw, metric: Metric) -> str:
     at, below, above = (metric.says(value) for value in law.ten_times)
     of = metric.title if metric.sign < 0 else f"what is missing to all {metric.title}"
     said = (
-        f"{of[0].upper()}{of[1:]} falls as x to the power of -p, with p = {law.exponent:.2f} ({low:.2f} to {high:.2f},"
+        f"{_begun(of)} falls as x to the power of -p, with p = {law.exponent:.2f} ({low:.2f} to {high:.2f},"
         f" 95%); ten times the largest x would bring {at} ({below} to {above}), if the law held so far."
     )
     if law.foretold:

@@ -69,8 +69,8 @@ class Job:
     @property
     def undone(self) -> set[Path]:
         """The folders of its training and its run of bin/solve, as far as nobody has done them yet."""
-        folders = [*([self.trained] if self.trains else []), *([self.solved] if self.solves else [])]
-        return {folder for folder in folders if not (folder / DONE).exists()}
+        parts = ((self.trains, self.trained), (self.solves, self.solved))
+        return {folder for is_part, folder in parts if is_part and not (folder / DONE).exists()}
 
     @property
     def trained(self) -> Path:
@@ -234,26 +234,25 @@ def perform(job: Job, processes: Processes, env: Mapping[str, str]) -> Result:
         model = job.config.model.path
         about["model"] = f"{model or 'the bundled model'}, weights {_digest_of(checkpoint_dir(model)) or 'not known'}"
     if job.trains:
-        out = job.trained
-        done = _train(job, out, processes, env)
-        made = read_json(out / "model" / TRAINING_FILE)
+        done = _train(job, processes, env)
+        made = read_json(job.trained / "model" / TRAINING_FILE)
         values = {"accuracy": made["accuracy"]} if made["accuracy"] is not None else {}
         if None not in (losses := made["validation_losses"]).values():  # as after a loss that was not finite
             tasks["validation_loss"] = losses
         seconds["train"] = done["seconds"]
         about |= {name: made[name] for name in ("machine", "torch", "parameters", "tokens", "steps")}
-        about |= {"audit_of_training": made["leak_audit"], "weights": done["weights"], "trained": out.name}
+        about |= {"audit_of_training": made["leak_audit"], "weights": done["weights"], "trained": job.trained.name}
     if job.solves:
-        out = job.solved
-        done = _solve(job, out, processes, env)
+        done = _solve(job, processes, env)
         seconds["solve"] = done["seconds"]
-        answered, said = _measure_answers(job, out)
+        answered, said = _measure_answers(job)
         tasks |= answered
         about |= said
     return Result(job.arm, job.seed, job.key, values, tasks, seconds, about)
 
 
-def _train(job: Job, out: Path, processes: Processes, env: Mapping[str, str]) -> Mapping[str, Any]:
+def _train(job: Job, processes: Processes, env: Mapping[str, str]) -> Mapping[str, Any]:
+    out = job.trained
     with _alone(out, processes) as held:
         if not (out / DONE).exists():
             settings = _settings(job, TRAINS)
@@ -267,7 +266,8 @@ def _train(job: Job, out: Path, processes: Processes, env: Mapping[str, str]) ->
     return read_object(out / DONE)
 
 
-def _solve(job: Job, out: Path, processes: Processes, env: Mapping[str, str]) -> Mapping[str, Any]:
+def _solve(job: Job, processes: Processes, env: Mapping[str, str]) -> Mapping[str, Any]:
+    out = job.solved
     with _alone(out, processes) as held:
         if not (out / DONE).exists():
             settings = _settings(job, (*SOLVES, *JOINT))
@@ -332,9 +332,9 @@ def left_running(study_dir: Path) -> list[Path]:
 _ours: defaultdict[Path, threading.Lock] = defaultdict(threading.Lock)
 
 
-def _measure_answers(job: Job, out: Path) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
+def _measure_answers(job: Job) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
     """Of each metric the share of each task's outputs that is right; and what the tasks are."""
-    run = read_run(out, [f"vote.{key}={json.dumps(value)}" for key, value in job.config.vote])
+    run = read_run(job.solved, [f"vote.{key}={json.dumps(value)}" for key, value in job.config.vote])
     solutions = run.task_set.solutions
     if not solutions:
         raise UserError(f"no solution of {job.config.tasks.spec} is known: give tasks.solutions, or other tasks")
@@ -346,7 +346,7 @@ def _measure_answers(job: Job, out: Path) -> tuple[dict[str, dict[str, float]], 
     }
     tasks = {name: {i: sum(of) / len(of) for i, of in sorted(found.items())} for name, found in right.items()}
     said = audit(_asked(job), run.task_set, job.seen)
-    return tasks, {"audit": said, "tasks": run.task_set.name, "data": run.task_set.data, "solved": out.name}
+    return tasks, {"audit": said, "tasks": run.task_set.name, "data": run.task_set.data, "solved": job.solved.name}
 
 
 def audit(model: Mapping[str, Any], task_set: TaskSet, seen: bool) -> str:
