@@ -154,7 +154,9 @@ class Plan:
     @property
     def outcome(self) -> Outcome:
         """Of all runs that are done, by this call or an earlier one."""
-        return Outcome(self.found.study, list(self.results.values()))
+        order = [arm.name for arm in self.found.study.arms]
+        places = sorted(self.results, key=lambda place: (order.index(place[0]), place[1]))  # not as they came to an end
+        return Outcome(self.found.study, [self.results[place] for place in places])
 
     @property
     def left(self) -> int:

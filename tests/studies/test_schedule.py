@@ -56,6 +56,13 @@ def test_what_is_done_is_kept_and_what_changed_is_done_again(found, tmp_path):
     ]  # fmt: skip
 
 
+def test_a_page_does_not_depend_on_which_run_ended_first(found, tmp_path):
+    plan = Plan(found, tmp_path / "out")
+    do(plan)
+    plan.results = dict(reversed(plan.results.items()))
+    assert [(of.arm, of.seed) for of in plan.outcome.results] == [(arm, seed) for arm in SPREADS for seed in range(3)]
+
+
 def test_what_another_run_does_already_is_left_for_later(tmp_path):
     """Arms that share a training have it once: meanwhile other seeds are trained."""
     (tmp_path / "made.toml").write_text(STUDY.replace("validation_loss", "pass@2").replace("train.", "adapt."))
