@@ -93,6 +93,12 @@ def drawn(page, name: str) -> list[list[int]]:
     return [[PALETTE.index(colour) for colour in row] for row in colours]
 
 
+def follow(card) -> None:
+    """Opens a card's task, of which the browser tells the page a moment after the click."""
+    card.click()
+    card.page.locator("#task").wait_for(state="visible")
+
+
 def shown_cards(page) -> list[str]:
     return page.locator(".card:visible .id").all_text_contents()
 
@@ -102,8 +108,7 @@ def test_the_grids_drawn_are_those_of_the_journal(browser, demo):
     with opened(browser, demo / "report.html") as page:
         for facts in run.tasks:
             journal = json.loads((demo / "tasks" / f"{facts.task.id}.json").read_text())
-            page.locator(f'.card:has-text("{facts.task.id}")').click()
-            page.locator("#task").wait_for(state="visible")
+            follow(page.locator(f'.card:has-text("{facts.task.id}")'))
             assert page.locator("#task h1 .id").inner_text() == facts.task.id
             for k, pair in enumerate(facts.task.train):
                 assert drawn(page, f"train-{k}-input") == pair.input.tolist()
@@ -267,7 +272,7 @@ def test_a_candidate_says_in_how_many_views_it_was_scored(browser, large):
 
 def test_what_is_open_stays_open_when_the_page_reads_itself_again(browser, demo):
     with opened(browser, demo / "report.html") as page:
-        page.locator(".card").first.click()
+        follow(page.locator(".card").first)
         page.locator(".candidates summary").first.click()
         page.locator(".candidates details[open] table").wait_for()
         page.reload()
@@ -305,7 +310,7 @@ def test_names_and_headings_are_for_everybody(browser, demo):
 def test_on_paper_no_box_is_split(browser, demo):
     with opened(browser, demo / "report.html") as page:
         page.emulate_media(media="print")
-        page.locator(".card").first.click()
+        follow(page.locator(".card").first)
         for box in (".learning", ".candidates > li", ".pairs figure"):
             assert page.locator(box).first.evaluate("box => getComputedStyle(box).breakInside") == "avoid"
 
@@ -350,7 +355,7 @@ def test_the_page_of_a_run_that_was_killed_says_that_nothing_new_comes(browser, 
         page.clock.install(time=time.time() + 600)
         page.reload()
         assert "nothing new was written for 10 minutes" in page.locator("#fresh").inner_text()
-        page.locator(".card").first.click()
+        follow(page.locator(".card").first)
         assert page.locator("#pulse").inner_text() == "10 minutes old"
 
 
@@ -380,10 +385,10 @@ def test_a_task_says_why_there_was_no_adaptation_and_what_failed(browser, demo, 
     fell_back = replace(run.tasks[1], adaptation=None, fallback="unadapted", failures=[failed, failed])
     file.write_text(run_page(replace(run, tasks=[cheap, fell_back])))
     with opened(browser, file) as page:
-        page.locator(f'.card:has-text("{cheap.task.id}")').click()
+        follow(page.locator(f'.card:has-text("{cheap.task.id}")'))
         assert "There was no time for it so far" in page.locator("#task-body").inner_text()
         page.keyboard.press("Escape")
-        page.locator(f'.card:has-text("{fell_back.task.id}")').click()
+        follow(page.locator(f'.card:has-text("{fell_back.task.id}")'))
         text = page.locator("#task-body").inner_text()
         assert "It failed." in text and "2 tries failed:" in text
         assert text.count("adapting: worker 0 ended (signal 9)") == 2
@@ -396,8 +401,7 @@ def test_two_runs_are_drawn_beside_each_other(browser, demo, tmp_path):
     facts = run.tasks[0]
     with opened(browser, file) as page:
         page.locator("#search").fill(facts.task.id)
-        page.locator(".card:visible").click()
-        page.locator("#task").wait_for(state="visible")
+        follow(page.locator(".card:visible"))
         for k, attempt in enumerate(facts.attempts[0]):
             assert drawn(page, f"Aattempt-0-{k}") == drawn(page, f"Battempt-0-{1 - k}") == attempt.tolist()
 
@@ -409,7 +413,7 @@ def test_the_loss_curves_of_two_runs_have_one_scale(browser, demo, tmp_path):
     other = replace(run, name="other", tasks=[replace(facts, adaptation=higher)])
     file.write_text(comparison_page(compare(replace(run, tasks=[facts]), other)))
     with opened(browser, file) as page:
-        page.locator(".card").click()
+        follow(page.locator(".card"))
         ticks = [page.locator("svg.curve").nth(k).locator("text").all_text_contents()[:-1] for k in range(2)]
         assert len(ticks[0]) > 2 and ticks[0] == ticks[1]
 
@@ -432,8 +436,7 @@ def test_a_name_with_markup_in_it_is_text(browser, demo, tmp_path):
     file.write_text(run_page(replace(run, tasks=[named])))
     with opened(browser, file) as page:
         assert shown_cards(page) == [evil]
-        page.locator(".card").click()
-        page.locator("#task").wait_for(state="visible")
+        follow(page.locator(".card"))
         assert page.locator("#task h1 .id").inner_text() == evil
         assert page.title().startswith(f"{evil} – run: ")
 
