@@ -5,7 +5,6 @@ what differs from the defaults, then from `section.key=value` words on the comma
 section, so its signature says what can change it. The resolved config is written into the run directory.
 """
 
-import difflib
 import json
 import math
 import re
@@ -29,7 +28,7 @@ from pydantic import (
 )
 
 from .clock import duration_s
-from .errors import UserError
+from .errors import UserError, meant
 
 PACKAGE_DIR = Path(__file__).parent
 BUNDLED_DIR = PACKAGE_DIR / "bundled"  # the model that ships with the package
@@ -679,11 +678,8 @@ def _explain(error: ValidationError, file: str | Path | None, overrides: Sequenc
     where = f" (config {file})" if file and not given else ""
     if first["type"] == "extra_forbidden":
         known = _known(first["loc"][:-1])
-        alike = difflib.get_close_matches(str(first["loc"][-1]), known, 1)
         section = "".join(f"{part}." for part in first["loc"][:-1])
-        return f"unknown setting {key}{where}; " + (
-            f"did you mean {section}{alike[0]}?" if alike else f"known: {', '.join(known)}"
-        )
+        return f"unknown setting {key}{where}; {meant(str(first['loc'][-1]), known, section)}"
     if first["type"] == "tuple_type":
         return f"setting {key}{where}: give a list, such as {_EXAMPLES.get(key) or _as_list(key, overrides, first)}"
     if first["type"] in ("missing", "too_long") and (example := _EXAMPLES.get(key.rpartition(".")[0])):

@@ -1,6 +1,8 @@
 """What goes wrong: for the person at the keyboard one sentence, for a program an exit code."""
 
 import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
 
 
 class UserError(Exception):
@@ -19,6 +21,22 @@ def install_command(what: str) -> str:
 def counted(number: int, noun: str) -> str:
     """A number of things as one says it: 1 task, 1,200 tasks."""
     return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def few(names: Sequence[object], most: int = 5, separator: str = ", ") -> str:
+    """The first of many names, and how many more there are."""
+    left = len(names) - most
+    return separator.join(map(str, names[:most])) + (f" and {left:,} more" if left > 0 else "")
+
+
+def meant(name: str, known: Sequence[str], prefix: str = "") -> str:
+    """What to say of a name that is not known: the one that was probably meant, or else all there are.
+
+    Args:
+        prefix: stands before the names where they are used.
+    """
+    alike = get_close_matches(name, known, 1)
+    return f"did you mean {prefix}{alike[0]}?" if alike else f"known: {', '.join(known)}"
 
 
 def first_line(error: Exception) -> str:

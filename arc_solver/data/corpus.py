@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import Config, SourceConfig, TasksConfig, ValidationConfig
-from ..errors import UserError, counted
+from ..errors import UserError, counted, few
 from ..puzzles import NotThere, TaskSet, load_tasks, task_hash, write_kaggle_files
 from ..rng import named_rng
 from ..waiting import Wait
@@ -82,11 +82,10 @@ def _scored_on(spec: str) -> TaskSet:
 
 
 def _refusal(overlaps: Sequence[Overlap], config: Config) -> str:
-    named = ", ".join(f"{o.task_id} of {o.source} with {o.scored_id}" for o in overlaps[:SHOWN])
-    more = f" and {len(overlaps) - SHOWN} more" if len(overlaps) > SHOWN else ""
+    named = few([f"{o.task_id} of {o.source} with {o.scored_id}" for o in overlaps], SHOWN)
     return (
         f"leak audit: {counted(len(overlaps), 'overlap')} of training tasks with those to be scored or validated on"
-        f" ({named}{more});"
+        f" ({named});"
         ' set audit.overlap="exclude" to leave them out, "allow" to train on them all the same, or audit.scored_on to'
         f" what you score on, now {list(config.audit.scored_on)}"
     )

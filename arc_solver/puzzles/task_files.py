@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import TasksConfig
-from ..errors import UserError, counted
+from ..errors import UserError, counted, few
 from ..rng import named_rng
 from .file_tree import FileTree, Folder, json_stem, open_inside, open_tree, read_json
 from .tasks import Grid, Pair, Solutions, Task, TaskSet, TooLarge, challenge, excerpt, make_grid
@@ -187,7 +187,7 @@ def read_tree(tree: FileTree, solutions_file: Path | None = None, outputs: bool 
     if len(combined) > 1:
         raise UserError(
             f"{tree.path} is a folder of Kaggle's combined files: give one of its challenges files, such as --tasks"
-            f" {combined[0][0].where(combined[0][1])} (and there are {_few([name for _, name in combined[1:]])})"
+            f" {combined[0][0].where(combined[0][1])} (and there are {few([name for _, name in combined[1:]])})"
         )
     if combined or len(files) == 1:
         return read_file_of(*(combined or files)[0], solutions_file, outputs)
@@ -269,15 +269,11 @@ def _refuse_unclear(tree: FileTree, leaves: Sequence[FileTree]) -> None:
         choices += [parent] if alike[parent] and len(of) > 1 else [leaf.path for leaf in of]
     raise UserError(
         f"{tree.path} has tasks in several folders, and it is not clear which are meant: give one of them, such as"
-        f" --tasks {choices[0]} (and there are {_few(choices[1:])})"
+        f" --tasks {choices[0]} (and there are {few(choices[1:])})"
     )
 
 
 _PARTITIONS = {"training", "train", "evaluation", "eval", "validation", "valid", "test", "public", "private"}
-
-
-def _few(names: Sequence[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def read_file(file: Path, solutions_file: Path | None = None, outputs: bool = True) -> TaskSet:

@@ -24,7 +24,7 @@ from ..answers import STAGES, data_rows, score_of
 from ..charts import line_chart
 from ..clock import format_clock, format_duration, format_guess
 from ..command import as_called
-from ..errors import counted
+from ..errors import counted, few
 from .collect import NO_PART, STATES, RunFacts, Session, TaskFacts
 from .compare import OUTCOMES, Beside, Comparison
 from .reasons import KINDS
@@ -239,7 +239,7 @@ def warnings_of(run: RunFacts) -> list[str]:
         how = f", {cheap} of them by the cheap pass, without adaptation" if cheap else ""
         said.append(f"not finished: {of}{how}, and no process works on it; {goes_on} goes on")
     if run.damaged:
-        files = f"{counted(len(run.damaged), 'file')} cannot be read ({_few(run.damaged)})"
+        files = f"{counted(len(run.damaged), 'file')} cannot be read ({few(run.damaged)})"
         said.append(f"{files}, and what they said is missing here; {goes_on} solves those tasks again")
     return said
 
@@ -450,10 +450,10 @@ def _facts_of_training(about: Mapping[str, Any]) -> list[tuple[str, str]]:
     if commit := said.get("commit"):
         said["commit"] = _short(commit)
     if held_out := said.get("held_out"):
-        said["held_out"] = f"{len(held_out)}: {_few(held_out)}"
+        said["held_out"] = f"{len(held_out)}: {few(held_out)}"
     if left_out := said.get("left_out"):
         tasks = [f"{task_id} of {source}" for source, of in left_out.items() for task_id in of]
-        said["left_out"] = f"{len(tasks)}: {_few(tasks)}"
+        said["left_out"] = f"{len(tasks)}: {few(tasks)}"
     return [(ABOUT_TRAINING[key], _said(value)) for key, value in said.items()]
 
 
@@ -501,7 +501,7 @@ def _timeline(session: Session) -> dict[str, Any]:
                 "class": f"{job.kind} failed" if job.failed else job.kind,
                 "left": at(job.began),
                 "width": round(at(job.ended) - at(job.began), 3),
-                "title": f"{'asking' if job.kind == 'ask' else 'adapting to'} {_few(job.tasks)}:"
+                "title": f"{'asking' if job.kind == 'ask' else 'adapting to'} {few(job.tasks)}:"
                 f" {'failed' if job.failed else format_duration(job.ended - job.began)}",
             }
             for job in session.jobs
@@ -532,10 +532,6 @@ def _tick_s(span_s: float) -> float:
     return next((step for step in steps if span_s / step <= TICKS), 86400.0 * max(1, span_s // 86400 // TICKS))
 
 
-def _few(ids: Sequence[str], most: int = 4, separator: str = ", ") -> str:
-    return separator.join([*ids[:most], *([f"and {len(ids) - most} more"] if len(ids) > most else [])])
-
-
 # ---- the run ----
 
 
@@ -559,8 +555,8 @@ def _facts(run: RunFacts) -> list[tuple[str, str]]:
     if any(session.deadline for session in run.sessions):
         rows.append(("time budget", _limits(run)))
     if run.failures:
-        said = [f"{_few(failure.tasks)}: {failure.says}" for failure in run.failures]
-        rows.append(("jobs that failed", f"{len(said)}: {_few(said, separator='; ')}"))
+        said = [f"{few(failure.tasks)}: {failure.says}" for failure in run.failures]
+        rows.append(("jobs that failed", f"{len(said)}: {few(said, separator='; ')}"))
     if run.damaged:
         rows.append(("files that cannot be read", ", ".join(run.damaged)))
     return rows

@@ -7,7 +7,7 @@ summary.json every few seconds.
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -19,7 +19,7 @@ from ..answers import Score, data_rows, score_of, tasks_of_run
 from ..answers.chances import expected_solved
 from ..answers.submission import Row, score_rows, table_of
 from ..command import Parser, as_called, user_path
-from ..errors import UserError, counted
+from ..errors import UserError, counted, few
 from ..files import is_locked
 from ..puzzles import TaskSet, read_object
 from .executors import JobResult
@@ -176,12 +176,8 @@ def describe_fallbacks(fallen_back: Mapping[str, str], tasks: int) -> str:
     """How many tasks fell back to an unadapted or a placeholder answer, and which."""
     by_kind = {kind: sorted(i for i, k in fallen_back.items() if k == kind) for kind in ("unadapted", "placeholder")}
     says = {"unadapted": "answered without adaptation", "placeholder": "without any answer"}
-    parts = [f"{', '.join(_few(ids))} {says[kind]}" for kind, ids in by_kind.items() if ids]
+    parts = [f"{few(ids, 10)} {says[kind]}" for kind, ids in by_kind.items() if ids]
     return f"{len(fallen_back)} of {counted(tasks, 'task')} fell back: {'; '.join(parts)}"
-
-
-def _few(ids: Sequence[str], most: int = 10) -> list[str]:
-    return [*ids[:most], f"and {len(ids) - most} more"] if len(ids) > most else list(ids)
 
 
 def read_status(run_dir: Path) -> tuple[str, dict[str, Any]]:

@@ -6,14 +6,13 @@ bin/study configs/studies/NAME.toml [--out DIR] [--seeds 3] [--hours 2] [section
 import math
 import signal
 from argparse import Namespace
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from ..command import Parser, require_new_dir, user_path
-from ..errors import MachineError, UserError, counted
+from ..errors import MachineError, UserError, counted, few
 from ..files import lock, write_json
 from ..puzzles import load_tasks, read_object
 from ..waiting import IMPORTING_S, LINE_S, Reporter, waiting
@@ -77,7 +76,7 @@ def _run(found: StudyFile, out: Path, args: Namespace) -> int:
         of = f" of {total}" if total else ""
         say(f"{counted(arms, 'arm')}; {counted(before, 'run')}{of} done before; {runner.count} at once, in {out}")
         if left := left_running(out):
-            say(f"{counted(len(left), 'run')} of an earlier call still going on, and waited for: {_few(left)}")
+            say(f"{counted(len(left), 'run')} of an earlier call still going on, and waited for: {few(left, 2)}")
         try:
             with waiting(say, "runs", total, quiet_s=LINE_S) as wait:
                 wait.done = before
@@ -140,7 +139,3 @@ def _require_tasks(found: StudyFile) -> None:
             raise UserError(f"no solution of {tasks.spec} is known: give tasks.solutions, or other tasks")
         if not found.study.train:
             audit(model.model_dump(), task_set, found.study.seen)
-
-
-def _few(folders: Sequence[Path]) -> str:
-    return ", ".join(map(str, folders[:2])) + (" and others" if len(folders) > 2 else "")

@@ -15,7 +15,6 @@ name = "cyclic"
 set = ["train.schedule=cyclic"]
 """
 
-import difflib
 import tomllib
 from collections import Counter
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveInt, ValidationError, model_validator
 
 from ..config import Config, Section, load_config
-from ..errors import UserError
+from ..errors import UserError, meant
 
 
 @dataclass(frozen=True)
@@ -182,9 +181,7 @@ def _explained(kind: str, loc: Sequence[int | str], message: str) -> str:
     names = [f"arm {part + 1}" if isinstance(part, int) else part for part in loc if part != "arms" or len(loc) == 1]
     if kind == "extra_forbidden":
         known = [*(Arm if len(loc) > 1 else Study).model_fields]
-        alike = difflib.get_close_matches(str(loc[-1]), known, 1)
-        instead = f"did you mean {alike[0]}?" if alike else f"known: {', '.join(known)}"
-        return f"{', '.join(names)}: there is no such key; {instead}"
+        return f"{', '.join(names)}: there is no such key; {meant(str(loc[-1]), known)}"
     said = {"missing": "is missing: give it", "too_short": "give at least one"}.get(kind, message)
     said = said.removeprefix("Value error, ").replace("Input should", "should", 1)
     return f"{', '.join(names)}: {said}" if names else said

@@ -117,7 +117,7 @@ def test_what_a_training_was_made_of_is_said_in_short(training_dir):
     (training_dir / "model" / "training.json").write_text(json.dumps(about))
     text = text_of(training_page(read_training(training_dir)))
     for said in (
-        "held-out tasks 20: task0, task1, task2, task3, and 16 more",
+        "held-out tasks 20: task0, task1, task2, task3, task4 and 15 more",
         "tasks that the audit left out 1: f76d97a5 of RE-ARC",
         "commit 0123456789ab-dirty",
         "run.seed 3 0",
