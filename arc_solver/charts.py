@@ -185,13 +185,14 @@ def power_law_chart(
     points: Mapping[float, Sequence[float]],
     at: Callable[[float], float],
     far: tuple[float, float, float, float],
-    y: str,
+    titles: tuple[str, str],
     picture: Path,
 ) -> None:
     """Draws the values of each x, a law through them, and what it says of a larger x.
 
     Args:
         far: that x, the value there, and its interval's ends.
+        titles: of the axes.
     """
     import numpy as np
 
@@ -211,7 +212,7 @@ def power_law_chart(
         capsize=3,
         label="ten times more, 95%",
     )
-    axes.set(xlabel="x of the arms", ylabel=y, xscale="log")
+    axes.set(xlabel=titles[0], ylabel=titles[1], xscale="log")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     save_figure(figure, picture)

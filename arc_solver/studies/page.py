@@ -84,7 +84,7 @@ def answer(outcome: Outcome) -> str:
     title = _begun(metric.title)
     if study.kind == "scaling":
         law = outcome.power_law
-        return f"**{_law(law, metric) if law else f'{title}: nothing is known yet.'}**"
+        return f"**{_law(law, metric, study.axis) if law else f'{title}: nothing is known yet.'}**"
     if study.kind == "spread":
         known = {arm.name: outcome.spread(arm.name, study.decides) for arm in study.arms if not arm.again}
         spreads = [f"`{name}` {_spread(of, metric)}" for name, of in known.items() if of]
@@ -100,13 +100,14 @@ def answer(outcome: Outcome) -> str:
     return f"**{said} {title}{', less is better' * (metric.sign < 0)}: differences with 95% intervals.**"
 
 
-def _law(law: PowerLaw, metric: Metric) -> str:
+def _law(law: PowerLaw, metric: Metric, axis: str) -> str:
     low, high = law.exponent_interval
     at, below, above = (metric.says(value) for value in law.ten_times)
     of = metric.title if metric.sign < 0 else f"what is missing to all {metric.title}"
     said = (
-        f"{_begun(of)} falls as x to the power of -p, with p = {law.exponent:.2f} ({low:.2f} to {high:.2f},"
-        f" 95%); ten times the largest x would bring {at} ({below} to {above}), if the law held so far."
+        f"{_begun(of)}, falls with {'' if axis == 'x' else f'the {axis}, '}x, as a + b / x^p: p is {law.exponent:.2f}"
+        f" ({low:.2f} to {high:.2f}, 95%). Ten times the largest x would bring {at} ({below} to {above}), if the law"
+        " held so far."
     )
     if law.foretold:
         value, below, above, measured = (metric.says(value) for value in law.foretold)
@@ -213,7 +214,8 @@ def _draw(found: StudyFile, outcome: Outcome, study_dir: Path, folder: Path) -> 
             drawn[name] = f"What each arm has more than {outcome.first.name}, with 95% intervals"
     if study.kind == "scaling" and (law := outcome.power_law):
         name = f"{found.name}-law.svg"
-        power_law_chart(outcome.points, law.at, (10 * max(outcome.points), *law.ten_times), metric.title, folder / name)
+        far = (10 * max(outcome.points), *law.ten_times)
+        power_law_chart(outcome.points, law.at, far, (study.axis, metric.title), folder / name)
         drawn[name] = "The runs, the power law through them, and what it says of ten times more"
     if study.train and (curves := _loss_curves(outcome, study_dir)):
         name = f"{found.name}-loss.svg"

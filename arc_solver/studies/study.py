@@ -77,6 +77,7 @@ class Study(Section):
     about: str = ""  # what a reader has to know besides
     # compare: each arm with the first. spread: how much the seeds of each arm differ. scaling: a power law over x.
     kind: Literal["compare", "spread", "scaling"] = "compare"
+    axis: str = "x"  # what the x of the arms is, in a study of scaling
     config: str = ""  # a config file, from the study's folder
     set: tuple[str, ...] = ()
     seeds: PositiveInt = 3
