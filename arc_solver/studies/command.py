@@ -7,6 +7,7 @@ import math
 import signal
 from argparse import Namespace
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -40,13 +41,13 @@ def main(arguments: list[str]) -> int:
     for name, number in (("--seeds", args.seeds), ("--parallel", args.parallel)):
         if number is not None and number < 1:
             raise UserError(f"{name} is at least 1, got {number}")
-    if args.hours is not None and not args.hours > 0:
-        raise UserError(f"--hours must be above 0, got {args.hours:g}")
+    if args.hours is not None and not 0 < args.hours < math.inf:
+        raise UserError(f"--hours must be above 0, and finite, got {args.hours:g}")
+    if args.hours and args.seeds:
+        raise UserError("--hours gives seeds to the arms of which least is known: leave it or --seeds out")
     if args.address and args.executor != "ray":
         raise UserError("--address is for a Ray cluster: give --executor ray")
-    given = {"--seeds": args.seeds, "--hours": args.hours}
-    options = [word for name, value in given.items() if value is not None for word in (name, f"{value:g}")]
-    found = read_study(args.study, args.overrides, args.seeds, options)
+    found = read_study(args.study, args.overrides, args.seeds, args.hours)
     out = args.out or Path("runs") / f"study-{found.name}"
     if args.resume and not (out / "results").is_dir():
         raise UserError(f"{out} holds no study to resume: leave --resume out to begin one")
@@ -55,6 +56,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _run(found: StudyFile, out: Path, args: Namespace) -> int:
+    _require_page(found, args.page)
     _claim(found, out)
     held = lock(out / "lock")
     if held is None:
@@ -67,6 +69,7 @@ def _run(found: StudyFile, out: Path, args: Namespace) -> int:
             from .schedule import LocalRunner, Plan, RayRunner, run_all
 
             _require_tasks(found)
+            _require_different(found, out)
             count = args.parallel or 0
             runner = RayRunner(count, args.address) if args.executor == "ray" else LocalRunner(count)
             budget_s = math.inf if args.hours is None else 3600 * args.hours
@@ -77,10 +80,15 @@ def _run(found: StudyFile, out: Path, args: Namespace) -> int:
         say(f"{counted(arms, 'arm')}; {counted(before, 'run')}{of} done before; {runner.count} at once, in {out}")
         if left := left_running(out):
             say(f"{counted(len(left), 'run')} of an earlier call still going on, and waited for: {few(left, 2)}")
+        failed: list[MachineError] = []
         try:
             with waiting(say, "runs", total, quiet_s=LINE_S) as wait:
                 wait.done = before
                 for job, result in run_all(plan, runner):
+                    if isinstance(result, MachineError):
+                        failed.append(result)
+                        say(f"failed, and other arms go on: {result}")
+                        continue
                     wait.done += 1
                     say(f"{job.arm}, seed {job.seed}: {measured(result, found.study)}")
         except KeyboardInterrupt:
@@ -88,23 +96,56 @@ def _run(found: StudyFile, out: Path, args: Namespace) -> int:
             if plan.results:
                 _tell(found, plan, out, args.page, say)  # what is known so far
             return 1
-        if len(plan.results) == before:
+        if len(plan.results) == before and not failed:
             say(f"nothing was left to do{'' if args.hours is None else f' within {args.hours:g} hours'}")
-        _tell(found, plan, out, args.page, say)
+        _tell(found, plan, out, args.page, say, is_whole=True)
+        if failed:
+            more = f" (and {len(failed) - 1} more failed)" if len(failed) > 1 else ""
+            raise MachineError(f"{failed[0]}{more}; the same command tries it again")
     return 0
 
 
-def _tell(found: StudyFile, plan: "Plan", out: Path, pages: Path, say: Reporter) -> None:
+def _tell(found: StudyFile, plan: "Plan", out: Path, pages: Path, say: Reporter, is_whole: bool = False) -> None:
     """Writes the page, and says what it says."""
-    from .page import answer, write_page
+    from .page import History, answer, runs_of_page, write_page
 
-    outcome = plan.outcome
+    outcome, file = plan.outcome, page_file(found, pages)
+    kept = read_object(out / "study.json")
+    read_with = kept.get("read_with", [])
+    if is_whole and (seeds := len(outcome.by_arm.get(outcome.first.name, ()))) and seeds not in read_with:
+        read_with = [*read_with, seeds]
+        write_json(out / "study.json", {**kept, "read_with": read_with})
+    say(answer(outcome).strip("*"))
+    if (more := runs_of_page(file)) > len(plan.results):
+        say(f"{file} is of {counted(more, 'run')}, and was left as it is: --page DIR takes this one; runs in {out}")
+        return
     try:
-        page = write_page(found, outcome, out, pages, plan.spent_s)
+        write_page(found, outcome, out, file, History(kept["hypothesis"], read_with, plan.spent_s))
     except OSError as error:
         raise MachineError(f"the page cannot be written to {pages} ({error.strerror}): give another --page") from None
-    say(answer(outcome).strip("*"))
-    say(f"{page}; runs in {out}")
+    if kept["hypothesis"] != found.study.hypothesis:
+        say(f"{found.file} has another hypothesis by now: the page has the one from before the first run")
+    say(f"{file}; runs in {out}")
+
+
+def page_file(found: StudyFile, pages: Path) -> Path:
+    return pages / f"{found.name}.md"
+
+
+def _require_page(found: StudyFile, pages: Path) -> None:
+    """Refuses a place where no page can be written, or where something else would be lost, before anything is done."""
+    file = page_file(found, pages)
+    try:
+        pages.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=pages):  # root may write by the bits of any folder, and cannot in all of them
+            pass
+        begins = file.read_text(errors="replace").partition("\n")[0] if file.exists() else None
+    except OSError as error:
+        raise UserError(f"the page cannot be written to {pages} ({error.strerror}): give another --page") from None
+    if begins is not None and begins != f"# {found.study.question}":
+        raise UserError(
+            f"{file} is no page of this question: give another --page, or rename {found.file.name}, whose name it has"
+        )
 
 
 def _claim(found: StudyFile, out: Path) -> None:
@@ -116,13 +157,19 @@ def _claim(found: StudyFile, out: Path) -> None:
         require_new_dir(out)
         try:
             out.mkdir(parents=True, exist_ok=True)
-            write_json(file, {"name": found.name, "question": found.study.question})
+            asked = {"name": found.name, "question": found.study.question, "hypothesis": found.study.hypothesis}
+            write_json(file, asked)
         except OSError as error:
             raise UserError(f"--out {out} cannot be made ({error.strerror}): give another folder") from None
-    elif (name := read_object(file).get("name")) != found.name:
+        return
+    if not (kept := read_object(file)):
+        raise UserError(f"{file} is damaged: delete it if {out} holds the runs of this study, or give another --out")
+    if (name := kept.get("name")) != found.name:
         raise UserError(f"{out} holds the study '{name}': give another --out")
-    elif (question := read_object(file).get("question")) != found.study.question:
+    if (question := kept.get("question")) != found.study.question:
         raise UserError(f"{out} holds a study of another question ('{question}'): give another --out and --page")
+    if "hypothesis" not in kept or not any((out / "results").glob("*.json")):
+        write_json(file, {**kept, "hypothesis": found.study.hypothesis})
 
 
 def _require_tasks(found: StudyFile) -> None:
@@ -139,3 +186,17 @@ def _require_tasks(found: StudyFile) -> None:
             raise UserError(f"no solution of {tasks.spec} is known: give tasks.solutions, or other tasks")
         if not found.study.train:
             audit(model.model_dump(), task_set, found.study.seen)
+
+
+def _require_different(found: StudyFile, out: Path) -> None:
+    """Refuses two arms that come to the same runs, whose difference is nothing by themselves."""
+    from .runs import make_job
+
+    names: dict[str, str] = {}
+    for arm in found.study.arms if found.study.kind != "spread" else ():
+        other = names.setdefault(make_job(found, out, arm, 0).key, arm.name)
+        if other != arm.name:
+            raise UserError(
+                f"arms '{other}' and '{arm.name}' come to the same runs: change a setting that they depend on, or give"
+                " one of them again = true, to do it anew"
+            )

@@ -46,7 +46,7 @@ class Outcome:
         ours, first = self.measured(arm, metric), self.measured(self.first.name, metric)
         if not ours or not first:
             return None
-        return difference(ours, first, METRICS[metric].sign, self._share_candidates(arm))
+        return difference(ours, first, METRICS[metric].sign, self.shares_candidates(arm))
 
     def width(self, arm: str) -> float:
         """How little is known of an arm: the width of the interval that a verdict on it has."""
@@ -73,9 +73,9 @@ class Outcome:
         """Through the points; None: they are too few."""
         return fit_power_law(self.points) if len(self.points) > 2 else None
 
-    def _share_candidates(self, arm: str) -> bool:
-        """Whether both arms chose among the same candidates, seed by seed."""
-        ours, first = (self.by_arm[name] for name in (arm, self.first.name))
+    def shares_candidates(self, arm: str) -> bool:
+        """Whether an arm and the first chose among the same candidates, seed by seed."""
+        ours, first = (self.by_arm.get(name, {}) for name in (arm, self.first.name))
         both = ours.keys() & first.keys()
         keys = [(ours[seed].about.get("solved"), first[seed].about.get("solved")) for seed in both]
         return bool(keys) and all(a is not None and a == b for a, b in keys)

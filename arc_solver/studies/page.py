@@ -5,9 +5,11 @@ No number in it is typed by hand: all come from the results of the runs, and the
 
 import json
 import math
+import re
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
@@ -20,35 +22,51 @@ from ..report.collect import flat, read_log
 from .outcome import Outcome
 from .runs import Result
 from .study import METRICS, Arm, Metric, Study, StudyFile
-from .verdict import MOST_SEEDS, Difference, PowerLaw, Spread
+from .verdict import EXPONENTS, MOST_SEEDS, Difference, PowerLaw, Spread
 
 VERDICTS = {"better": "Better than", "worse": "Worse than", "cannot tell": "Cannot be told from"}  # and of arms
+MOST_LISTED = 3  # arms that cannot be told from the first, with their intervals in the answer; the table has all
 WRONG = 0.05  # how often a verdict is wrong where nothing differs
 
 
-def write_page(found: StudyFile, outcome: Outcome, study_dir: Path, folder: Path, spent_s: float) -> Path:
-    """Writes NAME.md and its pictures, NAME-*.svg, into a folder. The page's path.
+@dataclass(frozen=True)
+class History:
+    """What a page has to say besides of how its study went.
 
-    Args:
-        spent_s: machine time of all runs.
+    Attributes:
+        hypothesis: as it stood before the first run.
+        read_with: the number of seeds of the first arm each time that the answer was read.
+        spent_s: time of the whole machine.
+    """
+
+    hypothesis: str
+    read_with: Sequence[int]
+    spent_s: float
+
+
+def write_page(found: StudyFile, outcome: Outcome, study_dir: Path, file: Path, history: History) -> None:
+    """Writes a page, NAME.md, with its pictures, NAME-*.svg, beside it.
 
     Raises:
         OSError: something cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    pictures = _draw(found, outcome, study_dir, folder)
-    file = folder / f"{found.name}.md"
-    write_whole(file, "\n".join(_lines(found, outcome, pictures, spent_s)) + "\n")
-    return file
+    pictures = _draw(found, outcome, study_dir, file.parent)
+    write_whole(file, "\n".join(_lines(found, outcome, pictures, history)) + "\n")
 
 
-def _lines(found: StudyFile, outcome: Outcome, pictures: Mapping[str, str], spent_s: float) -> Iterator[str]:
+def runs_of_page(file: Path) -> int:
+    """Of how many runs a page is; 0: there is none."""
+    said = re.search(r"^- Seeds: .*: ([\d,]+) runs?$", file.read_text(), re.MULTILINE) if file.exists() else None
+    return int(said[1].replace(",", "")) if said else 0
+
+
+def _lines(found: StudyFile, outcome: Outcome, pictures: Mapping[str, str], history: History) -> Iterator[str]:
     study = found.study
     yield f"# {study.question}"
     yield ""
     yield f"{answer(outcome)}"
     yield ""
-    yield f"**Hypothesis**, written before the first run: {study.hypothesis}"
+    yield f"**Hypothesis**, written before the first run: {history.hypothesis}"
     if study.about:
         yield f"\n{study.about.strip()}"
     yield "\n## What was measured"
@@ -58,9 +76,9 @@ def _lines(found: StudyFile, outcome: Outcome, pictures: Mapping[str, str], spen
     for name, says in pictures.items():
         yield f"\n![{says}]({name})"
     yield "\n## How\n"
-    yield from _how(found, outcome)
+    yield from _how(found, outcome, history)
     yield "\n## Machine, cost, seeds\n"
-    yield from _cost(found, outcome, spent_s)
+    yield from _cost(outcome, history.spent_s)
 
 
 def measured(result: Result, study: Study) -> str:
@@ -84,39 +102,63 @@ def answer(outcome: Outcome) -> str:
     title = _begun(metric.title)
     if study.kind == "scaling":
         law = outcome.power_law
-        return f"**{_law(law, metric, study.axis) if law else f'{title}: nothing is known yet.'}**"
+        return f"**{_law(law, study) if law else f'{title}: nothing is known yet.'}**"
     if study.kind == "spread":
         known = {arm.name: outcome.spread(arm.name, study.decides) for arm in study.arms if not arm.again}
         spreads = [f"`{name}` {_spread(of, metric)}" for name, of in known.items() if of]
         said = f"{title}, standard deviation over seeds with its 95% interval: {', '.join(spreads) or 'not known yet'}."
         return f"**{' '.join([said, *_reproducible(outcome)])}**"
-    by_verdict: dict[str, list[str]] = {verdict: [] for verdict in VERDICTS}
-    for arm in study.arms[1:]:
-        if difference := outcome.difference(arm.name, study.decides):
-            by_verdict[difference.verdict].append(f"`{arm.name}` ({_interval(difference, metric)})")
-    first = outcome.first.name
-    verdicts = [f"{VERDICTS[verdict]} `{first}`: {', '.join(arms)}" for verdict, arms in by_verdict.items() if arms]
-    said = f"{'. '.join(verdicts) or 'Nothing is known yet'}."
-    return f"**{said} {title}{', less is better' * (metric.sign < 0)}: differences with 95% intervals.**"
+    first = outcome.measured(outcome.first.name, study.decides)
+    of_first = f"; `{outcome.first.name}` has {metric.says(first.mean)}" if first else ""
+    less = ", less is better" * (metric.sign < 0)
+    said = f"{'. '.join(_verdicts(outcome, metric)) or 'Nothing is known yet'}."
+    return f"**{said} {title}{less}: differences{_POINTS * metric.is_share} with 95% intervals{of_first}.**"
 
 
-def _law(law: PowerLaw, metric: Metric, axis: str) -> str:
-    low, high = law.exponent_interval
+_POINTS = " in percentage points"
+
+
+def _verdicts(outcome: Outcome, metric: Metric) -> Iterator[str]:
+    """Which arms are better than the first, which are worse, and of which that cannot be told."""
+    study, first = outcome.study, outcome.first.name
+    known = {arm.name: outcome.difference(arm.name, study.decides) for arm in study.arms[1:]}
+    for verdict, says in VERDICTS.items():
+        of = {name: difference for name, difference in known.items() if difference and difference.verdict == verdict}
+        told = not any(math.isnan(difference.low) for difference in of.values())
+        if verdict == "cannot tell" and len(of) > MOST_LISTED and told:
+            low, high = min(d.low for d in of.values()), max(d.high for d in of.values())
+            ends = f"{metric.says(low, signed=True)} to {metric.says(high, signed=True)}"
+            yield f"{says} `{first}`: {', '.join(f'`{name}`' for name in of)} (all within {ends})"
+        elif of:
+            yield f"{says} `{first}`: " + ", ".join(f"`{n}` ({_interval(d, metric)})" for n, d in of.items())
+
+
+def _law(law: PowerLaw, study: Study) -> str:
+    metric = METRICS[study.decides]
     at, below, above = (metric.says(value) for value in law.ten_times)
-    of = metric.title if metric.sign < 0 else f"what is missing to all {metric.title}"
+    goes, x = "falls" if law.scale > 0 else "rises", "x" if study.axis == "x" else f"the {study.axis}, x"
     said = (
-        f"{_begun(of)}, falls with {'' if axis == 'x' else f'the {axis}, '}x, as a + b / x^p: p is {law.exponent:.2f}"
-        f" ({low:.2f} to {high:.2f}, 95%). Ten times the largest x would bring {at} ({below} to {above}), if the law"
-        " held so far."
+        f"{_begun(_of_law(study))}, {goes} with {x}, as a + b / x^p: p is {_exponent(law)}. Ten times the largest x"
+        f" would bring {at} ({below} to {above}), if the law held so far."
     )
     if law.foretold:
         value, below, above, measured = (metric.says(value) for value in law.foretold)
         inside = law.foretold[1] <= law.foretold[3] <= law.foretold[2]
         said += (
             f" The other points foretell {value} ({below} to {above}) for the largest x; measured were {measured}"
-            f"{'' if inside else ', so it does not hold'}."
+            f"{'' if inside else ', so the law may not hold'}."
         )
     return said
+
+
+def _exponent(law: PowerLaw) -> str:
+    """With its interval, if that has ends among the exponents that were tried."""
+    low, high = law.exponent_interval
+    has_low, has_high = low > 1.05 * EXPONENTS[0], high < EXPONENTS[1] / 1.05
+    if has_low and has_high:
+        return f"{law.exponent:.2f} ({low:.2f} to {high:.2f}, 95%)"
+    ends = [f"at least {low:.2f}"] * has_low + [f"at most {high:.2f}"] * has_high
+    return f"not known ({ends[0]}, 95%)" if ends else "not known (any fits)"
 
 
 def _reproducible(outcome: Outcome) -> Iterator[str]:
@@ -157,7 +199,9 @@ def _spread(of: Spread | None, metric: Metric) -> str:
 def _table(outcome: Outcome, metric_name: str) -> Iterator[str]:
     metric, compares = METRICS[metric_name], outcome.study.kind == "compare"
     scales = ["x"] if outcome.study.kind == "scaling" else []
-    heads = ["arm", "settings", *scales, "seeds", "mean", "spread over seeds, 95%", *_COMPARED[: 2 * compares]]
+    spreads = "standard deviation over seeds, 95%"
+    compared = [f"against the first{', points' * metric.is_share}, 95%", "verdict"] if compares else []
+    heads = ["arm", "settings", *scales, "seeds", "mean", spreads, *compared]
     yield from _row(*heads)
     yield from _row(*["---"] * len(heads))
     for arm in outcome.study.arms:
@@ -171,9 +215,6 @@ def _table(outcome: Outcome, metric_name: str) -> Iterator[str]:
         if compares:
             cells += _compared(outcome, arm, metric_name)
         yield from _row(*cells)
-
-
-_COMPARED = ("against the first, 95%", "verdict")
 
 
 def _compared(outcome: Outcome, arm: Arm, metric_name: str) -> list[str]:
@@ -209,9 +250,11 @@ def _draw(found: StudyFile, outcome: Outcome, study_dir: Path, folder: Path) -> 
         intervals = {n: (factor * d.value, factor * d.low, factor * d.high) for n, d in known.items() if d}
         if intervals:
             name = f"{found.name}-intervals.svg"
-            unit = ", percent of all" if metric.is_share else ""
-            interval_chart(intervals, f"{metric.title}: more than `{outcome.first.name}`{unit}", folder / name)
-            drawn[name] = f"What each arm has more than {outcome.first.name}, with 95% intervals"
+            unit = _POINTS if metric.is_share else ""
+            better = "less" if metric.sign < 0 else "more"
+            title = f"{metric.title} ({better} is better): difference to `{outcome.first.name}`{unit}"
+            interval_chart(intervals, title, folder / name)
+            drawn[name] = f"The difference of each arm to {outcome.first.name}, with 95% intervals"
     if study.kind == "scaling" and (law := outcome.power_law):
         name = f"{found.name}-law.svg"
         far = (10 * max(outcome.points), *law.ten_times)
@@ -220,7 +263,10 @@ def _draw(found: StudyFile, outcome: Outcome, study_dir: Path, folder: Path) -> 
     if study.train and (curves := _loss_curves(outcome, study_dir)):
         name = f"{found.name}-loss.svg"
         band_chart(curves, "training loss, smoothed, nats a token", folder / name)
-        drawn[name] = "Training loss of each arm: the mean over seeds, and a band from the lowest to the highest"
+        drawn[name] = (
+            "Training loss of each arm on its own training data: the mean over seeds, and a band from the lowest to the"
+            " highest"
+        )
     return drawn
 
 
@@ -239,9 +285,13 @@ def _loss_curves(outcome: Outcome, study_dir: Path) -> dict[str, list[tuple[Sequ
 # ---- how it was done -----------------------------------------------------------------------------------------------
 
 
-def _how(found: StudyFile, outcome: Outcome) -> Iterator[str]:
+def _how(found: StudyFile, outcome: Outcome, history: History) -> Iterator[str]:
     study, results = found.study, list(outcome.results)
-    yield f"    bin/study {shlex.join([found.file.as_posix(), *found.options, *found.overrides])}\n"
+    seeds = max(map(len, outcome.by_arm.values()), default=study.seeds)
+    options = [] if seeds == found.own_seeds else ["--seeds", f"{seeds}"]
+    if found.hours:
+        options = ["--hours", f"{found.hours:g}"]
+    yield f"    bin/study {shlex.join([found.file.as_posix(), *options, *found.overrides])}\n"
     base = [f"`{word}`" for word in (*study.set, *found.overrides)]
     config = f"`{study.config}`" if study.config else "the defaults"
     yield f"All arms have {config}{' and ' if base else ''}{', '.join(base)}."
@@ -250,27 +300,52 @@ def _how(found: StudyFile, outcome: Outcome) -> Iterator[str]:
         listed = ", ".join(f"`{key}={json.dumps(value)}`" for key, value in settings.items())
         yield f"\n`{study.config}` has {listed}."
     if not study.train:
-        yield f"\nNothing was trained; asked was {_listed(results, 'model')}."
+        yield f"\nNothing was trained. The model: {_listed(results, 'model')}."
     if study.solves:
         for tasks, ids in _sets(results).items():
-            yield f"\nAsked were {counted(ids, 'task')} of {tasks}; of each the share of its test outputs is counted."
+            yield f"\nThe tasks: {counted(ids, 'task')} of {tasks}; of each the share of its test outputs is counted."
         on_purpose = " They were trained on, on purpose: what is measured is no score." if study.seen else ""
         yield f"\nThe leak audit of what was trained on and these tasks: {_listed(results, 'audit')}.{on_purpose}"
     if held_out := {len(result.tasks["validation_loss"]) for result in results if "validation_loss" in result.tasks}:
-        yield f"\nThe loss is of {' or '.join(map(str, sorted(held_out)))} held-out tasks, and each counts alike."
+        counts = " or ".join(map(str, sorted(held_out)))
+        yield (
+            f"\nThe loss is of {counts} held-out tasks, those of which the validation samples (`validation.tokens` of"
+            " them) have any, and each counts alike."
+        )
     if study.train:
         yield f"\nThe audit of the trainings: {_listed(results, 'audit_of_training')}."
     if study.kind == "compare":
         count = len(study.arms) - 1
-        yield (
-            "\nIntervals are of a paired bootstrap over tasks, where there are tasks, to which the luck of the seeds is"
-            f" added. Where nothing differs, a verdict is wrong in {WRONG:.0%} of cases; {counted(count, 'comparison')}"
-            f" by each metric {'is' if count == 1 else 'are'} made here. Arms are compared by the seeds that both have."
+        shared = all(map(outcome.shares_candidates, outcome.by_arm))
+        luck = (
+            ": all arms choose among the same candidates, seed by seed, and share the luck of the seeds."
+            if shared
+            else ", where there are tasks, to which the luck of the seeds is added."
         )
-    yield (
-        "\nThe spread is the standard deviation over seeds, with the interval that it would have of a normal"
-        " distribution."
-    )
+        yield (
+            f"\nIntervals are of a paired bootstrap over tasks{luck} Where nothing differs, a verdict is wrong in"
+            f" {WRONG:.0%} of cases; {counted(count, 'comparison')} by each metric"
+            f" {'is' if count == 1 else 'are'} made here. Two arms are compared by the seeds that both have."
+        )
+    if len(history.read_with) > 1:
+        read = ", then ".join(map(str, history.read_with))
+        yield (
+            f"\nThe answer was read with {read} seeds of the first arm: seeds that come after a reading are another"
+            " chance for a wrong verdict."
+        )
+    if study.kind == "scaling" and (law := outcome.power_law):
+        yield (
+            f"\nThe law that fits best: {law.floor:.4g} {'+' if law.scale >= 0 else '-'} {abs(law.scale):.4g} /"
+            f" x^{law.exponent:.3g}, of {_of_law(study)}. Its intervals are of laws through points that are drawn anew,"
+            " as far from it as the seeds are from each other, or the points from the law if that is more."
+        )
+    yield "\nThe interval of a standard deviation is that which it has of a normal distribution."
+
+
+def _of_law(study: Study) -> str:
+    """What a power law is of: shares are counted from all."""
+    metric = METRICS[study.decides]
+    return metric.title if metric.sign < 0 else f"what is missing to all {metric.title}"
 
 
 def _sets(results: Sequence[Result]) -> dict[str, int]:
@@ -286,36 +361,56 @@ def _sets(results: Sequence[Result]) -> dict[str, int]:
 
 
 def _listed(results: Sequence[Result], name: str) -> str:
-    said = dict.fromkeys(str(result.about[name]) for result in results if name in result.about)
-    return "; ".join(said) or "not made"
+    """What runs say of a thing, once where all say the same, else of which arms."""
+    arms: dict[str, dict[str, None]] = {}
+    for result in results:
+        if name in result.about:
+            arms.setdefault(str(result.about[name]), {})[result.arm] = None
+    if len(arms) < 2:
+        return next(iter(arms), "not made")
+    return "; ".join(f"of {', '.join(f'`{arm}`' for arm in of)}: {said}" for said, of in arms.items())
 
 
-def _cost(found: StudyFile, outcome: Outcome, spent_s: float) -> Iterator[str]:
+def _cost(outcome: Outcome, spent_s: float) -> Iterator[str]:
     results = list(outcome.results)
     machines = Counter(str(result.about.get("machine", "not known")) for result in results)
-    threads = sorted({int(result.about.get("threads", 1)) for result in results})
+    threads = sorted({int(result.about.get("threads", 1)) for result in results} or {1})
     commits = sorted({str(result.about.get("commit", ""))[:12] for result in results} - {""})
     seeds = {name: sorted(of) for name, of in outcome.by_arm.items()}
     same = len({tuple(of) for of in seeds.values()}) == 1
-    yield (
-        f"- Machine: {', '.join(machines)}; {counted(max(threads), 'thread')} for each run"
-        if results
-        else "- No run yet"
-    )
-    yield f"- Cost: {counted(len(results), 'run')}, {format_duration(spent_s)} of the whole machine"
-    taken = {name: said for name, of in outcome.by_arm.items() if (said := _taken([*of.values()]))}
-    if taken:
-        alike = len({*taken.values()}) == 1
-        said = next(iter(taken.values())) if alike else "; ".join(f"`{name}` {of}" for name, of in taken.items())
-        yield f"- A run took, in the mean: {said}"
+    of_each = " or ".join(map(str, threads))
+    yield f"- Machine: {', '.join(machines) or 'none yet'}; {of_each} thread{'s' * (threads[-1] > 1)} for each run"
+    done = {what: {r.about[what] for r in results if what in r.about} for what in ("trained", "solved")}
+    nouns = {"trained": ("training", ""), "solved": ("run", " of bin/solve")}
+    parts = [counted(len(of), nouns[what][0]) + nouns[what][1] for what, of in done.items() if of]
+    yield f"- Cost: {' and '.join(parts) or 'nothing'}, {format_duration(spent_s)} of the whole machine"
+    for title, describe in (("A run took, on average", _taken), ("A training had", _trained)):
+        if said := {name: words for name, of in outcome.by_arm.items() if (words := describe([*of.values()]))}:
+            alike = len({*said.values()}) == 1
+            yield f"- {title}: " + (
+                next(iter(said.values())) if alike else "; ".join(f"`{name}` {words}" for name, words in said.items())
+            )
     if commits:
         yield f"- Commit: {', '.join(commits)}"
     listed = next(iter(seeds.values()), []) if same else None
-    yield "- Seeds: " + (
-        f"{', '.join(map(str, listed))} in each arm"
-        if listed is not None
-        else "; ".join(f"`{name}` {', '.join(map(str, of))}" for name, of in seeds.items())
+    yield (
+        "- Seeds: "
+        + (
+            f"{', '.join(map(str, listed))} in each arm"
+            if listed is not None
+            else "; ".join(f"`{name}` {', '.join(map(str, of))}" for name, of in seeds.items())
+        )
+        + f": {counted(len(results), 'run')}"
     )
+
+
+def _trained(results: Sequence[Result]) -> str:
+    """What the models of an arm are, and on how much they were trained."""
+    known = [result.about for result in results if "parameters" in result.about]
+    if not known:
+        return ""
+    tokens = sum(about["tokens"] for about in known) / len(known) / 1e6
+    return f"{known[0]['parameters']:,} parameters, {known[0]['steps']:,} steps and {tokens:.2f} million tokens"
 
 
 def _taken(results: Sequence[Result]) -> str:

@@ -55,6 +55,7 @@ class Job:
     seen: bool = False  # whether the tasks may be among those that were trained on
     again: str = ""  # tells it from another arm's, whose settings are the same
     threads: int = 1
+    share: float = 1.0  # of the machine
 
     @property
     def train_key(self) -> str:
@@ -133,10 +134,10 @@ def _sha256(file: Path, _: int) -> str:
     return sha256(file)
 
 
-def make_job(found: StudyFile, study_dir: Path, arm: Arm, seed: int, threads: int = 1) -> Job:
+def make_job(found: StudyFile, study_dir: Path, arm: Arm, seed: int, threads: int = 1, share: float = 1.0) -> Job:
     study, again = found.study, arm.name if arm.again else ""
     config = found.config(arm, seed)
-    return Job(arm.name, seed, config, study_dir, study.train, study.solves, study.seen, again, threads)
+    return Job(arm.name, seed, config, study_dir, study.train, study.solves, study.seen, again, threads, share)
 
 
 def result_file(study_dir: Path, arm: str, seed: int) -> Path:
@@ -148,8 +149,11 @@ def read_result(job: Job) -> Result | None:
     file = result_file(job.study_dir, job.arm, job.seed)
     if not file.exists():
         return None
-    content = read_json(file)
-    return Result(**content) if content.get("key") == job.key else None
+    try:
+        content = read_json(file)
+        return Result(**content) if content["key"] == job.key else None
+    except (UserError, TypeError, KeyError):
+        raise UserError(f"{file} is damaged: delete it, and its run is measured again") from None
 
 
 def save_result(result: Result, study_dir: Path) -> None:
@@ -230,6 +234,7 @@ def perform(job: Job, processes: Processes, env: Mapping[str, str]) -> Result:
     tasks: dict[str, dict[str, float]] = {}
     seconds: dict[str, float] = {}
     about: dict[str, Any] = {"machine": cpu_name(), "threads": job.threads, "commit": git_commit()}
+    about["share"] = job.share
     if not job.trains:
         model = job.config.model.path
         about["model"] = f"{model or 'the bundled model'}, weights {_digest_of(checkpoint_dir(model)) or 'not known'}"

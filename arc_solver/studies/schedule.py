@@ -145,6 +145,7 @@ class Plan:
         self.found, self.study_dir, self.budget_s = found, study_dir, budget_s
         self.count, self.threads = count, threads
         self.results: dict[tuple[str, int], Result] = {}
+        self.failed: set[str] = set()  # arms of which a run failed: they have no others by this call
         self.in_flight: dict[tuple[str, int], Job] = {}
         for arm in found.study.arms:
             for seed in range(MOST_SEEDS):
@@ -166,18 +167,21 @@ class Plan:
 
     @property
     def spent_s(self) -> float:
-        """Machine time of what is done; what several runs share counts once."""
+        """Time of the whole machine that was spent on what is done; what several runs share counts once."""
         parts = {}
         for result in self.results.values():
+            share = result.about.get("share", 1 / self.count)
             for what, key in (("train", "trained"), ("solve", "solved")):
                 if what in result.seconds:
-                    parts[what, result.about.get(key, (result.arm, result.seed))] = result.seconds[what]
-        return sum(parts.values()) / self.count
+                    parts[what, result.about.get(key, (result.arm, result.seed))] = share * result.seconds[what]
+        return sum(parts.values())
 
     def next(self) -> Job | None:
         """None: nothing is left to do, or the budget is spent."""
         pending = {*self.results, *self.in_flight}
-        arms = [arm.name for arm in self.found.study.arms]
+        arms = [arm.name for arm in self.found.study.arms if arm.name not in self.failed]
+        if not arms:
+            return None
         limited = self.budget_s < math.inf
         seeds = min(LEAST_SEEDS, self.found.study.seeds) if limited else self.found.study.seeds
         fixed = [(arm, seed) for seed in range(seeds) for arm in arms if (arm, seed) not in pending]
@@ -188,13 +192,17 @@ class Plan:
         if fixed or not limited:
             return None
         outcome = self.outcome
-        is_compared = self.found.study.kind == "compare"
+        is_compared = self.found.study.kind == "compare" and len(arms) > 1 and arms[0] == outcome.first.name
         widest = max(arms[1:] if is_compared else arms, key=outcome.width)
         counts = {arm: sum(arm == of for of, _ in pending) for arm in arms}
         arm = min((arms[0], widest) if is_compared else (widest,), key=counts.__getitem__)  # both ends of a difference
         if self._is_spent(arm) or counts[arm] >= MOST_SEEDS:
             return None
         return self._give(arm, next(seed for seed in range(MOST_SEEDS) if (arm, seed) not in pending))
+
+    def fail(self, job: Job) -> None:
+        del self.in_flight[job.arm, job.seed]
+        self.failed.add(job.arm)
 
     def done(self, job: Job, result: Result) -> None:
         del self.in_flight[job.arm, job.seed]
@@ -210,34 +218,38 @@ class Plan:
 
     def _job(self, arm: str, seed: int) -> Job:
         named = {arm.name: arm for arm in self.found.study.arms}
-        return make_job(self.found, self.study_dir, named[arm], seed, self.threads)
+        return make_job(self.found, self.study_dir, named[arm], seed, self.threads, 1 / self.count)
 
     def _give(self, arm: str, seed: int) -> Job:
         job = self.in_flight[arm, seed] = self._job(arm, seed)
         return job
 
 
-def run_all(plan: Plan, runner: Runner) -> Iterator[tuple[Job, Result]]:
-    """Does what is left to do, and yields what comes of it.
+def run_all(plan: Plan, runner: Runner) -> Iterator[tuple[Job, Result | MachineError]]:
+    """Does what is left to do, and yields what comes of it. Where a run fails, the other arms go on.
 
     Raises:
-        UserError, MachineError: a run failed; those under way are waited for and kept.
+        UserError: the settings of a run were refused; those under way are waited for and kept.
     """
-    failed: UserError | MachineError | None = None
+    refused: UserError | None = None
     try:
         while True:
-            while not failed and len(plan.in_flight) < runner.count and (job := plan.next()):
+            while not refused and len(plan.in_flight) < runner.count and (job := plan.next()):
                 runner.submit(job)
             if not plan.in_flight:
                 break
             job, result = runner.wait()
-            if isinstance(result, Exception):
-                del plan.in_flight[job.arm, job.seed]
-                failed = failed or type(result)(f"arm '{job.arm}', seed {job.seed}: {result}")
+            if isinstance(result, Result):
+                plan.done(job, result)
+                yield job, result
                 continue
-            plan.done(job, result)
-            yield job, result
+            plan.fail(job)
+            said = f"arm '{job.arm}', seed {job.seed}: {result}"
+            if isinstance(result, UserError):
+                refused = refused or UserError(said)
+            else:
+                yield job, MachineError(said)
     finally:
         runner.end()
-    if failed:
-        raise failed
+    if refused:
+        raise refused

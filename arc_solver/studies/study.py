@@ -17,10 +17,10 @@ set = ["train.schedule=cyclic"]
 
 import tomllib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, PositiveInt, ValidationError, model_validator
 
@@ -42,8 +42,10 @@ class Metric:
         return 1 if self.is_share else -1
 
     def says(self, value: float, signed: bool = False) -> str:
-        sign = "+" if signed else ""
-        return f"{100 * value:{sign}.1f}%" if self.is_share else f"{value:{sign}.4f}"
+        """A value, or where it is `signed` a difference: of shares in percentage points."""
+        if signed:
+            return f"{100 * value:+.1f}" if self.is_share else f"{value:+.4f}"
+        return f"{value:.1%}" if self.is_share else f"{value:.4f}"
 
 
 METRICS = {
@@ -53,7 +55,8 @@ METRICS = {
     "pass@2": Metric("solved by two attempts", is_share=True, is_solved=True),
     "coverage": Metric("solved by any candidate", is_share=True, is_solved=True),
 }
-Name = Annotated[str, Field(min_length=1, pattern=r"^[^|`\n/]+$")]  # of an arm, in tables and file names
+Name = Annotated[str, Field(min_length=1, max_length=80, pattern=r"^[^|`/\x00-\x1f]+$")]  # of an arm, and of its files
+Line = Annotated[str, Field(min_length=1, pattern=r"^[^\r\n]+$")]  # of a page
 MetricName = Literal["validation_loss", "accuracy", "pass@1", "pass@2", "coverage"]
 Setting = Literal["run.seed", "model.seed", "validation.seed", "tasks.sample_seed"]
 
@@ -72,8 +75,8 @@ class Arm(Section):
 class Study(Section):
     """See the top of this file."""
 
-    question: Annotated[str, Field(min_length=1)]
-    hypothesis: Annotated[str, Field(min_length=1)]  # written before the first run
+    question: Line
+    hypothesis: Line  # written before the first run
     about: str = ""  # what a reader has to know besides
     # compare: each arm with the first. spread: how much the seeds of each arm differ. scaling: a power law over x.
     kind: Literal["compare", "spread", "scaling"] = "compare"
@@ -88,8 +91,12 @@ class Study(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "Study":
-        if twice := [name for name, count in Counter(arm.name for arm in self.arms).items() if count > 1]:
-            raise ValueError(f"two arms are named '{twice[0]}': rename one")
+        if twice := _twice(arm.name for arm in self.arms):
+            raise ValueError(f"two arms are named '{twice}': rename one")
+        if twice := _twice(self.metrics):
+            raise ValueError(f"metrics has {twice} twice: leave one out")
+        if self.kind != "scaling" and (with_x := [arm.name for arm in self.arms if arm.x is not None]):
+            raise ValueError(f"arm '{with_x[0]}' has x, which is for a study of scaling: leave it out")
         if self.kind == "scaling" and (without := [arm.name for arm in self.arms if arm.x is None]):
             raise ValueError(f"a study of scaling needs x in each arm, and '{without[0]}' has none")
         if self.kind == "scaling" and len({arm.x for arm in self.arms}) < 3:
@@ -98,6 +105,9 @@ class Study(Section):
             raise ValueError("give at least two arms to compare")
         if not self.train and (needs := [m for m in self.metrics if not METRICS[m].is_solved]):
             raise ValueError(f"{needs[0]} is measured in training, and train is false: leave one of them out")
+        for arm in self.arms:
+            if given := {*_keys(arm.set), *_keys(self.set)} & {"run.seed", *arm.vary}:
+                raise ValueError(f"the seeds of arm '{arm.name}' are of {given.pop()}: leave it out of set")
         return self
 
     @property
@@ -119,7 +129,8 @@ class StudyFile:
     file: Path
     study: Study
     overrides: tuple[str, ...]  # of the command line, for all arms
-    options: tuple[str, ...] = ()  # of the command line besides, that another call needs for the same answer
+    own_seeds: int = 0  # what it says itself, whatever the command line does
+    hours: float | None = None  # of the command line
 
     def config(self, arm: Arm, seed: int) -> Config:
         """All settings of a run. What an arm does not vary has seed 0.
@@ -127,10 +138,14 @@ class StudyFile:
         Raises:
             UserError: a setting is not one that exists.
         """
-        study, own = self.study, {word.partition("=")[0] for word in arm.set}
-        if twice := [word for word in self.overrides if word.partition("=")[0] in own]:
-            key = twice[0].partition("=")[0]
-            raise UserError(f"arm '{arm.name}' sets {key} itself: leave {twice[0]} out, or change {self.file}")
+        study, own = self.study, _keys(arm.set)
+        for word, key in zip(self.overrides, _keys(self.overrides), strict=True):
+            if key in own:
+                raise UserError(f"arm '{arm.name}' sets {key} itself: leave {word} out, or change {self.file}")
+            if key in ("run.seed", *arm.vary):
+                raise UserError(f"the seeds of arm '{arm.name}' are of {key}: leave {word} out; --seeds says how many")
+        if twice := _twice(own):
+            raise UserError(f"{self.file}, arm '{arm.name}': set has {twice} twice: leave one out")
         seeds = [f"{setting}={seed}" for setting in arm.vary]
         try:
             config = load_config(self.base, [*study.set, *self.overrides, *arm.set, *seeds])
@@ -149,40 +164,95 @@ class StudyFile:
 
 
 def read_study(
-    file: Path, overrides: Sequence[str] = (), seeds: int | None = None, options: Sequence[str] = ()
+    file: Path, overrides: Sequence[str] = (), seeds: int | None = None, hours: float | None = None
 ) -> StudyFile:
     """A study's file, checked whole before anything runs.
 
     Args:
         overrides: `section.key=value` words for all arms.
         seeds: in the place of its own; None: its own.
-        options: see `StudyFile`.
+        hours: the budget that it is done with.
 
     Raises:
         UserError: it is not there, or no study.
     """
     try:
         tree: Any = tomllib.loads(file.read_text(encoding="utf-8-sig"))
-        study = Study.model_validate({**tree, "seeds": seeds} if seeds is not None else tree)
+        study = Study.model_validate(tree)
     except OSError as error:
         raise UserError(f"study {file} cannot be read ({error.strerror}); see configs/studies/ for some") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"study {file} is no TOML: {error}; see configs/studies/ for some") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"study {file}: {_explained(first['type'], first['loc'], first['msg'])}") from None
-    found = StudyFile(file.stem, file, study, tuple(overrides), tuple(options))
-    for arm in study.arms:
-        found.config(arm, 0)
+        raise UserError(f"study {file}: {_explained(error)}") from None
+    asked = study if seeds is None else study.model_copy(update={"seeds": seeds})
+    found = StudyFile(file.stem, file, asked, tuple(overrides), study.seeds, hours)
+    _require_alike(found, [found.config(arm, 0) for arm in study.arms])
     return found
 
 
-def _explained(kind: str, loc: Sequence[int | str], message: str) -> str:
+def _require_alike(found: StudyFile, configs: Sequence[Config]) -> None:
+    """Refuses arms that cannot be compared, as different things would be measured of them."""
+    study = found.study
+    metrics = [METRICS[metric] for metric in study.metrics]
+    if "accuracy" in study.metrics and (off := [c for c in configs if not c.validation.accuracy_every]):
+        steps = off[0].train.steps
+        raise UserError(f"{found.file}: accuracy is measured where validation.accuracy_every says: set it, to {steps}")
+    if study.kind == "spread":
+        return
+    asked: list[tuple[str, Callable[[Config], Any]]] = []
+    if any(metric.is_solved for metric in metrics):
+        asked.append(("tasks", lambda config: config.tasks))
+    if not all(metric.is_solved for metric in metrics):
+        asked.append(("validation", lambda config: config.validation))
+    if "validation_loss" in study.metrics:  # of other tokens; their positions are not among them
+        asked.append(("format", lambda config: (config.format.shape_header, config.format.row_numbers)))
+    for section, of in asked:
+        for arm, config in zip(study.arms[1:], configs[1:], strict=True):
+            if of(config) != of(configs[0]):
+                raise UserError(
+                    f"{found.file}: arm '{arm.name}' has other {section}.* settings than '{study.arms[0].name}', so"
+                    " what is measured cannot be compared: give all arms the same, or choose another metric"
+                )
+
+
+def _keys(words: Sequence[str]) -> list[str]:
+    return [word.partition("=")[0] for word in words]
+
+
+T = TypeVar("T")
+
+
+def _twice(names: Iterable[T]) -> T | None:
+    """The first that stands there twice."""
+    return next((name for name, count in Counter(names).items() if count > 1), None)
+
+
+def _explained(error: ValidationError) -> str:
     """What is wrong with a place of the file. Arms are counted from 1."""
-    names = [f"arm {part + 1}" if isinstance(part, int) else part for part in loc if part != "arms" or len(loc) == 1]
+    errors = error.errors()
+    first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])  # a key may be but misspelt
+    kind, loc, message = first["type"], first["loc"], first["msg"]
+    names = []
+    for place, part in enumerate(loc):
+        if isinstance(part, int):
+            names.append(f"{'arm' if loc[place - 1] == 'arms' else 'entry'} {part + 1}")
+        elif part != "arms" or len(loc) == 1:
+            names.append(part)
     if kind == "extra_forbidden":
         known = [*(Arm if len(loc) > 1 else Study).model_fields]
         return f"{', '.join(names)}: there is no such key; {meant(str(loc[-1]), known)}"
-    said = {"missing": "is missing: give it", "too_short": "give at least one"}.get(kind, message)
-    said = said.removeprefix("Value error, ").replace("Input should", "should", 1)
+    said = _SAID.get(kind, message).removeprefix("Value error, ").replace("Input should", "should", 1)
+    if kind not in ("missing", "value_error"):
+        said += f", got {first['input']!r}"
     return f"{', '.join(names)}: {said}" if names else said
+
+
+_SAID = {
+    "missing": "is missing: give it",
+    "too_short": "give at least one",
+    "string_too_short": "is empty: give a text",
+    "string_too_long": "give a shorter one, of 80 letters at most",
+    "string_pattern_mismatch": "give one line, and the name of an arm without / | and `",
+    "tuple_type": 'give a list, such as ["..."]',
+}

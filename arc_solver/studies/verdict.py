@@ -19,6 +19,7 @@ from ..rng import named_rng
 RESAMPLES = 20_000
 GRID = 20_000  # points of a density
 FOLLOWS = 4.0  # times the variance that seeds leave: points that are no farther from a law follow it
+EXPONENTS = (0.02, 4.0)  # among which that of a power law is sought
 SURE = (2.5, 97.5)  # percent: the ends of an interval
 MOST_SEEDS = 200  # of which it is asked whether they would tell
 
@@ -284,7 +285,7 @@ def _at(x: float, law: Law, drawn: Sequence[Law]) -> tuple[float, float, float]:
 
 def _fit(xs: np.ndarray, ys: np.ndarray) -> Law:
     """Of each exponent of a grid the best line in x ** -exponent, and of those the best; then of a grid about it."""
-    exponents = np.geomspace(0.02, 4.0, 60)
+    exponents = np.geomspace(*EXPONENTS, 60)
     for _ in range(3):
         laws = [_line(xs, ys, exponent) for exponent in exponents]
         best = min(range(len(laws)), key=lambda i: laws[i][0])

@@ -1,11 +1,12 @@
 """Which runs are done, in which order, and what a budget is spent on; with a trainer that is made up."""
 
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from arc_solver.errors import MachineError
+from arc_solver.errors import MachineError, UserError
 from arc_solver.studies.runs import Result, make_job, read_result, result_file
 from arc_solver.studies.schedule import LocalRunner, Plan, run_all
 from arc_solver.studies.study import read_study
@@ -114,14 +115,48 @@ def test_two_runs_at_once_take_half_of_a_budget(found, tmp_path):
     assert len(do(plan, count=2)) == 12
 
 
-def test_a_run_that_fails_ends_the_study_and_loses_nothing(found, tmp_path):
-    def failing(job, processes, env):
+def failing(error: Exception):
+    def perform(job, processes, env):
         if (job.arm, job.seed) == ("calm", 1):
-            raise MachineError("the disk is full")
+            raise error
         return made_up(job)
 
+    return perform
+
+
+def test_where_a_run_fails_the_other_arms_go_on(found, tmp_path):
     plan = Plan(found, tmp_path / "out")
-    with pytest.raises(MachineError, match="arm 'calm', seed 1: the disk is full"):
-        do(plan, failing)
+    outputs = [result for _, result in run_all(plan, LocalRunner(1, failing(MachineError("it is not finite"))))]
+    errors = [str(result) for result in outputs if isinstance(result, MachineError)]
+    assert errors == ["arm 'calm', seed 1: it is not finite"]
+    assert {*plan.results} == {(arm, seed) for arm in SPREADS for seed in range(3)} - {("calm", 1), ("calm", 2)}
+    assert do(Plan(found, tmp_path / "out")) == [("calm", 1), ("calm", 2)]
+
+
+def test_with_a_budget_the_other_arms_go_on_too(found, tmp_path):
+    plan = Plan(found, tmp_path / "out", budget_s=12 * 60)
+    done = do(plan, failing(MachineError("it is not finite")))
+    assert sum(arm == "wild" for arm, _ in done) > 3 and ("calm", 2) not in plan.results
+
+
+def test_a_refused_run_ends_the_study_and_loses_nothing(found, tmp_path):
+    plan = Plan(found, tmp_path / "out")
+    with pytest.raises(UserError, match="arm 'calm', seed 1: there is no such file"):
+        do(plan, failing(UserError("there is no such file")))
     assert len(plan.results) == 4
     assert len(do(Plan(found, tmp_path / "out"))) == 5
+
+
+def test_a_damaged_result_is_named(found, tmp_path):
+    do(Plan(found, tmp_path / "out"))
+    result_file(tmp_path / "out", "calm", 1).write_text('{"arm": ')
+    with pytest.raises(UserError, match=r"calm\.1\.json is damaged: delete it"):
+        Plan(found, tmp_path / "out")
+
+
+def test_what_was_spent_does_not_depend_on_how_many_run_at_once_later(found, tmp_path):
+    def shared(job, processes, env):
+        return replace(made_up(job), about={"share": job.share})
+
+    do(Plan(found, tmp_path / "out", count=2), shared, count=2)
+    assert Plan(found, tmp_path / "out").spent_s == Plan(found, tmp_path / "out", count=3).spent_s == 9 * 30

@@ -46,7 +46,31 @@ def test_seeds_may_be_of_a_part_of_the_randomness(tmp_path):
         (HEAD + ARMS.replace('name = "b"\n', ""), "arm 2, name: is missing: give it"),
         ("train = false\n" + HEAD + ARMS, "validation_loss is measured in training, and train is false"),
         ('kind = "scaling"\n' + HEAD + ARMS, "needs x in each arm, and 'a' has none"),
-        (HEAD.replace("pass@2", "pass@9") + ARMS, "metrics, .*should be 'validation_loss'"),
+        (HEAD.replace("pass@2", "pass@9") + ARMS, "metrics, entry 2: should be 'validation_loss'.*, got 'pass@9'"),
+        (HEAD.replace("pass@2", "validation_loss") + ARMS, "metrics has validation_loss twice: leave one out"),
+        (
+            HEAD.replace("pass@2", "accuracy") + ARMS,
+            "accuracy is measured where validation.accuracy_every says: set it",
+        ),
+        (HEAD.replace("hypothesis", "hypotesis") + ARMS, r"hypotesis: there is no such key; did you mean hypothesis\?"),
+        (HEAD.replace("q?", r"q?\nr?") + ARMS, "question: give one line"),
+        (HEAD + ARMS.replace('"b"', '"b/c"'), "arm 2, name: .* without / "),
+        (HEAD + ARMS.replace('"b"', r'"b\u0000"'), "arm 2, name: .* without / "),
+        (HEAD + ARMS.replace('"b"', f'"{"b" * 81}"'), "arm 2, name: give a shorter one"),
+        (HEAD + ARMS.replace('["train.steps=7"]', '"train.steps=7"'), "arm 2, set: give a list, such as"),
+        (HEAD + ARMS.replace('=7"', '=7", "train.steps=8"'), "arm 'b': set has train.steps twice: leave one out"),
+        (
+            HEAD + ARMS.replace("train.steps=7", "run.seed=7"),
+            "the seeds of arm 'b' are of run.seed: leave it out of set",
+        ),
+        (HEAD + 'set = ["run.seed=7"]\n' + ARMS, "the seeds of arm 'a' are of run.seed: leave it out of set"),
+        (HEAD + ARMS + "x = 3\n", "arm 'b' has x, which is for a study of scaling: leave it out"),
+        (HEAD + ARMS.replace("train.steps=7", "tasks.limit=7"), "arm 'b' has other tasks.* settings than 'a'"),
+        (HEAD + ARMS.replace("train.steps=7", "validation.seed=7"), "arm 'b' has other validation.* settings than 'a'"),
+        (
+            HEAD + ARMS.replace("train.steps=7", "format.row_numbers=true"),
+            "arm 'b' has other format.* settings than 'a'",
+        ),
         (HEAD + 'config = "none.toml"\n' + ARMS, "does not exist"),
         ("question =", "is no TOML"),
     ],
@@ -63,7 +87,8 @@ def test_a_study_that_is_not_there(tmp_path):
 
 def test_shares_are_better_when_more_and_losses_when_less():
     assert {name: metric.sign for name, metric in METRICS.items() if metric.sign < 0} == {"validation_loss": -1}
-    assert METRICS["pass@2"].says(0.125, signed=True) == "+12.5%" and METRICS["validation_loss"].says(1.0) == "1.0000"
+    share, loss = METRICS["pass@2"], METRICS["validation_loss"]
+    assert (share.says(0.125), share.says(0.125, signed=True), loss.says(1.0)) == ("12.5%", "+12.5", "1.0000")
 
 
 @pytest.mark.parametrize("file", sorted(Path("configs/studies").glob("*.toml")), ids=lambda file: file.stem)
@@ -83,3 +108,13 @@ def test_what_is_measured_is_audited_before_anything_is_trained(tmp_path):
 def test_an_arm_and_the_command_line_do_not_both_set_a_thing(tmp_path):
     with pytest.raises(UserError, match=r"arm 'b' sets train\.steps itself: leave train\.steps=9 out"):
         read_study(written(tmp_path, HEAD + ARMS), ["train.steps=9"])
+
+
+def test_a_seed_on_the_command_line_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"the seeds of arm 'a' are of run\.seed: leave run\.seed=3 out; --seeds says"):
+        read_study(written(tmp_path, HEAD + ARMS), ["run.seed=3"])
+
+
+def test_formats_may_be_compared_by_what_is_solved(tmp_path):
+    text = HEAD.replace('"validation_loss", ', "") + ARMS.replace("train.steps=7", "format.row_numbers=true")
+    assert read_study(written(tmp_path, text)).study.decides == "pass@2"

@@ -68,7 +68,8 @@ def test_a_study_answers_its_question_and_does_nothing_twice(done):
     text = page_of(done)
     first = text.splitlines()
     assert first[0] == "# Does a longer training help?" and re.match(r"\*\*(Better|Worse|Cannot)", first[2])
-    assert first[2].endswith("Loss on held-out tasks, nats a token, less is better: differences with 95% intervals.**")
+    says = "Loss on held-out tasks, nats a token, less is better: differences with 95% intervals; `short` has "
+    assert says in first[2]
     parts = ("**Hypothesis**", "## What was measured", "## How", "## Machine, cost, seeds")
     order = [text.index(part) for part in parts]
     assert order == sorted(order) and text.count("leak audit passed") == 2
@@ -104,7 +105,8 @@ def test_what_an_earlier_call_left_running_is_waited_for(study):
     study.write_text(study.read_text().replace(', "pass@2"', "").replace("seeds = 2", "seeds = 1"))
     out, found = study.parent / "out", read_study(study)
     (out / "trained").mkdir(parents=True)
-    (out / "study.json").write_text(json.dumps({"name": "mine", "question": found.study.question}))
+    kept = {"name": "mine", "question": found.study.question}
+    (out / "study.json").write_text(json.dumps(kept))
     short = make_job(found, out, found.study.arms[0], 0)
     with lock(out / "trained" / f"{short.train_key}.lock"):
         process = Forked("arc_solver.study", words(study))
@@ -133,6 +135,9 @@ def test_an_interrupted_one_ends_its_runs_and_says_what_is_known(study):
     ("more", "said"),
     [
         (["--hours", "0"], "--hours must be above 0"),
+        (["--hours", "inf"], "--hours must be above 0, and finite"),
+        (["--hours", "1", "--seeds", "2"], "leave it or --seeds out"),
+        (["--page", "/proc"], "the page cannot be written to /proc"),
         (["--resume"], "holds no study to resume"),
         (["--address", "auto"], "--address is for a Ray cluster"),
         (["train.stepz=3"], "arm 'short': unknown setting train.stepz; did you mean train.steps"),
@@ -156,6 +161,41 @@ def test_a_folder_is_one_studys(done, tmp_path):
     again.write_text(text.replace("small.toml", f"{done.parent}/small.toml"))
     said = finish(Forked("arc_solver.study", [str(again), "--out", str(done.parent / "out")]), expect=2)
     assert "holds a study of another question ('Does a longer training help?')" in said
+
+
+def test_a_page_of_something_else_is_never_lost(study):
+    page = study.parent / "page" / "mine.md"
+    page.parent.mkdir()
+    page.write_text("# My notes\n")
+    said = finish(Forked("arc_solver.study", words(study)), expect=2)
+    assert f"{page} is no page of this question: give another --page" in said and page.read_text() == "# My notes\n"
+    assert not (study.parent / "out").exists()
+
+
+def test_a_page_of_more_runs_is_left_as_it_is(done, tmp_path):
+    more = page_of(done).replace(": 4 runs", ": 44 runs")
+    (tmp_path / "mine.md").write_text(more)
+    said = finish(Forked("arc_solver.study", [*words(done), "--page", str(tmp_path)]))
+    assert "is of 44 runs, and was left as it is" in said and (tmp_path / "mine.md").read_text() == more
+
+
+def test_a_page_has_the_hypothesis_from_before_the_first_run_and_says_how_often_it_was_read(study):
+    text = study.read_text().replace(', "pass@2"', "")
+    study.write_text(text)
+    finish(Forked("arc_solver.study", words(study)))
+    assert "The answer was read with" not in page_of(study)
+    study.write_text(text.replace("It does.", "I knew it."))
+    said = finish(Forked("arc_solver.study", words(study, "--seeds", "3")))
+    assert "another hypothesis by now" in said
+    assert "written before the first run: It does.\n" in page_of(study)
+    assert "The answer was read with 2, then 3 seeds of the first arm" in page_of(study)
+    assert "bin/study /mine.toml --seeds 3\n" in page_of(study)
+
+
+def test_arms_that_come_to_the_same_runs_are_refused(study):
+    study.write_text(study.read_text().replace("train.steps=9", "kaggle.owner=me"))
+    said = finish(Forked("arc_solver.study", words(study)), expect=2)
+    assert "arms 'short' and 'long' come to the same runs: change a setting that they depend on" in said
 
 
 def test_tasks_without_solutions_are_refused_before_anything_is_trained(study):

@@ -1,0 +1,94 @@
+"""What a page says of results that are made up, so that the answer is known."""
+
+import pytest
+
+from arc_solver.studies.outcome import Outcome
+from arc_solver.studies.page import History, answer, write_page
+from arc_solver.studies.runs import Result
+from arc_solver.studies.study import read_study
+
+HEAD = 'question = "q?"\nhypothesis = "h"\n'
+
+
+def study_of(tmp_path, kind: str, arms: dict[str, str], metric: str, more: str = ""):
+    text = f'kind = "{kind}"\n{more}metrics = ["{metric}"]\n{HEAD}'
+    text += "".join(f'[[arms]]\nname = "{name}"\n{of}\n' for name, of in arms.items())
+    file = tmp_path / "made.toml"
+    file.write_text(text)
+    return read_study(file)
+
+
+def solved(arm: str, seed: int, share: float, **about) -> Result:
+    tasks = {f"{i:03d}": float(i < 100 * share) for i in range(100)}
+    return Result(arm, seed, "", {}, {"pass@2": tasks}, {"solve": 60.0}, about)
+
+
+def page_of(found, results, tmp_path) -> str:
+    write_page(found, Outcome(found.study, results), tmp_path, tmp_path / "made.md", History("h", (), 60.0))
+    return (tmp_path / "made.md").read_text()
+
+
+def test_arms_that_cannot_be_told_are_named_together_if_they_are_many(tmp_path):
+    arms = {name: f'set = ["adapt.steps={steps}"]' for steps, name in enumerate("abcdef", 1)}
+    found = study_of(tmp_path, "compare", arms, "pass@2", "train = false\n")
+    results = [solved(arm, seed, 0.5 + 0.3 * (arm == "f") + 0.01 * seed) for arm in arms for seed in range(3)]
+    said = answer(Outcome(found.study, results))
+    assert said.startswith(
+        "**Better than `a`: `f` (+30.0, +21.3 to +39.0). Cannot be told from `a`: `b`, `c`, `d`, `e` ("
+    )
+    assert said.endswith(
+        "(all within +0.0 to +0.0). Solved by two attempts: differences in percentage points with 95% intervals;"
+        " `a` has 51.0%.**"
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (
+            {1: 1.5, 2: 1.0, 4: 0.75, 8: 0.625},
+            "falls with the number of rules, x, as a + b / x^p: p is 1.00 (1.0",
+        ),
+        ({1: 0.2, 2: 0.5, 4: 0.65, 8: 0.725}, "rises with the number of rules, x, as a + b / x^p: p is 1.00"),
+    ],
+)
+def test_a_power_law_is_written_out(tmp_path, values, said):
+    arms = {f"{x}": f'x = {x}\nset = ["train.steps={x}"]' for x in values}
+    found = study_of(tmp_path, "scaling", arms, "validation_loss", 'axis = "number of rules"\n')
+    results = [Result(f"{x}", 0, "", {"validation_loss": y}) for x, y in values.items()]
+    assert said in answer(Outcome(found.study, results))
+
+
+def test_an_exponent_of_which_nothing_is_known_has_no_interval(tmp_path):
+    arms = {f"{x}": f'x = {x}\nset = ["train.steps={x}"]' for x in (1, 2, 4)}
+    found = study_of(tmp_path, "scaling", arms, "validation_loss")
+    noise = {(1, 0): 1.0, (1, 1): 2.0, (2, 0): 1.9, (2, 1): 1.0, (4, 0): 2.1, (4, 1): 0.9}
+    results = [Result(f"{x}", seed, "", {"validation_loss": y}) for (x, seed), y in noise.items()]
+    assert "p is not known (any fits)" in answer(Outcome(found.study, results))
+
+
+def test_what_differs_between_arms_is_said_of_each(tmp_path):
+    arms = {"a": "", "b": 'set = ["adapt.steps=7"]'}
+    found = study_of(tmp_path, "compare", arms, "pass@2", "train = false\n")
+    results = [solved("a", 0, 0.5, audit="passed", model="small"), solved("b", 0, 0.4, audit="none", model="small")]
+    text = page_of(found, results, tmp_path)
+    assert "The model: small." in text
+    assert "The leak audit of what was trained on and these tasks: of `a`: passed; of `b`: none." in text
+
+
+def test_arms_that_choose_among_the_same_candidates_have_no_luck_of_seeds(tmp_path):
+    arms = {name: f'set = ["vote.rule={name}"]' for name in ("votes", "product")}
+    found = study_of(tmp_path, "compare", arms, "pass@2", "train = false\n")
+    shared = page_of(found, [solved(arm, 0, 0.5, solved="run") for arm in arms], tmp_path)
+    assert "share the luck of the seeds" in shared and "- Cost: 1 run of bin/solve, 60 s" in shared
+    apart = page_of(found, [solved(arm, 0, 0.5, solved=arm) for arm in arms], tmp_path)
+    assert "the luck of the seeds is added" in apart and "- Cost: 2 runs of bin/solve" in apart
+    assert apart.splitlines()[-1] == "- Seeds: 0 in each arm: 2 runs"
+
+
+def test_the_command_has_the_seeds_that_the_page_has(tmp_path):
+    arms = {"a": "", "b": 'set = ["adapt.steps=7"]'}
+    found = study_of(tmp_path, "compare", arms, "pass@2", "train = false\n")
+    for seeds, option in ((2, " --seeds 2"), (3, "")):
+        results = [solved(arm, seed, 0.5) for arm in arms for seed in range(seeds)]
+        assert f"made.toml{option}\n" in page_of(found, results, tmp_path)
