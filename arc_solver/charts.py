@@ -169,7 +169,7 @@ def interval_chart(intervals: Mapping[str, tuple[float, float, float]], x: str, 
     Args:
         intervals: of each name the value, and its lower and upper end, which may be NaN.
     """
-    figure = new_figure(7, 0.9 + 0.36 * len(intervals))
+    figure = new_figure(7, 1.1 + 0.36 * len(intervals))
     axes = figure.subplots()
     for row, (value, low, high) in enumerate(intervals.values()):
         axes.plot((low, high), (row, row), color="#3f83d6", linewidth=2)

@@ -244,17 +244,23 @@ def _row(*cells: str) -> Iterator[str]:
 def _draw(found: StudyFile, outcome: Outcome, study_dir: Path, folder: Path) -> dict[str, str]:
     """Draws what there is to draw; of each picture its file's name and what it shows."""
     study, metric, drawn = found.study, METRICS[found.study.decides], {}
+    known: Mapping[str, Difference | Spread | None] = {}
     if study.kind == "compare":
         known = {arm.name: outcome.difference(arm.name, study.decides) for arm in study.arms[1:]}
-        factor = 100 if metric.is_share else 1
-        intervals = {n: (factor * d.value, factor * d.low, factor * d.high) for n, d in known.items() if d}
-        if intervals:
-            name = f"{found.name}-intervals.svg"
-            unit = _POINTS if metric.is_share else ""
-            better = "less" if metric.sign < 0 else "more"
-            title = f"{metric.title} ({better} is better): difference to `{outcome.first.name}`{unit}"
-            interval_chart(intervals, title, folder / name)
-            drawn[name] = f"The difference of each arm to {outcome.first.name}, with 95% intervals"
+        better = "less" if metric.sign < 0 else "more"
+        title = f"{metric.title}, {better} is better:\ndifference to `{outcome.first.name}`"
+        shows = f"The difference of each arm to {outcome.first.name}"
+    elif study.kind == "spread":
+        known = {arm.name: outcome.spread(arm.name, study.decides) for arm in study.arms}
+        title, shows = (
+            f"{metric.title}:\nstandard deviation over seeds",
+            "The standard deviation over seeds of each arm",
+        )
+    factor = 100 if metric.is_share else 1
+    if intervals := {n: (factor * of.value, factor * of.low, factor * of.high) for n, of in known.items() if of}:
+        name = f"{found.name}-intervals.svg"
+        interval_chart(intervals, f"{title}{_POINTS * metric.is_share}", folder / name)
+        drawn[name] = f"{shows}, with 95% intervals"
     if study.kind == "scaling" and (law := outcome.power_law):
         name = f"{found.name}-law.svg"
         far = (10 * max(outcome.points), *law.ten_times)
