@@ -312,7 +312,8 @@ def _how(found: StudyFile, outcome: Outcome, history: History) -> Iterator[str]:
             yield f"\nThe tasks: {counted(ids, 'task')} of {tasks}; of each the share of its test outputs is counted."
         on_purpose = " They were trained on, on purpose: what is measured is no score." if study.seen else ""
         yield f"\nThe leak audit of what was trained on and these tasks: {_listed(results, 'audit')}.{on_purpose}"
-    if held_out := {len(result.tasks["validation_loss"]) for result in results if "validation_loss" in result.tasks}:
+    losses = [result.tasks["validation_loss"] for result in results if "validation_loss" in result.tasks]
+    if "validation_loss" in study.metrics and (held_out := {*map(len, losses)}):
         counts = " or ".join(map(str, sorted(held_out)))
         yield (
             f"\nThe loss is of {counts} held-out tasks, those of which the validation samples (`validation.tokens` of"
@@ -358,11 +359,11 @@ def _sets(results: Sequence[Result]) -> dict[str, int]:
     """The task sets, by name and digest, and how many tasks were solved of each."""
     found = {}
     for result in results:
-        if result.tasks:
+        if "pass@2" in result.tasks:
             digest = result.about.get("data", {}).get("digest", "")
             name = Path(result.about.get("tasks", "?"))
             said = f"`{name.name if name.is_absolute() else name}`{f', digest {digest}' if digest else ''}"
-            found[said] = len(next(iter(result.tasks.values())))
+            found[said] = len(result.tasks["pass@2"])
     return found
 
 

@@ -1,5 +1,7 @@
 """What a page says of results that are made up, so that the answer is known."""
 
+from dataclasses import replace
+
 import pytest
 
 from arc_solver.studies.outcome import Outcome
@@ -74,6 +76,18 @@ def test_what_differs_between_arms_is_said_of_each(tmp_path):
     text = page_of(found, results, tmp_path)
     assert "The model: small." in text
     assert "The leak audit of what was trained on and these tasks: of `a`: passed; of `b`: none." in text
+
+
+def test_what_is_counted_are_the_tasks_of_each_metric(tmp_path):
+    arms = {"a": "", "b": 'set = ["adapt.steps=7"]'}
+    found = study_of(tmp_path, "compare", arms, "pass@2")
+    losses = {f"held out {i}": 1.0 for i in range(20)}
+    results = [solved(arm, 0, 0.5, tasks="ours.json", trained=arm) for arm in arms]
+    results = [replace(result, tasks={"validation_loss": losses, **result.tasks}) for result in results]
+    text = page_of(found, results, tmp_path)
+    assert "100 tasks of `ours.json`" in text and "held-out tasks" not in text
+    both = study_of(tmp_path, "compare", arms, 'validation_loss", "pass@2')
+    assert "The loss is of 20 held-out tasks" in page_of(both, results, tmp_path)
 
 
 def test_arms_that_choose_among_the_same_candidates_have_no_luck_of_seeds(tmp_path):
