@@ -3,14 +3,17 @@
 A difference between two arms has two sources of luck. The tasks: other ones would have been solved by one arm and not
 by the other. The seeds: another would have made a better or a worse model, in all tasks at once. Both are paired: arms
 have the same tasks, and the same seeds draw the same data and first weights. The interval holds both: a bootstrap over
-tasks, to each draw of which the luck of the seeds is added, as a t distribution of their spread. What a seed and a task
-have together, that one seed solves a task which another does not, is in both, and counted once.
+tasks, to each draw of which the luck of the seeds is added, all of it as wide as a t distribution is with the degrees
+of freedom that the sum has. What a seed and a task have together, that one seed solves a task which another does not,
+is in the spread of both, and counted once.
 """
 
 import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from statistics import NormalDist
 
 import numpy as np
 
@@ -18,6 +21,7 @@ from ..rng import named_rng
 
 RESAMPLES = 20_000
 GRID = 20_000  # points of a density
+NORMAL = NormalDist()
 FOLLOWS = 4.0  # times the variance that seeds leave: points that are no farther from a law follow it
 EXPONENTS = (0.02, 4.0)  # among which that of a power law is sought
 SURE = (2.5, 97.5)  # percent: the ends of an interval
@@ -95,8 +99,7 @@ def difference(ours: Measured, first: Measured, sign: int, shares_luck: bool = F
     if luck is None:
         return Difference(ours.mean - first.mean, math.nan, math.nan, "cannot tell", 2 - len(common))
     value = float(np.mean([ours.values[seed] - first.values[seed] for seed in common]))
-    draws = luck.over_tasks(value) + luck.over_seeds()
-    low, high = (float(end) for end in np.percentile(draws, SURE))
+    low, high = (float(end) for end in np.percentile(luck.draws(value), SURE))
     told = low > 0 or high < 0
     verdict = ("better" if value * sign > 0 else "worse") if told else "cannot tell"
     return Difference(value, low, high, verdict, 0 if told else luck.more_seeds(value))
@@ -104,59 +107,73 @@ def difference(ours: Measured, first: Measured, sign: int, shares_luck: bool = F
 
 @dataclass(frozen=True, eq=False)
 class _Luck:
-    """The parts of the variance of a difference between the means of two arms."""
+    """The parts of the variance of a difference between the means of two arms.
+
+    The variance of one seed's difference over seeds has that of a seed and a task together in it, and so has the
+    variance over tasks: it is taken from the latter. Degrees of freedom of their sum are Satterthwaite's.
+    """
 
     changes_T: np.ndarray  # of each task, the mean over seeds; empty: the metric has no tasks
-    of_seeds: float  # variance of one seed's difference that all tasks share
-    of_both: float  # variance that a seed and a task have together, of one seed's difference, over all tasks
+    of_tasks: float  # variance that the tasks alone make
+    of_seeds: float  # variance of one seed's difference
     seeds: int
-    degrees: float  # of freedom of `of_seeds`
 
     @staticmethod
     def of(ours: Measured, first: Measured, seeds: Sequence[int], shares_luck: bool) -> "_Luck | None":
         """None: there are too few seeds."""
         if len(seeds) < 2 and not (seeds and shares_luck):
             return None
-        apart, degrees = [ours.values[seed] - first.values[seed] for seed in seeds], max(1, len(seeds) - 1)
-        variance = float(np.var(apart, ddof=1)) if len(seeds) > 1 else 0.0
-        if shares_luck:
-            variance = 0.0
+        apart = [ours.values[seed] - first.values[seed] for seed in seeds]
+        of_seeds = 0.0 if shares_luck else float(np.var(apart, ddof=1))
         table_ST = _differences(ours, first, seeds)
         if table_ST is None:
-            return _Luck(np.zeros(0), variance, 0.0, len(seeds), degrees)
-        both = _residual_variance(table_ST) / table_ST.shape[1]
-        # Two seeds know too little of their own variance for anything to be taken from it. And what is left after a
-        # subtraction is known less well than what it was taken from.
-        of_seeds = max(0.0, variance - both) if len(seeds) > 2 else variance
-        sure = degrees * of_seeds / variance if variance else degrees
-        return _Luck(table_ST.mean(0), of_seeds, both, len(seeds), max(1.0, sure))
+            return _Luck(np.zeros(0), 0.0, of_seeds, len(seeds))
+        changes_T = table_ST.mean(0)
+        # Two seeds know too little of what a seed and a task have together.
+        both = 0.0 if shares_luck or len(seeds) < 3 else _residual_variance(table_ST) / len(seeds)
+        return _Luck(changes_T, max(0.0, float(np.var(changes_T)) - both) / len(changes_T), of_seeds, len(seeds))
 
-    def over_tasks(self, value: float) -> np.ndarray:
-        """The difference in resamples of the tasks."""
-        if not self.changes_T.size:
-            return np.full(RESAMPLES, value)
+    def draws(self, value: float) -> np.ndarray:
+        """What the difference might have been with other tasks and seeds."""
+        of_tasks, scale = self._over_tasks(value), math.sqrt(self.of_seeds / self.seeds)
+        if self.seeds == 2:  # of which Satterthwaite's rule believes too much
+            return value + of_tasks + scale * _evenly(RESAMPLES, 1.0)
+        return value + self._quantile(self.seeds) / NORMAL.inv_cdf(SURE[1] / 100) * (
+            of_tasks + scale * _evenly(RESAMPLES, math.inf)
+        )
+
+    def _over_tasks(self, value: float) -> np.ndarray:
+        """How far resamples of the tasks are from the difference, scaled to the variance that tasks alone make."""
         count = len(self.changes_T)
+        if not self.of_tasks:
+            return np.zeros(RESAMPLES)
         values, counts = np.unique(self.changes_T.round(12), return_counts=True)
         draws_RD = named_rng(0, "paired bootstrap").multinomial(count, counts / count, RESAMPLES)
-        return np.asarray(draws_RD @ values / count)
+        scale = math.sqrt(self.of_tasks * count / float(np.var(self.changes_T)))
+        return scale * (np.asarray(draws_RD @ values / count) - value)
 
-    def over_seeds(self) -> np.ndarray:
-        """What other seeds would add to it."""
-        scale = math.sqrt(self.of_seeds / self.seeds)
-        evenly = (np.arange(RESAMPLES) + 0.5) / RESAMPLES
-        return named_rng(0, "seeds").permutation(scale * _t(evenly, self.degrees))
+    def _quantile(self, seeds: int) -> float:
+        """Of the t distribution that an interval has with so many seeds."""
+        parts = [(self.of_tasks, len(self.changes_T) - 1), (self.of_seeds / seeds, seeds - 1)]
+        known = [(variance, degrees) for variance, degrees in parts if variance]
+        total = sum(variance for variance, _ in known)
+        degrees = total**2 / sum(variance**2 / degrees for variance, degrees in known) if known else 1.0
+        return float(_t(np.array([SURE[1] / 100]), degrees)[0])
 
     def more_seeds(self, value: float) -> int | None:
-        count = len(self.changes_T)
-        of_tasks = max(0.0, float(np.var(self.changes_T)) / count - self.of_both / self.seeds) if count else 0.0
-
         def tells(seeds: int) -> bool:
-            variance = of_tasks + (self.of_seeds + self.of_both) / seeds
-            quantile = float(_t(np.array([SURE[1] / 100]), self.degrees * seeds / self.seeds)[0])
-            return abs(value) > quantile * math.sqrt(variance)
+            return abs(value) > self._quantile(seeds) * math.sqrt(self.of_tasks + self.of_seeds / seeds)
 
         enough = bisect_left(range(self.seeds + 1, MOST_SEEDS + 1), True, key=tells)
         return enough + 1 if self.seeds + 1 + enough <= MOST_SEEDS else None
+
+
+@cache
+def _evenly(count: int, degrees: float) -> np.ndarray:
+    """So many draws of a t distribution, evenly spread; with infinite degrees of freedom it is the normal one."""
+    chances = (np.arange(count) + 0.5) / count
+    quantiles = [NORMAL.inv_cdf(chance) for chance in chances] if math.isinf(degrees) else _t(chances, degrees)
+    return named_rng(0, "seeds").permutation(quantiles)
 
 
 def _differences(ours: Measured, first: Measured, seeds: Sequence[int]) -> np.ndarray | None:

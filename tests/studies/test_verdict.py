@@ -43,6 +43,29 @@ def test_arms_that_are_the_same_cannot_be_told_apart(seeds, of_seeds, of):
     assert told <= 10  # of 100; with a chance of 5% each, more come in 1% of cases
 
 
+def losses(rng, seeds, effect=0.0, of_seeds=0.02) -> Measured:
+    """The same of a loss, in which a seed's luck is that of all tasks, and what each has of its own is small."""
+    hard = np.random.default_rng(0).gamma(2.0, 0.3, TASKS)
+    made = {seed: hard * (1 + effect) + rng.normal(0, of_seeds) + rng.normal(0, 0.05, TASKS) for seed in range(seeds)}
+    tasks = {seed: {f"{i:03d}": float(loss) for i, loss in enumerate(of)} for seed, of in made.items()}
+    return Measured({seed: float(of.mean()) for seed, of in made.items()}, tasks)
+
+
+@pytest.mark.parametrize("of_seeds", [0.0, 0.01, 0.04])
+@pytest.mark.parametrize("seeds", [2, 3, 6])
+def test_losses_that_are_the_same_cannot_be_told_apart(seeds, of_seeds):
+    rng = np.random.default_rng(7)
+    pairs = [(losses(rng, seeds, of_seeds=of_seeds), losses(rng, seeds, of_seeds=of_seeds)) for _ in range(400)]
+    assert sum(difference(*pair, -1).verdict != "cannot tell" for pair in pairs) <= 30  # 20 are meant
+
+
+def test_three_seeds_tell_an_effect_that_differs_from_task_to_task():
+    """Most of the luck is that of the tasks then, of which there are many."""
+    rng = np.random.default_rng(1)
+    pairs = [(losses(rng, 3, 0.1, 0.005), losses(rng, 3, of_seeds=0.005)) for _ in range(REPETITIONS)]
+    assert sum(difference(ours, first, -1).verdict == "worse" for ours, first in pairs) >= 90
+
+
 @pytest.mark.parametrize("of", [lambda measured: measured, values_alone], ids=["tasks", "values"])
 @pytest.mark.parametrize("effect", [-1, 1])
 def test_an_effect_of_twice_the_noise_is_found(effect, of):
