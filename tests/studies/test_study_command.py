@@ -69,7 +69,7 @@ def test_a_study_answers_its_question_and_does_nothing_twice(done):
     first = text.splitlines()
     assert first[0] == "# Does a longer training help?" and re.match(r"\*\*(Better|Worse|Cannot)", first[2])
     says = "Loss on held-out tasks, nats a token, less is better: differences with 95% intervals; `short` has "
-    assert says in first[2]
+    assert re.fullmatch(rf".*\. {says}\d\.\d{{4}}\.\*\*", first[2])
     parts = ("**Hypothesis**", "## What was measured", "## How", "## Machine, cost, seeds")
     order = [text.index(part) for part in parts]
     assert order == sorted(order) and text.count("leak audit passed") == 2
@@ -105,8 +105,7 @@ def test_what_an_earlier_call_left_running_is_waited_for(study):
     study.write_text(study.read_text().replace(', "pass@2"', "").replace("seeds = 2", "seeds = 1"))
     out, found = study.parent / "out", read_study(study)
     (out / "trained").mkdir(parents=True)
-    kept = {"name": "mine", "question": found.study.question}
-    (out / "study.json").write_text(json.dumps(kept))
+    (out / "study.json").write_text(json.dumps({"name": "mine", "question": found.study.question}))
     short = make_job(found, out, found.study.arms[0], 0)
     with lock(out / "trained" / f"{short.train_key}.lock"):
         process = Forked("arc_solver.study", words(study))
