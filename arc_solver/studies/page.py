@@ -97,7 +97,7 @@ def _begun(words: str) -> str:
 
 
 def answer(outcome: Outcome) -> str:
-    """What a study found, in one line."""
+    """What a study found, in one line: by the metric that decides, and what can be told by the others."""
     study, metric = outcome.study, METRICS[outcome.study.decides]
     title = _begun(metric.title)
     if study.kind == "scaling":
@@ -108,21 +108,31 @@ def answer(outcome: Outcome) -> str:
         spreads = [f"`{name}` {_spread(of, metric)}" for name, of in known.items() if of]
         said = f"{title}, standard deviation over seeds with its 95% interval: {', '.join(spreads) or 'not known yet'}."
         return f"**{' '.join([said, *_reproducible(outcome)])}**"
-    first = outcome.measured(outcome.first.name, study.decides)
-    of_first = f"; `{outcome.first.name}` has {metric.says(first.mean)}" if first else ""
-    less = ", less is better" * (metric.sign < 0)
-    said = f"{'. '.join(_verdicts(outcome, metric)) or 'Nothing is known yet'}."
-    return f"**{said} {title}{less}: differences{_POINTS * metric.is_share} with 95% intervals{of_first}.**"
+    others = [_told(outcome, name, [*VERDICTS][:2]) for name in study.metrics if name != study.decides]
+    decided = _told(outcome, study.decides, [*VERDICTS]) or "Nothing is known yet."
+    return f"**{' '.join([decided, *filter(None, others)])}**"
 
 
 _POINTS = " in percentage points"
 
 
-def _verdicts(outcome: Outcome, metric: Metric) -> Iterator[str]:
+def _told(outcome: Outcome, metric_name: str, verdicts: Sequence[str]) -> str:
+    """Of which arms one of these verdicts is true, by one metric, and what its numbers are; empty: of none."""
+    metric, name = METRICS[metric_name], outcome.first.name
+    if not (said := ". ".join(_verdicts(outcome, metric_name, verdicts))):
+        return ""
+    first = outcome.measured(name, metric_name)
+    of_first = f"; `{name}` has {metric.says(first.mean)}" if first else ""
+    less = ", less is better" * (metric.sign < 0)
+    return f"{said}. {_begun(metric.title)}{less}: differences{_POINTS * metric.is_share} with 95% intervals{of_first}."
+
+
+def _verdicts(outcome: Outcome, metric_name: str, verdicts: Sequence[str]) -> Iterator[str]:
     """Which arms are better than the first, which are worse, and of which that cannot be told."""
-    study, first = outcome.study, outcome.first.name
-    known = {arm.name: outcome.difference(arm.name, study.decides) for arm in study.arms[1:]}
-    for verdict, says in VERDICTS.items():
+    study, metric, first = outcome.study, METRICS[metric_name], outcome.first.name
+    known = {arm.name: outcome.difference(arm.name, metric_name) for arm in study.arms[1:]}
+    for verdict in verdicts:
+        says = VERDICTS[verdict]
         of = {name: difference for name, difference in known.items() if difference and difference.verdict == verdict}
         told = not any(math.isnan(difference.low) for difference in of.values())
         if verdict == "cannot tell" and len(of) > MOST_LISTED and told:

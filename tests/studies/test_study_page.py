@@ -106,3 +106,21 @@ def test_the_command_has_the_seeds_that_the_page_has(tmp_path):
     for seeds, option in ((2, " --seeds 2"), (3, "")):
         results = [solved(arm, seed, 0.5) for arm in arms for seed in range(seeds)]
         assert f"made.toml{option}\n" in page_of(found, results, tmp_path)
+
+
+def test_what_can_be_told_by_another_metric_is_in_the_answer(tmp_path):
+    arms = {"a": 'set = ["adapt.steps=1"]', "b": 'set = ["adapt.steps=2"]', "c": 'set = ["adapt.steps=3"]'}
+    found = study_of(tmp_path, "compare", arms, 'pass@2", "coverage', "train = false\n")
+    results = []
+    for seed in range(3):
+        for arm in arms:
+            run = solved(arm, seed, 0.5)
+            covered = {f"{i:03d}": float(i < 50 + 30 * (arm == "b")) for i in range(100)}
+            results.append(replace(run, tasks={**run.tasks, "coverage": covered}))
+    said = answer(Outcome(found.study, results))
+    assert said.startswith("**Cannot be told from `a`: `b` (")
+    assert "Better than `a`: `b` (+30.0" in said
+    assert said.endswith(
+        "Solved by any candidate: differences in percentage points with 95% intervals; `a` has 50.0%.**"
+    )
+    assert said.count("Cannot be told") == 1  # what the other metrics cannot tell stands in their tables
