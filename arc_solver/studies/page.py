@@ -8,7 +8,7 @@ import math
 import re
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -25,6 +25,7 @@ from .study import METRICS, Arm, Metric, Study, StudyFile
 from .verdict import EXPONENTS, MOST_SEEDS, Difference, PowerLaw, Spread
 
 VERDICTS = {"better": "Better than", "worse": "Worse than", "cannot tell": "Cannot be told from"}  # and of arms
+TOLD = ("better", "worse")  # verdicts that stand in the answer also by metrics that do not decide
 MOST_LISTED = 3  # arms that cannot be told from the first, with their intervals in the answer; the table has all
 WRONG = 0.05  # how often a verdict is wrong where nothing differs
 
@@ -108,27 +109,30 @@ def answer(outcome: Outcome) -> str:
         spreads = [f"`{name}` {_spread(of, metric)}" for name, of in known.items() if of]
         said = f"{title}, standard deviation over seeds with its 95% interval: {', '.join(spreads) or 'not known yet'}."
         return f"**{' '.join([said, *_reproducible(outcome)])}**"
-    others = [_told(outcome, name, [*VERDICTS][:2]) for name in study.metrics if name != study.decides]
-    decided = _told(outcome, study.decides, [*VERDICTS]) or "Nothing is known yet."
+    decided = _compares(outcome, study.decides, VERDICTS) or "Nothing is known yet."
+    others = [_compares(outcome, name, TOLD) for name in study.metrics if name != study.decides]
     return f"**{' '.join([decided, *filter(None, others)])}**"
 
 
 _POINTS = " in percentage points"
 
 
-def _told(outcome: Outcome, metric_name: str, verdicts: Sequence[str]) -> str:
-    """Of which arms one of these verdicts is true, by one metric, and what its numbers are; empty: of none."""
-    metric, name = METRICS[metric_name], outcome.first.name
-    if not (said := ". ".join(_verdicts(outcome, metric_name, verdicts))):
+def _compares(outcome: Outcome, metric_name: str, verdicts: Iterable[str]) -> str:
+    """The arms of which these verdicts are true, by one metric, and what its numbers are; empty: there are none."""
+    said, first = (
+        ". ".join(_verdicts(outcome, metric_name, verdicts)),
+        outcome.measured(outcome.first.name, metric_name),
+    )
+    if not said or not first:
         return ""
-    first = outcome.measured(name, metric_name)
-    of_first = f"; `{name}` has {metric.says(first.mean)}" if first else ""
+    metric = METRICS[metric_name]
+    of_first = f"; `{outcome.first.name}` has {metric.says(first.mean)}"
     less = ", less is better" * (metric.sign < 0)
     return f"{said}. {_begun(metric.title)}{less}: differences{_POINTS * metric.is_share} with 95% intervals{of_first}."
 
 
-def _verdicts(outcome: Outcome, metric_name: str, verdicts: Sequence[str]) -> Iterator[str]:
-    """Which arms are better than the first, which are worse, and of which that cannot be told."""
+def _verdicts(outcome: Outcome, metric_name: str, verdicts: Iterable[str]) -> Iterator[str]:
+    """Of each of these verdicts, the arms that have it against the first."""
     study, metric, first = outcome.study, METRICS[metric_name], outcome.first.name
     known = {arm.name: outcome.difference(arm.name, metric_name) for arm in study.arms[1:]}
     for verdict in verdicts:
@@ -427,7 +431,9 @@ def _trained(results: Sequence[Result]) -> str:
     if not known:
         return ""
     tokens = sum(about["tokens"] for about in known) / len(known) / 1e6
-    return f"{known[0]['parameters']:,} parameters, {known[0]['steps']:,} steps and {tokens:.2f} million tokens"
+    return (
+        f"{known[0]['parameters']:,} parameters, {counted(known[0]['steps'], 'step')} and {tokens:.2f} million tokens"
+    )
 
 
 def _taken(results: Sequence[Result]) -> str:
