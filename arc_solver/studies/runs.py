@@ -265,9 +265,9 @@ def _train(job: Job, processes: Processes, env: Mapping[str, str]) -> Mapping[st
             words = [_write_settings(out, settings), "--out", str(out), *(["--resume"] if begun else [])]
             processes.call("arc_solver.train", words, out.with_suffix(".log"), held, job.threads, env)
             weights = sha256(out / "model" / "model.safetensors")
-            shutil.rmtree(out / "checkpoints", ignore_errors=True)  # large, and nobody goes on from there
             *_, last = (record["elapsed_s"] for record in read_log(out / "log.jsonl") if "elapsed_s" in record)
             write_json(out / DONE, {"seconds": round(last), "weights": weights})
+        _make_room(out / "checkpoints")
     return read_object(out / DONE)
 
 
@@ -283,9 +283,14 @@ def _solve(job: Job, processes: Processes, env: Mapping[str, str]) -> Mapping[st
             summary = read_object(out / "summary.json")
             if fallen := summary["fallen_back"]:
                 raise MachineError(f"{counted(len(fallen), 'task')} of {out} fell back; see {out.with_suffix('.log')}")
-            shutil.rmtree(out / "adapters", ignore_errors=True)
             write_json(out / DONE, {"seconds": round(summary["seconds"]["whole"])})
+        _make_room(out / "adapters")
     return read_object(out / DONE)
+
+
+def _make_room(folder: Path) -> None:
+    """Deletes what is large and nobody goes on from, of work that is done: killed halfway, it leaves what cannot be."""
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _asked(job: Job) -> dict[str, Any]:

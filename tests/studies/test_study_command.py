@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ from solve_runs import finish, some_tasks
 from toys import write_challenges
 
 from arc_solver.files import is_locked, lock
-from arc_solver.studies.runs import make_job
+from arc_solver.studies.runs import Processes, make_job, perform
 from arc_solver.studies.study import read_study
 
 HEAD = """question = "Does a longer training help?"
@@ -92,6 +93,26 @@ def test_killed_and_continued_it_gives_the_same_page(study, done):
         process = Forked("arc_solver.study", words(study))
     finish(process)
     assert page_of(study) == page_of(done)
+
+
+@pytest.mark.parametrize("large", ["checkpoints", "adapters"])
+def test_killed_while_it_deletes_what_is_large_it_goes_on(study, monkeypatch, large):
+    job = make_job(found := read_study(study), study.parent / "out", found.study.arms[0], 0)
+
+    class Killed(BaseException):
+        pass
+
+    def killed_halfway(folder, **_):
+        if folder.name == large:
+            for file in folder.rglob("*.json"):
+                file.unlink()
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(shutil, "rmtree", killed_halfway)
+        perform(job, Processes(), {})
+    assert perform(job, Processes(), {}).tasks.keys() == {"validation_loss", "pass@1", "pass@2", "coverage"}
+    assert not list((study.parent / "out").glob(f"*/*/{large}"))
 
 
 def wait_for_what_it_left(out: Path) -> None:
