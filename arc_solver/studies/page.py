@@ -324,8 +324,8 @@ def _how(found: StudyFile, outcome: Outcome, history: History) -> Iterator[str]:
     if study.solves:
         for tasks, ids in _sets(results).items():
             yield f"\nThe tasks: {counted(ids, 'task')} of {tasks}; of each the share of its test outputs is counted."
-        on_purpose = " They were trained on, on purpose: what is measured is no score." if study.seen else ""
-        yield f"\nThe leak audit of what was trained on and these tasks: {_listed(results, 'audit')}.{on_purpose}"
+        no_score = " Training on them is part of the question: what is measured is no score." if study.seen else ""
+        yield f"\nThe leak audit of what was trained on and these tasks: {_listed(results, 'audit')}.{no_score}"
     losses = [result.tasks["validation_loss"] for result in results if "validation_loss" in result.tasks]
     if "validation_loss" in study.metrics and (held_out := {*map(len, losses)}):
         counts = " or ".join(map(str, sorted(held_out)))

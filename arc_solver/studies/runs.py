@@ -289,7 +289,7 @@ def _solve(job: Job, processes: Processes, env: Mapping[str, str]) -> Mapping[st
 
 
 def _make_room(folder: Path) -> None:
-    """Deletes what is large and nobody goes on from, of work that is done: killed halfway, it leaves what cannot be."""
+    """Deletes what is large, only after the work was marked as done: from half a checkpoint it could not go on."""
     shutil.rmtree(folder, ignore_errors=True)
 
 

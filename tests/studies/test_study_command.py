@@ -233,7 +233,7 @@ def test_tasks_that_were_trained_on_are_refused_unless_that_is_the_question(stud
     assert "training task" in said and not list((study.parent / "out").glob("trained/*/log.jsonl"))
     study.write_text(f"seen = true\n{study.read_text()}")
     finish(Forked("arc_solver.study", words(study, source)))
-    assert "They were trained on, on purpose: what is measured is no score." in page_of(study)
+    assert "Training on them is part of the question: what is measured is no score." in page_of(study)
 
 
 def test_a_model_that_was_trained_on_the_tasks_is_refused_before_it_is_asked(study):
