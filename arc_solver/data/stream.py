@@ -124,9 +124,10 @@ class SampleStream(Dataset[DrawnSample]):
             " of it in a row were longer: make it larger, or leave the source out"
         )
 
-    def draw_pairs(self, index: int) -> list[Pair]:
-        """The augmented pairs of a task of the first source, before any is dropped for length; a pure function too."""
-        return self._draw(named_rng(self.seed, *self.names, index), 0)[1]
+    def draw_pairs(self, index: int) -> tuple[str, list[Pair]]:
+        """The id of a task of the first source, and augmented pairs of it, before any is dropped for length; a pure
+        function too."""
+        return self._draw(named_rng(self.seed, *self.names, index), 0)
 
     def _draw(self, rng: np.random.Generator, s: int) -> tuple[str, list[Pair]]:
         """A task's id, and augmented pairs of it in random order, before any is dropped for length."""

@@ -30,12 +30,10 @@ class Outcome:
 
     def measured(self, arm: str, metric: str) -> Measured | None:
         """None: no run of that arm has this metric."""
-        found = {seed: result for seed, result in self.by_arm.get(arm, {}).items() if result.value(metric) is not None}
+        found = {seed: result for seed, result in self.by_arm.get(arm, {}).items() if result.tasks.get(metric)}
         if not found:
             return None
-        values = {seed: result.value(metric) or 0.0 for seed, result in found.items()}
-        tasks = {seed: result.tasks[metric] for seed, result in found.items() if metric in result.tasks}
-        return Measured(values, tasks if tasks.keys() == values.keys() else None)
+        return Measured({seed: result.tasks[metric] for seed, result in found.items()})
 
     def spread(self, arm: str, metric: str) -> Spread | None:
         measured = self.measured(arm, metric)

@@ -101,8 +101,7 @@ class Result:
     """What was measured of a run.
 
     Attributes:
-        values: metrics that a run has one value of.
-        tasks: of each metric of tasks the value of each: a loss, or the share of its outputs.
+        tasks: of each metric what it is of each task: a loss, or the share of its outputs that are right.
         seconds: of training and of solving, whoever shared them.
         about: machine, versions, digests of weights, the leak audit.
     """
@@ -110,16 +109,14 @@ class Result:
     arm: str
     seed: int
     key: str
-    values: Mapping[str, float] = field(default_factory=dict)
     tasks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def value(self, metric: str) -> float | None:
         """None: it could not be measured, as where an output was not finite."""
-        if of_tasks := self.tasks.get(metric):
-            return sum(of_tasks.values()) / len(of_tasks)
-        return self.values.get(metric)
+        of_tasks = self.tasks.get(metric)
+        return sum(of_tasks.values()) / len(of_tasks) if of_tasks else None
 
 
 def _digest_of(checkpoint: Path) -> str:
@@ -230,7 +227,6 @@ def perform(job: Job, processes: Processes, env: Mapping[str, str]) -> Result:
         UserError: a command refused its input, or a model was trained on what is measured.
         MachineError: a command failed, or another process works on the run.
     """
-    values: dict[str, float] = {}
     tasks: dict[str, dict[str, float]] = {}
     seconds: dict[str, float] = {}
     about: dict[str, Any] = {"machine": cpu_name(), "threads": job.threads, "commit": git_commit()}
@@ -241,9 +237,9 @@ def perform(job: Job, processes: Processes, env: Mapping[str, str]) -> Result:
     if job.trains:
         done = _train(job, processes, env)
         made = read_json(job.trained / "model" / TRAINING_FILE)
-        values = {"accuracy": made["accuracy"]} if made["accuracy"] is not None else {}
-        if None not in (losses := made["validation_losses"]).values():  # as after a loss that was not finite
-            tasks["validation_loss"] = losses
+        of_training = {"validation_loss": made["validation_losses"], "accuracy": made["accuracies"]}
+        # None stands for what is not finite.
+        tasks |= {name: of for name, of in of_training.items() if of and None not in of.values()}
         seconds["train"] = done["seconds"]
         about |= {name: made[name] for name in ("machine", "torch", "parameters", "tokens", "steps")}
         about |= {"audit_of_training": made["leak_audit"], "weights": done["weights"], "trained": job.trained.name}
@@ -253,7 +249,7 @@ def perform(job: Job, processes: Processes, env: Mapping[str, str]) -> Result:
         answered, said = _measure_answers(job)
         tasks |= answered
         about |= said
-    return Result(job.arm, job.seed, job.key, values, tasks, seconds, about)
+    return Result(job.arm, job.seed, job.key, tasks, seconds, about)
 
 
 def _train(job: Job, processes: Processes, env: Mapping[str, str]) -> Mapping[str, Any]:

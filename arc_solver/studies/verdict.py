@@ -12,7 +12,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from statistics import NormalDist
 
 import numpy as np
@@ -30,15 +30,14 @@ MOST_SEEDS = 200  # of which it is asked whether they would tell
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """A metric of one arm.
+    """A metric of one arm, by seed and task."""
 
-    Attributes:
-        values: by seed.
-        tasks: by seed and task, of which `values` are the means; None: it is one value for a run.
-    """
+    tasks: Mapping[int, Mapping[str, float]]
 
-    values: Mapping[int, float]
-    tasks: Mapping[int, Mapping[str, float]] | None = None
+    @cached_property
+    def values(self) -> Mapping[int, float]:
+        """By seed: the mean over its tasks."""
+        return {seed: sum(of.values()) / len(of) for seed, of in self.tasks.items()}
 
     @property
     def mean(self) -> float:
@@ -113,7 +112,7 @@ class _Luck:
     variance over tasks: it is taken from the latter. Degrees of freedom of their sum are Satterthwaite's.
     """
 
-    changes_T: np.ndarray  # of each task, the mean over seeds; empty: the metric has no tasks
+    changes_T: np.ndarray  # of each task, the mean over seeds; empty: not all seeds have the same
     of_tasks: float  # variance that the tasks alone make
     of_seeds: float  # variance of one seed's difference
     seeds: int
@@ -177,9 +176,7 @@ def _evenly(count: int, degrees: float) -> np.ndarray:
 
 
 def _differences(ours: Measured, first: Measured, seeds: Sequence[int]) -> np.ndarray | None:
-    """By seed and task; None: the metric has no tasks, or runs have different ones."""
-    if not (ours.tasks and first.tasks):
-        return None
+    """By seed and task; None: runs have different ones."""
     pairs = [(ours.tasks[seed], first.tasks[seed]) for seed in seeds]
     names = sorted(pairs[0][0])
     if any(sorted(tasks) != names for pair in pairs for tasks in pair):

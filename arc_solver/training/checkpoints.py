@@ -43,6 +43,7 @@ class Progress:
     validation_loss: float = math.nan
     validation_losses: dict[str, float] = field(default_factory=dict)  # of each held-out task
     accuracy: float = math.nan
+    accuracies: dict[str, float] = field(default_factory=dict)  # of each held-out task that was asked
     counts: dict[str, dict[str, int]] = field(default_factory=dict)  # what became of each source's samples
 
 

@@ -232,6 +232,7 @@ def describe(run: Run) -> dict[str, Any]:
         "validation_loss": _rounded(progress.validation_loss),
         "validation_losses": {task: _rounded(loss) for task, loss in progress.validation_losses.items()},
         "accuracy": _rounded(progress.accuracy),
+        "accuracies": {task: _rounded(share) for task, share in progress.accuracies.items()},
         "sources": {label: {**_about_source(run, label), **counts} for label, counts in progress.counts.items()},
         "leak_audit": _audited(run.corpus, run.config, run.model.trained_on),
         "left_out": _left_out(run.corpus, run.config),

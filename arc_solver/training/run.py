@@ -39,7 +39,7 @@ from ..rng import named_rng
 from ..waiting import Reporter, Wait, waiting
 from .checkpoints import Progress, save_checkpoint
 from .parallel import ParallelContext
-from .validate import Question, accuracy, accuracy_prompts, validation_batches, validation_loss
+from .validate import HeldOutMean, Question, accuracy, accuracy_prompts, validation_batches, validation_loss
 
 REFUSING_S = 10.0  # without a word where no row is seen, while a run may yet be refused: that is one sentence
 
@@ -162,18 +162,19 @@ class Run:
             asked = f"answering {len(self.validation.questions)} questions"
             with self.clock.measuring("answers"), waiting(self.say, asked) as wait, self.parallel.autocast():
                 right = self._accuracy(wait)
-            if math.isnan(right):
+            if right is None:
                 self.say("generated answers were cut short, and are not counted")
             else:
-                self.progress.accuracy = measured["accuracy"] = right
+                self.progress.accuracy = measured["accuracy"] = right.value
+                self.progress.accuracies = dict(right.by_task)
         return measured
 
     def _losses_of(self, batch: Batch) -> Tensor:
         through = self.average.module if self.average else self.module
         return packed_loss(self.result, batch, partial(self.result.logits, through=through), reduction="none")
 
-    def _accuracy(self, wait: Wait) -> float:
-        """Has the time for which there is room, as replies may be long: NaN if that is too short. Shards never part."""
+    def _accuracy(self, wait: Wait) -> HeldOutMean | None:
+        """Has the time that there is room for, as replies may be long: None if it is too short. Shards never part."""
         limited = self.clock.limited and not self.parallel.shards
         deadline = time.monotonic() + SPARE * self.clock.end_s["answers"] if limited else math.inf
         alone = self.parallel.processes == 1

@@ -8,6 +8,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +20,13 @@ from ..decoding import TorchEngine
 from ..models import Model
 from ..puzzles import IGNORE, Grid, Labels, Malformed, Prompt, decode_reply, encode_prompt, same_grid
 
-Question = tuple[Prompt, Grid]  # and its answer
+
+class Question(NamedTuple):
+    """A prompt that ends where its answer begins, and of which task it is."""
+
+    task: str
+    prompt: Prompt
+    answer: Grid
 
 
 def _stream(
@@ -49,26 +56,26 @@ def accuracy_prompts(partition: Partition, corpus: CorpusConfig, format: FormatC
     stream = _stream(partition, corpus, format, "questions", "last")
     asked = []
     for i in range(partition.config.accuracy_prompts):
-        *pairs, last = stream.draw_pairs(i)
+        task, (*pairs, last) = stream.draw_pairs(i)
         while len(pairs) > 1 and len(encode_prompt(pairs, last.input, format)) > corpus.max_tokens:
             pairs.pop()
-        asked.append((encode_prompt(pairs, last.input, format), last.output))
+        asked.append(Question(task, encode_prompt(pairs, last.input, format), last.output))
     return asked
 
 
 @dataclass(frozen=True)
-class ValidationLoss:
-    """Mean cross entropy of target ids, in nats."""
+class HeldOutMean:
+    """A mean over all that was asked of the held-out tasks: over target ids, or over questions."""
 
-    value: float  # of all
-    by_task: Mapping[str, float]  # of those of each task
+    value: float
+    by_task: Mapping[str, float]  # over those of each task
 
 
 @torch.no_grad()
 def validation_loss(
     losses_of: Callable[[Batch], Tensor], batches: Iterable[Batch], tasks: Sequence[str]
-) -> ValidationLoss:
-    """The same however the samples are packed.
+) -> HeldOutMean:
+    """Cross entropy of target ids, in nats; the same however the samples are packed.
 
     Args:
         losses_of: of a batch of T ids those of all but its first, [T - 1]; 0 where there is no target.
@@ -87,13 +94,13 @@ def validation_loss(
                 nats[task] += float(losses_L.sum())
                 targets[task] += count
     by_task = {task: nats[task] / targets[task] for task in sorted(nats)}
-    return ValidationLoss(sum(nats.values()) / targets.total(), by_task)
+    return HeldOutMean(sum(nats.values()) / targets.total(), by_task)
 
 
 def accuracy(
     model: Model, asked: Sequence[Question], batch_tokens: int, is_over: Callable[[], bool] = lambda: False
-) -> float:
-    """Share of the questions that greedy decoding answers exactly; NaN if `is_over`, asked at every step, cut it."""
+) -> HeldOutMean | None:
+    """Share of the questions that greedy decoding answers exactly; None if `is_over`, asked at every step, cut it."""
     trains = model.lm.training
     model.lm.eval()
     engine = TorchEngine(model, batch_tokens)
@@ -104,14 +111,15 @@ def accuracy(
 
     engine.on_step = look
     try:
-        with engine.open_session([prompt for prompt, _ in asked], [None] * len(asked)) as session:
+        with engine.open_session([question.prompt for question in asked], [None] * len(asked)) as session:
             replies = session.generate(range(len(asked)))
     finally:
         model.lm.train(trains)
     if is_over():
-        return math.nan
-    right = 0
-    for reply, (_, answer) in zip(replies, asked, strict=True):
+        return None
+    right: defaultdict[str, list[bool]] = defaultdict(list)
+    for reply, question in zip(replies, asked, strict=True):
         grid = decode_reply(reply.ids, model.format)
-        right += not isinstance(grid, Malformed) and same_grid(grid, answer)
-    return right / len(asked)
+        right[question.task].append(not isinstance(grid, Malformed) and same_grid(grid, question.answer))
+    by_task = {task: sum(of) / len(of) for task, of in sorted(right.items())}
+    return HeldOutMean(sum(map(sum, right.values())) / len(asked), by_task)

@@ -253,7 +253,7 @@ def test_problem_augmentation_has_its_share(tmp_path, share):
     samples = stream([pairs_of(file, problem_augmentation=share)])
     count, changed = 500, 0
     for i in range(count):
-        sizes = {(pair.input.shape, pair.output.shape) for pair in samples.draw_pairs(i)}
+        sizes = {(pair.input.shape, pair.output.shape) for pair in samples.draw_pairs(i)[1]}
         assert len(sizes) == 1, "one change for all pairs of a task"
         (size,) = sizes
         assert size[0] == (3, 3) or size[1] == (2, 2), "of its inputs or of its outputs"
@@ -267,7 +267,7 @@ def test_problem_augmentation_0_leaves_a_task_as_it_is(small):
     tasks = {task_id: {_signature(p["input"], p["output"]) for p in pairs} for task_id, pairs in raw.items()}
     samples = stream([pairs_of(small)])
     for i in range(200):
-        drawn = {_signature(pair.input, pair.output) for pair in samples.draw_pairs(i)}
+        drawn = {_signature(pair.input, pair.output) for pair in samples.draw_pairs(i)[1]}
         assert any(drawn <= own for own in tasks.values())
 
 
@@ -277,7 +277,7 @@ def test_a_sample_is_augmented_by_the_kinds_that_are_asked_for(large, kinds):
     tasks = {task_id: [_whole(p["input"]) for p in pairs] for task_id, pairs in json.loads(large.read_text()).items()}
     turned = {_whole(grid): _whole(own) for pairs in tasks.values() for own in pairs for grid in _turns(np.array(own))}
     samples = stream([pairs_of(large)], augment=kinds)
-    drawn = [[_whole(pair.input) for pair in samples.draw_pairs(i)] for i in range(40)]
+    drawn = [[_whole(pair.input) for pair in samples.draw_pairs(i)[1]] for i in range(40)]
     grids = [grid for pairs in drawn for grid in pairs]
     assert all(grid in turned for grid in grids) == ("colours" not in kinds)
     assert all(turned.get(grid) == grid for grid in grids) == (not {"geometry", "colours"} & {*kinds})

@@ -35,7 +35,7 @@ def found(tmp_path):
 
 def made_up(job, processes=None, env=None) -> Result:
     value = 1.0 + float(np.random.default_rng(job.seed + 1).normal(0, SPREADS[job.arm]))
-    return Result(job.arm, job.seed, job.key, {"validation_loss": value}, {}, {"train": 60.0}, {})
+    return Result(job.arm, job.seed, job.key, {"validation_loss": {"a": value}}, {"train": 60.0})
 
 
 def do(plan, perform=made_up, count=1) -> list[tuple[str, int]]:

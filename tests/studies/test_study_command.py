@@ -270,8 +270,9 @@ def test_an_adapter_that_was_trained_is_merged_or_continued(study, done):
     assert models == {(str(trained.parent / "model"), ""), (str(base), str(trained.parent / "adapter"))}
 
 
-def test_the_same_settings_again_leave_the_same_weights(study):
-    head = study.read_text().partition("[[arms]]")[0].replace(', "pass@2"', "")
+def test_the_same_settings_again_leave_the_same_weights_and_give_the_same_answers(study):
+    head = study.read_text().partition("[[arms]]")[0].replace('"pass@2"', '"accuracy"')
+    head = head.replace('"adapt.steps=4"', '"validation.accuracy_every=6", "validation.accuracy_prompts=4"')
     arms = {"once": "", "again": "again = true\n", "weights": 'vary = ["model.seed"]\n'}
     study.write_text(f'kind = "spread"\n{head}' + "".join(f'[[arms]]\nname = "{n}"\n{of}' for n, of in arms.items()))
     finish(Forked("arc_solver.study", words(study)))
@@ -279,6 +280,8 @@ def test_the_same_settings_again_leave_the_same_weights(study):
     results = [json.loads(file.read_text()) for file in (study.parent / "out" / "results").iterdir()]
     weights = {(r["arm"], r["seed"]): r["about"]["weights"] for r in results}
     assert len({*weights.values()}) == 3 and weights["once", 0] == weights["weights", 0]
+    assert all(1 <= len(r["tasks"]["accuracy"]) <= 4 and not sum(r["tasks"]["accuracy"].values()) for r in results)
+    assert "Answers generated to held-out tasks that are right (`accuracy`)" in page_of(study)
 
 
 def test_on_ray_the_results_are_the_same(study, done):
@@ -286,4 +289,5 @@ def test_on_ray_the_results_are_the_same(study, done):
     finish(Forked("arc_solver.study", words(study, "--executor", "ray")))
     for file in (study.parent / "out" / "results").iterdir():
         ours, theirs = (json.loads((of.parent / "out" / "results" / file.name).read_text()) for of in (study, done))
-        assert ours["values"] == theirs["values"] and ours["about"]["weights"] == theirs["about"]["weights"]
+        assert ours["tasks"]["validation_loss"] == theirs["tasks"]["validation_loss"]
+        assert ours["about"]["weights"] == theirs["about"]["weights"]

@@ -22,7 +22,7 @@ def study_of(tmp_path, kind: str, arms: dict[str, str], metric: str, more: str =
 
 def solved(arm: str, seed: int, share: float, **about) -> Result:
     tasks = {f"{i:03d}": float(i < 100 * share) for i in range(100)}
-    return Result(arm, seed, "", {}, {"pass@2": tasks}, {"solve": 60.0}, about)
+    return Result(arm, seed, "", {"pass@2": tasks}, {"solve": 60.0}, about)
 
 
 def page_of(found, results, tmp_path) -> str:
@@ -57,7 +57,7 @@ def test_arms_that_cannot_be_told_are_named_together_if_they_are_many(tmp_path):
 def test_a_power_law_is_written_out(tmp_path, values, said):
     arms = {f"{x}": f'x = {x}\nset = ["train.steps={x}"]' for x in values}
     found = study_of(tmp_path, "scaling", arms, "validation_loss", 'axis = "number of rules"\n')
-    results = [Result(f"{x}", 0, "", {"validation_loss": y}) for x, y in values.items()]
+    results = [Result(f"{x}", 0, "", {"validation_loss": {"a": y}}) for x, y in values.items()]
     assert said in answer(Outcome(found.study, results))
 
 
@@ -65,7 +65,7 @@ def test_an_exponent_of_which_nothing_is_known_has_no_interval(tmp_path):
     arms = {f"{x}": f'x = {x}\nset = ["train.steps={x}"]' for x in (1, 2, 4)}
     found = study_of(tmp_path, "scaling", arms, "validation_loss")
     noise = {(1, 0): 1.0, (1, 1): 2.0, (2, 0): 1.9, (2, 1): 1.0, (4, 0): 2.1, (4, 1): 0.9}
-    results = [Result(f"{x}", seed, "", {"validation_loss": y}) for (x, seed), y in noise.items()]
+    results = [Result(f"{x}", seed, "", {"validation_loss": {"a": y}}) for (x, seed), y in noise.items()]
     assert "p is not known (any fits)" in answer(Outcome(found.study, results))
 
 

@@ -558,7 +558,7 @@ def fixed_sets(config):
     partition = make_corpus(config).partition
     fixed = validation_batches(partition, config.corpus, config.format, "all-but-first", 512)
     asked = accuracy_prompts(partition, config.corpus, config.format)
-    return [b.ids_T.tolist() for b in fixed[0]], [(p.ids_T.tolist(), g.tolist()) for p, g in asked]
+    return [b.ids_T.tolist() for b in fixed[0]], [(task, p.ids_T.tolist(), g.tolist()) for task, p, g in asked]
 
 
 def test_accuracy_counts_exact_answers(monkeypatch):
@@ -569,14 +569,19 @@ def test_accuracy_counts_exact_answers(monkeypatch):
     config = small(validation={"accuracy_prompts": 4})
     model = new_model(TOY, config.format, seed=0)
     asked = accuracy_prompts(make_corpus(config).partition, config.corpus, config.format)
-    replies = [Reply(tuple(encode_reply(answer, config.format).tolist()), 0.0) for _, answer in asked]
+    replies = [Reply(tuple(encode_reply(answer, config.format).tolist()), 0.0) for *_, answer in asked]
     replies[1] = Reply(replies[1].ids[:-1], 0.0)  # no end
     replies[2] = Reply(tuple((i + 1) % 10 if i < 10 else i for i in replies[2].ids), 0.0)  # other colours
     monkeypatch.setattr(
         "arc_solver.decoding.torch_engine.TorchSession.generate", lambda self, rows: [replies[i] for i in rows]
     )
-    assert accuracy(model, asked, 1000) == 0.5
-    assert math.isnan(accuracy(model, asked, 1000, lambda: True))  # cut short, they tell nothing
+    found = accuracy(model, asked, 1000)
+    assert found.value == 0.5
+    of_task = {
+        task: [right for (of, *_), right in zip(asked, (1, 0, 0, 1), strict=True) if of == task] for task, *_ in asked
+    }
+    assert found.by_task == {task: sum(right) / len(right) for task, right in of_task.items()}
+    assert accuracy(model, asked, 1000, lambda: True) is None  # cut short, they tell nothing
     assert model.lm.training
 
 
