@@ -5,7 +5,6 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from rich.table import Table
 
 from ..command import Parser, as_called, require_new_dir, user_path
 from ..config import AuditConfig, TasksConfig, ValidationConfig
-from ..errors import MachineError, UserError, counted
+from ..errors import MachineError, UserError, counted, meant
 from ..files import sha256
 from ..puzzles import Pair, TaskSet, load_tasks
 from ..puzzles.task_files import BUILT_IN
@@ -110,9 +109,7 @@ def _get(args: argparse.Namespace) -> int:
     if args.name not in PUBLISHED:
         if args.name in BUILT_IN:
             raise UserError(f"{args.name} comes with arc_solver: give it to --tasks")
-        near = get_close_matches(args.name.lower(), PUBLISHED, 1)
-        maybe = f"did you mean {near[0]}? " if near else ""
-        raise UserError(f"there is no set {args.name!r}: {maybe}bin/data get knows {', '.join(PUBLISHED)}")
+        raise UserError(f"there is no set {args.name!r} to get; {meant(args.name.lower(), [*PUBLISHED])}")
     if not args.mirror.startswith(("https://", "http://")):
         raise UserError(f"--mirror {args.mirror}: give an address that begins with https:// or http://")
     if args.out.exists() and not args.out.is_dir():

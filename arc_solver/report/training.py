@@ -56,6 +56,7 @@ class TrainingFacts:
 
 
 def is_training(folder: Path) -> bool:
+    """Whether a training began there; a run directory of bin/solve has a config.json too."""
     return (folder / "config.json").is_file() and (folder / "partition").is_dir()
 
 

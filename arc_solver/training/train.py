@@ -30,6 +30,7 @@ from ..errors import MachineError, UserError, counted
 from ..files import write_json
 from ..models import packed_loss
 from ..models.model import recompute_activations
+from ..report.training import is_training
 from ..report.writer import pages_of_training
 from ..waiting import Reporter, waiting
 from .card import TRAINING_FILE
@@ -159,21 +160,16 @@ def _begin(config: Config, corpus: Corpus, out_dir: Path, parallel: ParallelCont
 def _where_to_begin(config: Config, out_dir: Path, resume: bool) -> Path | None:
     """The checkpoint that a run continues from, if it does."""
     checkpoint = latest_checkpoint(out_dir) if resume else None
-    if resume and not _is_run(out_dir):
+    if resume and not is_training(out_dir):
         what = f"{out_dir} holds no training run to resume" if out_dir.exists() else f"there is no folder {out_dir}"
         raise UserError(f"{what}: give the --out that the run was started with, or leave --resume out to start one")
-    if not resume and _is_run(out_dir):
+    if not resume and is_training(out_dir):
         raise UserError(f"{out_dir} holds a training run: give another --out, or --resume to continue it")
     if not resume:
         require_new_dir(out_dir)
     if resume:  # one that was ended before its first checkpoint begins anew
         _check_same_config(config, out_dir / "config.json")
     return checkpoint
-
-
-def _is_run(folder: Path) -> bool:
-    """Whether a training run began there; a run directory of bin/solve has a config.json too."""
-    return (folder / "config.json").is_file() and (folder / "partition").is_dir()
 
 
 def _check_same_config(config: Config, file: Path) -> None:
