@@ -154,6 +154,7 @@ def _claim(found: StudyFile, out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file: give a folder")
     if not file.exists():
+        file.with_name(f"{file.name}.part").unlink(missing_ok=True)  # a call that was killed as it wrote it
         require_new_dir(out)
         try:
             out.mkdir(parents=True, exist_ok=True)

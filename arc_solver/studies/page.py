@@ -178,12 +178,12 @@ def _exponent(law: PowerLaw) -> str:
 def _reproducible(outcome: Outcome) -> Iterator[str]:
     """Whether runs with the same settings and seed left the same weights."""
     same = different = 0
-    for one, other in combinations(outcome.study.arms, 2):
+    for one, other in combinations(outcome.study.arms if outcome.study.train else (), 2):
         if (one.set, one.vary) == (other.set, other.vary) and one.again != other.again:
             ours, theirs = (outcome.by_arm.get(arm.name, {}) for arm in (one, other))
             for seed in ours.keys() & theirs.keys():
-                equal = ours[seed].about.get("weights") == theirs[seed].about.get("weights")
-                same, different = same + equal, different + (not equal)
+                weights = [of[seed].about["weights"] for of in (ours, theirs)]
+                same, different = same + (weights[0] == weights[1]), different + (weights[0] != weights[1])
     if same or different:
         pairs = counted(same + different, "pair")
         yield f"Of {pairs} of runs with the same seed, {same} left the same weights, bit for bit."
@@ -194,7 +194,7 @@ def _interval(difference: Difference, metric: Metric) -> str:
     if math.isnan(difference.low):
         return f"{value}, one seed"
     if difference.low == difference.high:
-        return f"{value} in all seeds and tasks"
+        return f"{value} in all seeds"
     ends = f"{metric.says(difference.low, signed=True)} to {metric.says(difference.high, signed=True)}"
     return f"{value}, {ends}"
 
@@ -278,7 +278,7 @@ def _draw(found: StudyFile, outcome: Outcome, study_dir: Path, folder: Path) -> 
     if study.kind == "scaling" and (law := outcome.power_law):
         name = f"{found.name}-law.svg"
         far = (10 * max(outcome.points), *law.ten_times)
-        power_law_chart(outcome.points, law.at, far, (study.axis, metric.title), folder / name)
+        power_law_chart(outcome.points, law.at, far, (study.axis, _of_law(study)), folder / name)
         drawn[name] = "The runs, the power law through them, and what it says of ten times more"
     if study.train and (curves := _loss_curves(outcome, study_dir)):
         name = f"{found.name}-loss.svg"
@@ -312,9 +312,11 @@ def _how(found: StudyFile, outcome: Outcome, history: History) -> Iterator[str]:
     if found.hours:
         options = ["--hours", f"{found.hours:g}"]
     yield f"    bin/study {shlex.join([found.file.as_posix(), *options, *found.overrides])}\n"
-    base = [f"`{word}`" for word in (*study.set, *found.overrides)]
-    config = f"`{study.config}`" if study.config else "the defaults"
-    yield f"All arms have {config}{' and ' if base else ''}{', '.join(base)}."
+    last_words = {word.partition("=")[0]: f"`{word}`" for word in (*study.set, *found.overrides)}
+    base = f" and {', '.join(last_words.values())}" if last_words else ""
+    own = {word.partition("=")[0] for arm in study.arms for word in arm.set}
+    unless = ", unless their own settings say otherwise" if own & last_words.keys() else ""
+    yield f"All arms have {f'`{study.config}`' if study.config else 'the defaults'}{base}{unless}."
     if found.base:
         settings = flat(load_config(found.base).model_dump(mode="json", exclude_defaults=True, exclude={"stages"}))
         listed = ", ".join(f"`{key}={json.dumps(value)}`" for key, value in settings.items())

@@ -27,17 +27,18 @@ from ..answers.revote import read_run, select
 from ..config import Config
 from ..data import leak_audit, read_training_data
 from ..errors import MachineError, UserError, counted
-from ..files import git_commit, is_locked, lock, sha256, write_json
+from ..files import git_commit, is_locked, lock, sha256, sync_folder, write_json
 from ..models import checkpoint_dir, cpu_name
 from ..puzzles import TaskSet, read_json, read_object
 from ..report.collect import read_log
+from ..report.training import is_training
 from ..training.card import TRAINING_FILE
 from .study import Arm, StudyFile
 
 # Sections of the settings that a training depends on, and a run of bin/solve besides.
 TRAINS = ("format", "model", "lora", "corpus", "validation", "audit", "train", "stages")
 SOLVES = ("tasks", "adapt", "engine", "predict")
-JOINT = ("lora", "train")  # of the joint stage of bin/solve, if there is one
+MODEL = ("path", "adapter", "seed", "quantize")  # what bin/solve knows of a model
 LOOK_S = 0.3  # between two looks at a lock
 DONE = "done.json"  # in a folder whose work is done: what it took
 
@@ -64,8 +65,8 @@ class Job:
 
     @property
     def solve_key(self) -> str:
-        """What tells this run of bin/solve from others."""
-        return self._digest((*TRAINS, *SOLVES) if self.trains else ("model", *JOINT, *SOLVES))
+        """What tells this run of bin/solve from others; "" where none is asked for."""
+        return self._digest((*TRAINS, *SOLVES) if self.trains else SOLVES) if self.solves else ""
 
     @property
     def undone(self) -> set[Path]:
@@ -83,17 +84,29 @@ class Job:
 
     @property
     def key(self) -> str:
-        """What tells its result from that of other settings."""
-        return self._digest((*TRAINS, *SOLVES, "vote"))
+        """What tells its result from that of other settings, as far as it depends on them."""
+        vote = self.config.vote.model_dump(mode="json") if self.solves else None
+        return _hashed([self.train_key, self.solve_key, vote])
 
     def _digest(self, sections: tuple[str, ...]) -> str:
         content = self.config.model_dump(mode="json")
-        if self.trains and content["model"]["seed"] is None:  # it is the run's then
+        if content["model"]["seed"] is None:  # it is the run's then
             content["model"]["seed"] = self.config.run.seed
-        parts = [self.config.run.seed, self.again, [content[name] for name in sections]]
-        if not self.trains:  # another model may have come to the same place
-            parts.append(_digest_of(checkpoint_dir(self.config.model.path)))
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+        parts = [content[name] for name in sections]
+        if not self.trains:
+            parts.append({name: content["model"][name] for name in MODEL})
+            parts.append(content["lora"] if self.config.adapt.joint else None)
+        return _hashed([self.config.run.seed, self.again, parts, self._files(sections)])
+
+    def _files(self, sections: tuple[str, ...]) -> list[str]:
+        """Digests of the files that these sections name: others may have come to the same place."""
+        config = self.config
+        named = [config.model.path if self.trains else str(checkpoint_dir(config.model.path)), config.model.adapter]
+        if self.trains:
+            named += [source.path for stage in config.stages for source in stage.corpus.sources]
+        if "tasks" in sections:
+            named += [config.tasks.spec, config.tasks.solutions]
+        return [_digest_of(Path(name)) for name in named if name]
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,10 +132,16 @@ class Result:
         return sum(of_tasks.values()) / len(of_tasks) if of_tasks else None
 
 
-def _digest_of(checkpoint: Path) -> str:
-    """Of its weights; "" if they are not in one file."""
-    file = checkpoint / "model.safetensors"
-    return _sha256(file, file.stat().st_mtime_ns)[:16] if file.is_file() else ""
+def _hashed(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _digest_of(path: Path) -> str:
+    """Of a file, or of the weights that are in a folder; "" if there are none."""
+    if path.is_file():
+        return _sha256(path, path.stat().st_mtime_ns)[:16]
+    digests = [_digest_of(file) for file in sorted(path.glob("*.safetensors"))]
+    return digests[0] if len(digests) == 1 else _hashed(digests) if digests else ""
 
 
 @cache
@@ -210,11 +229,11 @@ class Processes:
             raise MachineError(f"it ended with exit code {code}: {last.removeprefix('error: ')}; see {log}")
 
     def end(self) -> None:
-        """Has all end as after Ctrl-C, which saves what they have done."""
+        """Has all end as after Ctrl-C, which saves what they have done, but which a script may have them ignore."""
         with self._changing:
             self.is_ending = True
             for process in self._running:
-                process.send_signal(signal.SIGINT)
+                process.send_signal(signal.SIGTERM)
 
 
 def perform(job: Job, processes: Processes, env: Mapping[str, str]) -> Result:
@@ -257,10 +276,10 @@ def _train(job: Job, processes: Processes, env: Mapping[str, str]) -> Mapping[st
     with _alone(out, processes) as held:
         if not (out / DONE).exists():
             settings = _settings(job, TRAINS)
-            begun = (out / "partition").is_dir()
-            words = [_write_settings(out, settings), "--out", str(out), *(["--resume"] if begun else [])]
+            words = [_write_settings(out, settings), "--out", str(out), *(["--resume"] if is_training(out) else [])]
             processes.call("arc_solver.train", words, out.with_suffix(".log"), held, job.threads, env)
             weights = sha256(out / "model" / "model.safetensors")
+            sync_folder(out)  # what is marked as done is there, even after a power cut
             *_, last = (record["elapsed_s"] for record in read_log(out / "log.jsonl") if "elapsed_s" in record)
             write_json(out / DONE, {"seconds": round(last), "weights": weights})
         _make_room(out / "checkpoints")
@@ -271,17 +290,24 @@ def _solve(job: Job, processes: Processes, env: Mapping[str, str]) -> Mapping[st
     out = job.solved
     with _alone(out, processes) as held:
         if not (out / DONE).exists():
-            settings = _settings(job, (*SOLVES, *JOINT))
+            settings = _settings(job, (*SOLVES, "lora"))
             settings["model"] = _asked(job)
             settings["run"] |= {"show": 0, "workers": job.config.run.workers or job.threads}
             words = [_write_settings(out, settings), "--out", str(out)]
+            _forget_fallbacks(out)
             processes.call("arc_solver.solve", words, out.with_suffix(".log"), held, job.threads, env)
+            sync_folder(out)
             summary = read_object(out / "summary.json")
-            if fallen := summary["fallen_back"]:
-                raise MachineError(f"{counted(len(fallen), 'task')} of {out} fell back; see {out.with_suffix('.log')}")
             write_json(out / DONE, {"seconds": round(summary["seconds"]["whole"])})
         _make_room(out / "adapters")
     return read_object(out / DONE)
+
+
+def _forget_fallbacks(out: Path) -> None:
+    """A task that got no answer of its adapted model, for which a run ends with exit code 3, is tried again."""
+    for file in out.glob("tasks/*.json"):
+        if read_object(file).get("fallback"):
+            file.unlink()
 
 
 def _make_room(folder: Path) -> None:
@@ -293,7 +319,7 @@ def _asked(job: Job) -> dict[str, Any]:
     """The settings of the model that solves."""
     given = job.config.model
     if not job.trains:
-        return {"path": given.path, "adapter": given.adapter, "seed": given.seed}
+        return {name: getattr(given, name) for name in MODEL}
     if job.config.adapt.start == "pretrained":  # what was trained is continued, on what it was trained for
         return {"path": given.path, "adapter": str(job.trained / "adapter")}
     return {"path": str(job.trained / "model"), "adapter": ""}
@@ -341,6 +367,9 @@ _ours: defaultdict[Path, threading.Lock] = defaultdict(threading.Lock)
 def _measure_answers(job: Job) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
     """Of each metric the share of each task's outputs that is right; and what the tasks are."""
     run = read_run(job.solved, [f"vote.{key}={json.dumps(value)}" for key, value in job.config.vote])
+    if run.missing:
+        (job.solved / DONE).unlink()
+        raise MachineError(f"the answers to {counted(run.missing, 'task')} of {job.solved} were lost")
     solutions = run.task_set.solutions
     if not solutions:
         raise UserError(f"no solution of {job.config.tasks.spec} is known: give tasks.solutions, or other tasks")

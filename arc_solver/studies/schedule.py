@@ -63,6 +63,8 @@ class LocalRunner:
             return job, done.result()
         except (UserError, MachineError) as error:
             return job, error
+        except OSError as error:
+            return job, MachineError(first_line(error))
 
     def end(self) -> None:
         self._processes.end()
@@ -104,7 +106,11 @@ class RayRunner:
             return job, self._ray.get(done)
         except (UserError, MachineError) as error:  # as what Ray raises is of both types
             return job, error
-        except self._ray.exceptions.RayActorError as error:
+        except self._ray.exceptions.RayTaskError as error:
+            if isinstance(error, OSError):
+                return job, MachineError(first_line(error))
+            raise  # our own mistake
+        except self._ray.exceptions.RayError as error:  # the process or its machine ended
             return job, MachineError(first_line(error))
 
     def end(self) -> None:

@@ -55,6 +55,7 @@ METRICS = {
     "pass@2": Metric("solved by two attempts", is_share=True, is_solved=True),
     "coverage": Metric("solved by any candidate", is_share=True, is_solved=True),
 }
+RUN_SETTINGS = ("run.seed", "run.device", "run.workers")  # that a study gives on to its runs
 Name = Annotated[str, Field(min_length=1, max_length=80, pattern=r"^[^|`/\x00-\x1f]+$")]  # of an arm, and of its files
 Line = Annotated[str, Field(min_length=1, pattern=r"^[^\r\n]+$")]  # of a page
 MetricName = Literal["validation_loss", "accuracy", "pass@1", "pass@2", "coverage"]
@@ -187,8 +188,33 @@ def read_study(
         raise UserError(f"study {file}: {_explained(error)}") from None
     asked = study if seeds is None else study.model_copy(update={"seeds": seeds})
     found = StudyFile(file.stem, file, asked, tuple(overrides), study.seeds, hours)
-    _require_alike(found, [found.config(arm, 0) for arm in study.arms])
+    configs = [found.config(arm, 0) for arm in study.arms]
+    _require_effect(found)
+    _require_trained(found, configs)
+    _require_alike(found, configs)
     return found
+
+
+def _require_effect(found: StudyFile) -> None:
+    """Refuses settings of how a run is done that a study gives its runs itself."""
+    for word in (*found.study.set, *found.overrides, *(word for arm in found.study.arms for word in arm.set)):
+        key = word.partition("=")[0]
+        if key.startswith("run.") and key not in RUN_SETTINGS:
+            raise UserError(f"{key} is not for a study, whose runs are done whole: leave {word} out")
+
+
+def _require_trained(found: StudyFile, configs: Sequence[Config]) -> None:
+    """Refuses trainings that do not leave what is measured."""
+    for arm, config in zip(found.study.arms if found.study.train else (), configs, strict=False):
+        lora = config.lora
+        if lora.enabled and lora.save == "adapter":
+            raise UserError(f"{found.file}, arm '{arm.name}': a study measures models: set lora.save to both or merged")
+        is_continued = found.study.solves and config.adapt.start == "pretrained"
+        if is_continued and not (lora.enabled and lora.save == "both"):
+            raise UserError(
+                f"{found.file}, arm '{arm.name}': adapt.start=pretrained continues the adapter that was trained: set"
+                " lora.enabled=true and lora.save=both"
+            )
 
 
 def _require_alike(found: StudyFile, configs: Sequence[Config]) -> None:

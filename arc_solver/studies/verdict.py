@@ -24,6 +24,7 @@ GRID = 20_000  # points of a density
 NORMAL = NormalDist()
 FOLLOWS = 4.0  # times the variance that seeds leave: points that are no farther from a law follow it
 EXPONENTS = (0.02, 4.0)  # among which that of a power law is sought
+NOTHING = 1e-18  # a variance that is only rounding
 SURE = (2.5, 97.5)  # percent: the ends of an interval
 MOST_SEEDS = 200  # of which it is asked whether they would tell
 
@@ -130,7 +131,11 @@ class _Luck:
         changes_T = table_ST.mean(0)
         # Two seeds know too little of what a seed and a task have together.
         both = 0.0 if shares_luck or len(seeds) < 3 else _residual_variance(table_ST) / len(seeds)
-        return _Luck(changes_T, max(0.0, float(np.var(changes_T)) - both) / len(changes_T), of_seeds, len(seeds))
+        of_means = float(np.var(changes_T))
+        of_tasks = max(0.0, of_means - both)
+        if not of_tasks and of_seeds < NOTHING:  # as of a task in each seed, another one each time: that is luck too
+            of_tasks = of_means
+        return _Luck(changes_T, of_tasks / len(changes_T), of_seeds, len(seeds))
 
     def draws(self, value: float) -> np.ndarray:
         """What the difference might have been with other tasks and seeds."""

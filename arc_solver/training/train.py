@@ -49,6 +49,7 @@ from .parallel import CompileDecision, ParallelContext, compiled, decide_compile
 from .report import Plan, describe, estimate_closing_times, save_results, show_plan
 from .run import REFUSING_S, Interrupts, Run, make_validation, stage_stream, start_model
 
+BEGINNING = "beginning"  # a file of a run whose folder is being made
 MOST_SHOWN = 100  # characters of two values in a message
 
 
@@ -146,15 +147,18 @@ def train(
 
 
 def _begin(config: Config, corpus: Corpus, out_dir: Path, parallel: ParallelContext) -> None:
-    """Makes the run's folder. From here on it can be resumed."""
-    if not parallel.is_main or (out_dir / "config.json").exists():
+    """Makes the run's folder. From here on it can be resumed; killed in here, it is begun anew."""
+    if not parallel.is_main:
         return
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out_dir} cannot be made ({error.strerror}): give another folder") from None
-    write_partition(corpus.partition, out_dir / "partition")
-    write_json(out_dir / "config.json", config.model_dump(mode="json"))
+    if not (out_dir / "config.json").exists():
+        try:
+            out_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {out_dir} cannot be made ({error.strerror}): give another folder") from None
+        (out_dir / BEGINNING).touch()
+        write_partition(corpus.partition, out_dir / "partition")
+        write_json(out_dir / "config.json", config.model_dump(mode="json"))
+    (out_dir / BEGINNING).unlink(missing_ok=True)
 
 
 def _where_to_begin(config: Config, out_dir: Path, resume: bool) -> Path | None:
@@ -165,7 +169,7 @@ def _where_to_begin(config: Config, out_dir: Path, resume: bool) -> Path | None:
         raise UserError(f"{what}: give the --out that the run was started with, or leave --resume out to start one")
     if not resume and is_training(out_dir):
         raise UserError(f"{out_dir} holds a training run: give another --out, or --resume to continue it")
-    if not resume:
+    if not resume and not (out_dir / BEGINNING).exists():
         require_new_dir(out_dir)
     if resume:  # one that was ended before its first checkpoint begins anew
         _check_same_config(config, out_dir / "config.json")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from arc_solver.errors import MachineError, UserError
-from arc_solver.studies.runs import Result, make_job, read_result, result_file
+from arc_solver.studies.runs import Result, _asked, make_job, read_result, result_file
 from arc_solver.studies.schedule import LocalRunner, Plan, run_all
 from arc_solver.studies.study import read_study
 
@@ -88,15 +88,66 @@ def test_a_result_is_that_of_its_settings(found, tmp_path):
     assert read_result(jobs[2]) is None
 
 
-def test_another_model_in_the_same_place_is_another_run(tmp_path):
+def keys_of(tmp_path, text: str) -> list[str]:
+    (tmp_path / "made.toml").write_text(text)
+    found = read_study(tmp_path / "made.toml")
+    return [make_job(found, tmp_path, arm, 0).key for arm in found.study.arms]
+
+
+@pytest.mark.parametrize(("place", "setting"), [("", "model.path"), ("adapter", "model.adapter")])
+def test_another_model_in_the_same_place_is_another_run(tmp_path, place, setting):
     text = STUDY.replace("validation_loss", "pass@2").replace("steps=7", "steps=1").replace("train.", "adapt.")
-    (tmp_path / "made.toml").write_text(f'train = false\nset = ["model.path={tmp_path}"]\n{text}')
-    found, keys = read_study(tmp_path / "made.toml"), []
-    for i, weights in enumerate((b"one", b"other", b"one")):
-        (tmp_path / "model.safetensors").write_bytes(weights)
-        os.utime(tmp_path / "model.safetensors", ns=(i, i))
-        keys.append(make_job(found, tmp_path, found.study.arms[0], 0).solve_key)
+    (tmp_path / place).mkdir(exist_ok=True)
+    check_that_content_counts(
+        tmp_path,
+        tmp_path / place / "model.safetensors",
+        f'train = false\nset = ["{setting}={tmp_path / place}"]\n{text}',
+    )
+
+
+def test_other_tasks_in_the_same_place_are_another_run(tmp_path):
+    file = tmp_path / "tasks.json"
+    source = f"corpus.sources=[{{kind='tasks', path='{file}'}}]"
+    check_that_content_counts(tmp_path, file, f'set = ["{source}"]\n{STUDY}')
+    text = STUDY.replace("validation_loss", "pass@2")
+    check_that_content_counts(tmp_path, file, f'set = ["tasks.spec={file}"]\n{text}')
+
+
+def check_that_content_counts(tmp_path, file, text):
+    keys = []
+    for i, content in enumerate((b"one", b"other", b"one")):
+        file.write_bytes(content)
+        os.utime(file, ns=(i, i))
+        keys.append(keys_of(tmp_path, text)[0])
     assert keys[0] == keys[2] != keys[1]
+
+
+@pytest.mark.parametrize(
+    ("head", "setting", "differs"),
+    [
+        ("", "vote.rule=votes", False),  # nothing is solved
+        ("", "model.width=64", True),
+        ('train = false\nmetrics = ["pass@2"]\n', "model.width=64", False),  # nothing is trained
+        ('train = false\nmetrics = ["pass@2"]\n', "lora.rank=2", False),
+        ('train = false\nset = ["adapt.joint=0.1"]\nmetrics = ["pass@2"]\n', "lora.rank=2", True),
+        ('train = false\nmetrics = ["pass@2"]\n', "model.quantize=4bit", True),
+        ('train = false\nmetrics = ["pass@2"]\n', "vote.rule=votes", True),
+    ],
+)
+def test_a_run_depends_on_what_it_uses(tmp_path, head, setting, differs):
+    metrics = "" if "metrics" in head else 'metrics = ["validation_loss"]\n'
+    arms = f'[[arms]]\nname = "a"\n[[arms]]\nname = "b"\nset = ["{setting}"]\n'
+    a, b = keys_of(tmp_path, f'question = "q?"\nhypothesis = "h"\n{head}{metrics}{arms}')
+    assert (a != b) == differs
+
+
+def test_what_a_model_is_quantised_to_reaches_it(tmp_path):
+    (tmp_path / "made.toml").write_text(
+        'question = "q?"\nhypothesis = "h"\ntrain = false\nkind = "spread"\nmetrics = ["pass@2"]\n'
+        '[[arms]]\nname = "a"\nset = ["model.quantize=4bit"]\n'
+    )
+    found = read_study(tmp_path / "made.toml")
+    assert _asked(make_job(found, tmp_path, found.study.arms[0], 0))["quantize"] == "4bit"
 
 
 def test_a_budget_goes_where_the_interval_is_widest(found, tmp_path):
@@ -124,9 +175,10 @@ def failing(error: Exception):
     return perform
 
 
-def test_where_a_run_fails_the_other_arms_go_on(found, tmp_path):
+@pytest.mark.parametrize("error", [MachineError("it is not finite"), OSError("it is not finite")])
+def test_where_a_run_fails_the_other_arms_go_on(found, tmp_path, error):
     plan = Plan(found, tmp_path / "out")
-    outputs = [result for _, result in run_all(plan, LocalRunner(1, failing(MachineError("it is not finite"))))]
+    outputs = [result for _, result in run_all(plan, LocalRunner(1, failing(error)))]
     errors = [str(result) for result in outputs if isinstance(result, MachineError)]
     assert errors == ["arm 'calm', seed 1: it is not finite"]
     assert {*plan.results} == {(arm, seed) for arm in SPREADS for seed in range(3)} - {("calm", 1), ("calm", 2)}

@@ -64,6 +64,12 @@ def test_seeds_may_be_of_a_part_of_the_randomness(tmp_path):
             "the seeds of arm 'b' are of run.seed: leave it out of set",
         ),
         (HEAD + 'set = ["run.seed=7"]\n' + ARMS, "the seeds of arm 'a' are of run.seed: leave it out of set"),
+        (HEAD + 'set = ["run.smoke=5"]\n' + ARMS, "run.smoke is not for a study"),
+        (
+            HEAD + ARMS.replace("=7", '=7", "train.optimizer=adamw", "lora.enabled=true", "lora.save=adapter'),
+            "arm 'b': .* set lora.save to both",
+        ),
+        (HEAD + 'set = ["adapt.start=pretrained"]\n' + ARMS, "arm 'a': adapt.start=pretrained continues the adapter"),
         (HEAD + ARMS + "x = 3\n", "arm 'b' has x, which is for a study of scaling: leave it out"),
         (HEAD + ARMS.replace("train.steps=7", "tasks.limit=7"), "arm 'b' has other tasks.* settings than 'a'"),
         (HEAD + ARMS.replace("train.steps=7", "validation.seed=7"), "arm 'b' has other validation.* settings than 'a'"),

@@ -13,9 +13,11 @@ from small_runs import small, write_config
 from solve_runs import finish, some_tasks
 from toys import write_challenges
 
+from arc_solver.errors import MachineError
 from arc_solver.files import is_locked, lock
 from arc_solver.studies.runs import Processes, make_job, perform
 from arc_solver.studies.study import read_study
+from arc_solver.training.train import BEGINNING
 
 HEAD = """question = "Does a longer training help?"
 hypothesis = "It does."
@@ -108,11 +110,29 @@ def test_killed_while_it_deletes_what_is_large_it_goes_on(study, monkeypatch, la
                 file.unlink()
             raise Killed
 
+    (job.trained / "partition").mkdir(parents=True)
+    (job.trained / BEGINNING).touch()  # as by a training that was killed then
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(shutil, "rmtree", killed_halfway)
         perform(job, Processes(), {})
     assert perform(job, Processes(), {}).tasks.keys() == {"validation_loss", "pass@1", "pass@2", "coverage"}
     assert not list((study.parent / "out").glob(f"*/*/{large}"))
+
+
+def test_tasks_that_fell_back_or_lost_their_answers_are_solved_again(study):
+    head, *arms = study.read_text().replace('"validation_loss", ', "").partition("[[arms]]")
+    study.write_text(f"train = false\n{head}{''.join(arms).replace('train.steps', 'adapt.steps')}")
+    job = make_job(found := read_study(study), study.parent / "out", found.study.arms[0], 0)
+    first = perform(job, Processes(), {})
+    one, other, _ = sorted(job.solved.glob("tasks/*.json"))
+    (job.solved / "done.json").unlink()
+    one.write_text(json.dumps({**json.loads(one.read_text()), "fallback": "unadapted"}))
+    assert perform(job, Processes(), {}).tasks == first.tasks
+    assert json.loads(one.read_text())["fallback"] is None
+    other.unlink()
+    with pytest.raises(MachineError, match=r"the answers to 1 task of .* were lost"):
+        perform(job, Processes(), {})
+    assert perform(job, Processes(), {}).tasks == first.tasks
 
 
 def wait_for_what_it_left(out: Path) -> None:
@@ -214,6 +234,8 @@ def test_a_page_has_the_hypothesis_from_before_the_first_run_and_says_how_often_
 
 def test_arms_that_come_to_the_same_runs_are_refused(study):
     study.write_text(study.read_text().replace("train.steps=9", "kaggle.owner=me"))
+    (study.parent / "out").mkdir()
+    (study.parent / "out" / "study.json.part").touch()  # of a call that was killed as it began
     said = finish(Forked("arc_solver.study", words(study)), expect=2)
     assert "arms 'short' and 'long' come to the same runs: change a setting that they depend on" in said
 

@@ -136,6 +136,14 @@ def test_the_same_results_are_no_difference():
     assert (found.value, found.low, found.high, found.verdict, found.more_seeds) == (0, 0, 0, "cannot tell", None)
 
 
+def test_another_task_in_each_seed_is_luck():
+    """No seed's mean differs from the others', and hardly a task's does: the tasks' luck is left all the same."""
+    first = Measured({seed: {f"{i}": 0.0 for i in range(100)} for seed in range(3)})
+    ours = Measured({seed: {f"{i}": float(i == seed) for i in range(100)} for seed in range(3)})
+    found = difference(ours, first, 1)
+    assert found.value == pytest.approx(0.01) and found.low < 0.01 < found.high
+
+
 def test_more_seeds_would_tell_and_they_do():
     """With as many as it says, the difference is told about as often as not."""
     rng = np.random.default_rng(4)

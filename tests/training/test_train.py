@@ -35,7 +35,7 @@ from arc_solver.training.checkpoints import latest_checkpoint
 from arc_solver.training.command import main
 from arc_solver.training.parallel import ParallelContext, decide_compile
 from arc_solver.training.run import Interrupts
-from arc_solver.training.train import train
+from arc_solver.training.train import BEGINNING, train
 from arc_solver.training.validate import accuracy, accuracy_prompts, validation_batches, validation_loss
 
 TWO_STAGES = [
@@ -643,6 +643,21 @@ def test_checkpointing_gives_the_same_gradients():
         packed_loss(model, batch).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.lm.parameters()]))
     assert torch.equal(*gradients)
+
+
+def test_killed_as_it_begins_a_run_is_begun_anew(tmp_path, monkeypatch):
+    def killed(file, _):
+        raise KeyboardInterrupt
+
+    one = small(train={"steps": 1})
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("arc_solver.training.train.write_json", killed)
+        train(one, tmp_path / "a")
+    assert not (tmp_path / "a" / "config.json").exists()
+    with pytest.raises(UserError, match="leave --resume out"):
+        train(one, tmp_path / "a", resume=True)
+    train(one, tmp_path / "a")
+    assert (tmp_path / "a" / "model").is_dir() and not (tmp_path / "a" / BEGINNING).exists()
 
 
 # ---- what goes wrong -------------------------------------------------------------------------------------------------
