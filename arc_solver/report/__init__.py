@@ -11,6 +11,7 @@ In the order of reading; each imports only from those before it:
     command   `bin/report`
 """
 
+from .training import is_training
 from .writer import PageWriter
 
-__all__ = ["PageWriter"]
+__all__ = ["PageWriter", "is_training"]

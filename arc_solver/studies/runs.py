@@ -30,8 +30,8 @@ from ..errors import MachineError, UserError, counted
 from ..files import git_commit, is_locked, lock, sha256, sync_folder, write_json
 from ..models import checkpoint_dir, cpu_name
 from ..puzzles import TaskSet, read_json, read_object
+from ..report import is_training
 from ..report.collect import read_log
-from ..report.training import is_training
 from ..training.card import TRAINING_FILE
 from .study import Arm, StudyFile
 

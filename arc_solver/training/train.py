@@ -30,7 +30,7 @@ from ..errors import MachineError, UserError, counted
 from ..files import write_json
 from ..models import packed_loss
 from ..models.model import recompute_activations
-from ..report.training import is_training
+from ..report import is_training
 from ..report.writer import pages_of_training
 from ..waiting import Reporter, waiting
 from .card import TRAINING_FILE
