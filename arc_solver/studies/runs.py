@@ -38,6 +38,7 @@ from .study import Arm, StudyFile
 # Sections of the settings that a training depends on, and a run of bin/solve besides.
 TRAINS = ("format", "model", "lora", "corpus", "validation", "audit", "train", "stages")
 SOLVES = ("tasks", "adapt", "engine", "predict")
+JOINT = ("lora", "train")  # lora is of the joint stage of bin/solve; the two are checked with each other
 MODEL = ("path", "adapter", "seed", "quantize")  # what bin/solve knows of a model
 LOOK_S = 0.3  # between two looks at a lock
 DONE = "done.json"  # in a folder whose work is done: what it took
@@ -290,7 +291,7 @@ def _solve(job: Job, processes: Processes, env: Mapping[str, str]) -> Mapping[st
     out = job.solved
     with _alone(out, processes) as held:
         if not (out / DONE).exists():
-            settings = _settings(job, (*SOLVES, "lora"))
+            settings = _settings(job, (*SOLVES, *JOINT))
             settings["model"] = _asked(job)
             settings["run"] |= {"show": 0, "workers": job.config.run.workers or job.threads}
             words = [_write_settings(out, settings), "--out", str(out)]
