@@ -21,7 +21,7 @@ from ..files import write_whole
 from ..report.collect import flat, read_log
 from .outcome import Outcome
 from .runs import Result
-from .study import METRICS, Arm, Metric, Study, StudyFile
+from .study import METRICS, Arm, Metric, Study, StudyFile, keys
 from .verdict import EXPONENTS, MOST_SEEDS, Difference, PowerLaw, Spread
 
 VERDICTS = {"better": "Better than", "worse": "Worse than", "cannot tell": "Cannot be told from"}  # and of arms
@@ -119,10 +119,8 @@ _POINTS = " in percentage points"
 
 def _compares(outcome: Outcome, metric_name: str, verdicts: Iterable[str]) -> str:
     """The arms of which these verdicts are true, by one metric, and what its numbers are; empty: there are none."""
-    said, first = (
-        ". ".join(_verdicts(outcome, metric_name, verdicts)),
-        outcome.measured(outcome.first.name, metric_name),
-    )
+    said = ". ".join(_verdicts(outcome, metric_name, verdicts))
+    first = outcome.measured(outcome.first.name, metric_name)
     if not said or not first:
         return ""
     metric = METRICS[metric_name]
@@ -182,8 +180,8 @@ def _reproducible(outcome: Outcome) -> Iterator[str]:
         if (one.set, one.vary) == (other.set, other.vary) and one.again != other.again:
             ours, theirs = (outcome.by_arm.get(arm.name, {}) for arm in (one, other))
             for seed in ours.keys() & theirs.keys():
-                weights = [of[seed].about["weights"] for of in (ours, theirs)]
-                same, different = same + (weights[0] == weights[1]), different + (weights[0] != weights[1])
+                equal = ours[seed].about["weights"] == theirs[seed].about["weights"]
+                same, different = same + equal, different + (not equal)
     if same or different:
         pairs = counted(same + different, "pair")
         yield f"Of {pairs} of runs with the same seed, {same} left the same weights, bit for bit."
@@ -312,9 +310,10 @@ def _how(found: StudyFile, outcome: Outcome, history: History) -> Iterator[str]:
     if found.hours:
         options = ["--hours", f"{found.hours:g}"]
     yield f"    bin/study {shlex.join([found.file.as_posix(), *options, *found.overrides])}\n"
-    last_words = {word.partition("=")[0]: f"`{word}`" for word in (*study.set, *found.overrides)}
+    words = (*study.set, *found.overrides)
+    last_words = {key: f"`{word}`" for key, word in zip(keys(words), words, strict=True)}
     base = f" and {', '.join(last_words.values())}" if last_words else ""
-    own = {word.partition("=")[0] for arm in study.arms for word in arm.set}
+    own = {key for arm in study.arms for key in keys(arm.set)}
     unless = ", unless their own settings say otherwise" if own & last_words.keys() else ""
     yield f"All arms have {f'`{study.config}`' if study.config else 'the defaults'}{base}{unless}."
     if found.base:

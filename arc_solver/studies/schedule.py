@@ -106,10 +106,10 @@ class RayRunner:
             return job, self._ray.get(done)
         except (UserError, MachineError) as error:  # as what Ray raises is of both types
             return job, error
-        except self._ray.exceptions.RayTaskError as error:
-            if isinstance(error, OSError):
-                return job, MachineError(first_line(error))
-            raise  # our own mistake
+        except OSError as error:
+            return job, MachineError(first_line(error))
+        except self._ray.exceptions.RayTaskError:  # our own mistake
+            raise
         except self._ray.exceptions.RayError as error:  # the process or its machine ended
             return job, MachineError(first_line(error))
 

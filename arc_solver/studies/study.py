@@ -107,7 +107,7 @@ class Study(Section):
         if not self.train and (needs := [m for m in self.metrics if not METRICS[m].is_solved]):
             raise ValueError(f"{needs[0]} is measured in training, and train is false: leave one of them out")
         for arm in self.arms:
-            if given := {*_keys(arm.set), *_keys(self.set)} & {"run.seed", *arm.vary}:
+            if given := {*keys(arm.set), *keys(self.set)} & {"run.seed", *arm.vary}:
                 raise ValueError(f"the seeds of arm '{arm.name}' are of {given.pop()}: leave it out of set")
         return self
 
@@ -139,8 +139,8 @@ class StudyFile:
         Raises:
             UserError: a setting is not one that exists.
         """
-        study, own = self.study, _keys(arm.set)
-        for word, key in zip(self.overrides, _keys(self.overrides), strict=True):
+        study, own = self.study, keys(arm.set)
+        for word, key in zip(self.overrides, keys(self.overrides), strict=True):
             if key in own:
                 raise UserError(f"arm '{arm.name}' sets {key} itself: leave {word} out, or change {self.file}")
             if key in ("run.seed", *arm.vary):
@@ -197,15 +197,17 @@ def read_study(
 
 def _require_effect(found: StudyFile) -> None:
     """Refuses settings of how a run is done that a study gives its runs itself."""
-    for word in (*found.study.set, *found.overrides, *(word for arm in found.study.arms for word in arm.set)):
-        key = word.partition("=")[0]
+    words = [*found.study.set, *found.overrides, *(word for arm in found.study.arms for word in arm.set)]
+    for word, key in zip(words, keys(words), strict=True):
         if key.startswith("run.") and key not in RUN_SETTINGS:
             raise UserError(f"{key} is not for a study, whose runs are done whole: leave {word} out")
 
 
 def _require_trained(found: StudyFile, configs: Sequence[Config]) -> None:
     """Refuses trainings that do not leave what is measured."""
-    for arm, config in zip(found.study.arms if found.study.train else (), configs, strict=False):
+    if not found.study.train:
+        return
+    for arm, config in zip(found.study.arms, configs, strict=True):
         lora = config.lora
         if lora.enabled and lora.save == "adapter":
             raise UserError(f"{found.file}, arm '{arm.name}': a study measures models: set lora.save to both or merged")
@@ -242,7 +244,8 @@ def _require_alike(found: StudyFile, configs: Sequence[Config]) -> None:
                 )
 
 
-def _keys(words: Sequence[str]) -> list[str]:
+def keys(words: Sequence[str]) -> list[str]:
+    """Of `section.key=value` words."""
     return [word.partition("=")[0] for word in words]
 
 
