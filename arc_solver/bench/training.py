@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -75,7 +75,7 @@ class TrainFigures:
 def compare() -> dict[str, TrainFigures]:
     """Runs both sides on one device, in one precision."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    precision = "bf16" if fast_dtype(torch.device(device)) == torch.bfloat16 else "fp32"
+    precision = fast_precision(torch.device(device))
     with tempfile.TemporaryDirectory() as folder:
         model_dir, samples, result = Path(folder, "model"), Path(folder, "samples.npz"), Path(folder, "result.json")
         make_model(model_dir)
@@ -205,11 +205,17 @@ class Utilisation:
     share: float  # of the device's peak
 
 
+def fast_precision(device: torch.device) -> Literal["bf16", "fp32"]:
+    """The value of `train.precision` that the hardware multiplies fast."""
+    return "bf16" if fast_dtype(device) == torch.bfloat16 else "fp32"
+
+
 def flop_utilisation(shape: ModelConfig, train: TrainConfig, steps: int, device: str) -> Utilisation:
-    """Trains all weights, on packed bf16 batches of ARC-AGI-1 tasks, and compares with the device's own peak.
+    """Trains all weights, on packed batches of ARC-AGI-1 tasks, and compares with the device's own peak.
 
     A token costs 6 operations a parameter, and in attention 12 a layer, unit of width and token that it sees (Chowdhery
-    et al. 2022, arXiv 2204.02311, appendix B), of which half are masked. The peak is measured, by a large product.
+    et al. 2022, arXiv 2204.02311, appendix B), of which half are masked. The peak is measured, by a large product in
+    the same number type.
     """
     parallel = ParallelContext(Config(run=RunConfig(device=device), train=train))
     model = new_model(shape, FORMAT, seed=0)
@@ -224,13 +230,15 @@ def flop_utilisation(shape: ModelConfig, train: TrainConfig, steps: int, device:
     attention = 6 * shape.layers * shape.heads * shape.head_dim * seen
     tokens = train.batch_tokens * (len(batches) - WARM)
     flops = 6 * model.parameters_count * tokens + attention
-    return Utilisation(model.parameters_count, tokens / spent_s, flops / spent_s / peak_flops(parallel.device))
+    return Utilisation(
+        model.parameters_count, tokens / spent_s, flops / spent_s / peak_flops(parallel.device, parallel.dtype)
+    )
 
 
-def peak_flops(device: torch.device) -> float:
-    """Operations a second of a large bf16 matrix product of random numbers."""
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of a large matrix product of random numbers."""
     size = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     times_s = []
     for _ in range(12):
         begin_s = now_s()
