@@ -342,7 +342,7 @@ def _how(found: StudyFile, outcome: Outcome, history: History) -> Iterator[str]:
         luck = (
             ": all arms choose among the same candidates, seed by seed, and share the luck of the seeds."
             if shared
-            else ", where there are tasks, to which the luck of the seeds is added."
+            else ", to which the luck of the seeds is added."
         )
         yield (
             f"\nIntervals are of a paired bootstrap over tasks{luck} Where nothing differs, a verdict is wrong in"
