@@ -41,7 +41,7 @@ from .solving import (
     solve_alone,
 )
 from .solving import compare as compare_solving
-from .training import BF16, QWEN_05B, compare, fast_precision, flop_utilisation
+from .training import BF16, QWEN_05B, compare, flop_utilisation
 
 MEASURED_S = 5.0  # how long a speed is measured
 DRAWS, PAIRS = 40, 4  # pairs of each rule that are timed, and of each task among them
@@ -119,7 +119,7 @@ def bench_train() -> list[Measurement]:
 def bench_scratch() -> list[Measurement]:
     """Training small models from scratch: tokens a second, and how much of the device's peak that is."""
     device = pick_device("auto")
-    train = TrainConfig(batch_tokens=32_768 if device.type == "cuda" else 8192, precision=fast_precision(device))
+    train = TrainConfig(batch_tokens=32_768 if device.type == "cuda" else 8192)
     rows = []
     for shape in SMALL_SHAPES:
         found = flop_utilisation(shape, train, steps=10, device=str(device))

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,7 +75,7 @@ class TrainFigures:
 def compare() -> dict[str, TrainFigures]:
     """Runs both sides on one device, in one precision."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    precision = fast_precision(torch.device(device))
+    precision = "bf16" if fast_dtype(torch.device(device)) == torch.bfloat16 else "fp32"
     with tempfile.TemporaryDirectory() as folder:
         model_dir, samples, result = Path(folder, "model"), Path(folder, "samples.npz"), Path(folder, "result.json")
         make_model(model_dir)
@@ -171,7 +171,8 @@ def _timed_fit(
         begins_s.append(now_s())
         return parallel.backward(loss_of, model.lm, [batches[k]], batches[k].target_tokens)
 
-    fit([p for _, p in named], optimizers, config.model_copy(update={"steps": len(batches)}), backward_at)
+    planned = config.model_copy(update={"steps": len(batches)})
+    fit([p for _, p in named], optimizers, planned, backward_at, scaler=parallel.scaler)
     return now_s() - begins_s[WARM]
 
 
@@ -203,11 +204,6 @@ class Utilisation:
     parameters: int
     tokens_per_s: float  # of whole batches, padding included
     share: float  # of the device's peak
-
-
-def fast_precision(device: torch.device) -> Literal["bf16", "fp32"]:
-    """The value of `train.precision` that the hardware multiplies fast."""
-    return "bf16" if fast_dtype(device) == torch.bfloat16 else "fp32"
 
 
 def flop_utilisation(shape: ModelConfig, train: TrainConfig, steps: int, device: str) -> Utilisation:

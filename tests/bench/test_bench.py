@@ -4,21 +4,12 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 from toys import TOY
 
 from arc_solver.bench import bench
 from arc_solver.bench.baseline_training import read_samples
 from arc_solver.bench.schedule import overhead_s
-from arc_solver.bench.training import (
-    KEPT,
-    MAX_TOKENS,
-    SAMPLES,
-    _packed,
-    fast_precision,
-    flop_utilisation,
-    make_samples,
-)
+from arc_solver.bench.training import KEPT, MAX_TOKENS, SAMPLES, _packed, flop_utilisation, make_samples
 from arc_solver.config import FormatConfig, TrainConfig
 from arc_solver.models.model import new_model
 from arc_solver.puzzles.encode import PAD
@@ -62,9 +53,7 @@ def test_the_overhead_of_a_task_is_measured():
 
 
 def test_flop_utilisation_is_a_share():
-    small = TrainConfig(
-        optimizer="adamw", precision=fast_precision(torch.device("cpu")), batch_tokens=4096, compile="no"
-    )
+    small = TrainConfig(optimizer="adamw", batch_tokens=4096, compile="no")
     found = flop_utilisation(TOY, small, steps=1, device="cpu")
     assert 0 < found.share < 1
     assert found.tokens_per_s > 0 and found.parameters == new_model(TOY, FormatConfig(), seed=0).parameters_count
