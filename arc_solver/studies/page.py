@@ -84,8 +84,9 @@ def _lines(found: StudyFile, outcome: Outcome, pictures: Mapping[str, str], hist
 
 def measured(result: Result, study: Study) -> str:
     """What a run came to, in one line."""
-    values = {name: result.value(name) for name in study.metrics}
-    said = [f"{name} {METRICS[name].says(value)}" for name, value in values.items() if value is not None]
+    alone = Outcome(study, [result])
+    known = {name: alone.measured(result.arm, name) for name in study.metrics}
+    said = [f"{name} {METRICS[name].says(of.mean)}" for name, of in known.items() if of]
     return f"{', '.join(said) or 'nothing measured'}; {format_duration(sum(result.seconds.values()))}"
 
 

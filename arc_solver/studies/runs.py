@@ -115,7 +115,8 @@ class Result:
     """What was measured of a run.
 
     Attributes:
-        tasks: of each metric what it is of each task: a loss, or the share of its outputs that are right.
+        tasks: of each metric what it is of each task: a loss, or the share of its outputs that are right; none of a
+            metric that could not be measured, as where an output was not finite.
         seconds: of training and of solving, whoever shared them.
         about: machine, versions, digests of weights, the leak audit.
     """
@@ -126,11 +127,6 @@ class Result:
     tasks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     about: Mapping[str, Any] = field(default_factory=dict)
-
-    def value(self, metric: str) -> float | None:
-        """None: it could not be measured, as where an output was not finite."""
-        of_tasks = self.tasks.get(metric)
-        return sum(of_tasks.values()) / len(of_tasks) if of_tasks else None
 
 
 def _hashed(content: Any) -> str:

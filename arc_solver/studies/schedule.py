@@ -2,10 +2,12 @@
 
 import math
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from queue import SimpleQueue
+from statistics import mean
 from typing import Any, Protocol
 
 from ..errors import MachineError, UserError, first_line
@@ -153,6 +155,7 @@ class Plan:
         self.results: dict[tuple[str, int], Result] = {}
         self.failed: set[str] = set()  # arms of which a run failed: they have no others by this call
         self.in_flight: dict[tuple[str, int], Job] = {}
+        self.began: dict[tuple[str, int], float] = {}  # when, of `time.monotonic()`, a run of this call did
         for arm in found.study.arms:
             for seed in range(MOST_SEEDS):
                 if result := read_result(self._job(arm.name, seed)):
@@ -170,6 +173,24 @@ class Plan:
         """Runs that a fixed number of seeds leaves to do."""
         seeds = range(self.found.study.seeds)
         return sum((arm.name, seed) not in self.results for arm in self.found.study.arms for seed in seeds)
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until a fixed number of seeds is done, by what runs took so far; infinite: nobody knows. What several
+        runs share counts once."""
+        if self.budget_s < math.inf or not self.results:
+            return math.inf
+        counted: set[Path] = set()
+        takes = [0.0]
+        for arm in (arm.name for arm in self.found.study.arms if arm.name not in self.failed):
+            for place in ((arm, seed) for seed in range(self.found.study.seeds) if (arm, seed) not in self.results):
+                job = self.in_flight.get(place) or self._job(*place)
+                undone = job.undone - counted
+                counted |= undone
+                parts = [what for what, folder in (("train", job.trained), ("solve", job.solved)) if folder in undone]
+                elapsed = time.monotonic() - self.began[place] if place in self.in_flight else 0.0
+                takes.append(max(0.0, sum(self._takes(arm, what) for what in parts) - elapsed))
+        return max(*takes, sum(takes) / self.count)
 
     @property
     def spent_s(self) -> float:
@@ -222,12 +243,19 @@ class Plan:
         expected = max(of_arm or known or [0.0]) / self.count
         return self.spent_s + expected * (1 + len(self.in_flight)) > self.budget_s
 
+    def _takes(self, arm: str, what: str) -> float:
+        """Seconds of a training or of a run of bin/solve: what it took in this arm, or else in others."""
+        known = {place: result.seconds[what] for place, result in self.results.items() if what in result.seconds}
+        of_arm = [seconds for (name, _), seconds in known.items() if name == arm]
+        return mean(of_arm or known.values() or [0.0])
+
     def _job(self, arm: str, seed: int) -> Job:
         named = {arm.name: arm for arm in self.found.study.arms}
         return make_job(self.found, self.study_dir, named[arm], seed, self.threads, 1 / self.count)
 
     def _give(self, arm: str, seed: int) -> Job:
         job = self.in_flight[arm, seed] = self._job(arm, seed)
+        self.began[arm, seed] = time.monotonic()
         return job
 
 

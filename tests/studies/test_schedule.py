@@ -78,6 +78,36 @@ def test_what_another_run_does_already_is_left_for_later(tmp_path):
     assert (later.arm, later.seed) == ("wild", 0) and len(later.undone) == 1
 
 
+def test_what_is_left_takes_as_long_as_what_was_done(found, tmp_path):
+    assert Plan(found, tmp_path / "out", count=2).left_s == np.inf
+    runs = run_all(Plan(found, tmp_path / "out"), LocalRunner(1, made_up))
+    for _ in range(4):
+        next(runs)
+    runs.close()
+    plan = Plan(found, tmp_path / "out", count=2)
+    assert plan.left_s == 5 * 60 / 2  # 5 of 9, one minute each, two at once
+    for _ in range(2):
+        plan.next()
+    for place in plan.in_flight:
+        plan.began[place] -= 3600  # of the two under way nothing can be left
+    assert plan.left_s == 3 * 60 / 2
+    assert Plan(found, tmp_path / "out", count=9).left_s == 60  # one run is never faster than itself
+    assert Plan(found, tmp_path / "out", budget_s=60).left_s == np.inf
+    do(Plan(found, tmp_path / "out"))
+    assert Plan(found, tmp_path / "out").left_s == 0
+
+
+def test_what_several_runs_share_is_left_once(tmp_path):
+    (tmp_path / "made.toml").write_text(STUDY.replace("validation_loss", "pass@2").replace("train.", "adapt."))
+    plan = Plan(read_study(tmp_path / "made.toml"), tmp_path / "out")
+    job = plan.next()
+    plan.done(job, replace(made_up(job), seconds={"train": 600.0, "solve": 30.0}))
+    for folder in (job.trained, job.solved):
+        folder.mkdir(parents=True)
+        (folder / "done.json").touch()
+    assert plan.left_s == 2 * 600 + 8 * 30
+
+
 def test_a_result_is_that_of_its_settings(found, tmp_path):
     do(Plan(found, tmp_path / "out"))
     jobs = [make_job(found, tmp_path / "out", arm, 0) for arm in found.study.arms]
