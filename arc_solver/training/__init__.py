@@ -2,6 +2,7 @@
 
 In the order of reading; each imports only from those before it:
 
+    muon         the optimizer of hidden matrices, where bfloat16 is slow
     optimize     the offline loop, optimizers, and the schedules of both
     parallel     processes, shards, precision, compilation
     memory       what memory a step takes

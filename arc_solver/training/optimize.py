@@ -17,6 +17,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..config import OptimConfig
 from ..errors import MachineError
+from ..models import fast_dtype
+from .muon import Float32Muon
 
 RECENT = 50  # steps, the longest of which says what another may take
 
@@ -82,7 +84,8 @@ def make_optimizers(parameters: Iterable[tuple[str, nn.Parameter]], config: Opti
     ]
     optimizers: list[Optimizer] = []
     if hidden:
-        optimizers.append(torch.optim.Muon(hidden, lr=config.muon_lr, weight_decay=config.weight_decay))
+        muon = torch.optim.Muon if fast_dtype(hidden[0].device) == torch.bfloat16 else Float32Muon
+        optimizers.append(muon(hidden, lr=config.muon_lr, weight_decay=config.weight_decay))
     if rest:
         kept = [g for g in groups if g["params"]]
         optimizers.append(torch.optim.AdamW(kept, lr=config.lr, betas=config.betas, fused=True))

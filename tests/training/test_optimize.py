@@ -10,6 +10,7 @@ from arc_solver.config import Config, FormatConfig, OptimConfig, SourceConfig, S
 from arc_solver.errors import MachineError, UserError
 from arc_solver.models.model import new_model
 from arc_solver.training.command import main
+from arc_solver.training.muon import Float32Muon, orthogonalized
 from arc_solver.training.optimize import RECENT, Pace, Step, fit, make_optimizers, rate_at, step_rate
 from arc_solver.training.report import plot_rates
 
@@ -277,6 +278,48 @@ def test_muon_is_for_hidden_matrices():
     assert hidden == TOY.layers * 7
     assert hidden + sum(len(g["params"]) for g in adamw.param_groups) == len(list(model.lm.parameters()))
     assert all(g["weight_decay"] == 0 for g in adamw.param_groups if g["params"][0].ndim < 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_muon_multiplies_what_the_hardware_does(dtype, monkeypatch):
+    monkeypatch.setattr("arc_solver.training.optimize.fast_dtype", lambda device: dtype)
+    muon, _ = make_optimizers(list(new_model(TOY, FormatConfig(), seed=0).lm.named_parameters()), TrainConfig())
+    assert isinstance(muon, torch.optim.Muon) and isinstance(muon, Float32Muon) == (dtype == torch.float32)
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (24, 56), (56, 24)])
+def test_muon_moves_singular_values_and_keeps_their_vectors(shape):
+    """Where the polynomial takes a singular value is known, and whether it is that of a tall matrix does not matter."""
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    u, values, v = np.linalg.svd(matrix.double().numpy(), full_matrices=False)
+    values /= np.sqrt(np.sum(values**2))
+    for _ in range(5):
+        values = 3.4 * values - 4.8 * values**3 + 2.1 * values**5
+    found = orthogonalized(matrix, (3.4, -4.8, 2.1), 5, 1e-7)
+    assert np.allclose(found.numpy(), u * values @ v, atol=1e-5)
+    assert found.dtype == torch.float32 and not orthogonalized(torch.zeros(shape), (3.4, -4.8, 2.1), 5, 1e-7).any()
+
+
+@pytest.mark.parametrize("shape", [(24, 56), (56, 24)])
+def test_muon_in_float32_does_what_that_of_pytorch_does(shape):
+    """They differ by the rounding of bfloat16, a 256th of what a step does; and go on from each other's state."""
+    rng = torch.Generator().manual_seed(0)
+    start = torch.randn(shape, generator=rng)
+    grads = [torch.randn(shape, generator=rng) for _ in range(4)]
+    ends = []
+    for kinds in ((torch.optim.Muon,) * 2, (Float32Muon,) * 2, (torch.optim.Muon, Float32Muon)):
+        weight, state = torch.nn.Parameter(start.clone()), None
+        for kind, part in zip(kinds, (grads[:2], grads[2:]), strict=True):
+            muon = kind([weight], lr=0.1, weight_decay=0.5)
+            if state:
+                muon.load_state_dict(state)
+            for grad in part:
+                weight.grad = grad.clone()
+                muon.step()
+            state = muon.state_dict()
+        ends.append(weight.detach())
+    moved = (ends[0] - start).norm()
+    assert all((end - ends[0]).norm() < 0.02 * moved for end in ends[1:])
 
 
 def test_a_stage_is_what_its_sections_say_with_its_own_settings_on_top(tmp_path):
