@@ -1,7 +1,8 @@
 """Results of runs -> what is known of each arm, and of each beside the first."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from .runs import Result
@@ -37,14 +38,20 @@ class Outcome:
 
     def spread(self, arm: str, metric: str) -> Spread | None:
         measured = self.measured(arm, metric)
-        return spread(measured) if measured else None
+        found = spread(measured) if measured else None
+        if not found or not METRICS[metric].is_share:
+            return found
+        return replace(found, high=max(found.value, min(found.high, 0.5)))  # no distribution of shares has more
 
     def difference(self, arm: str, metric: str) -> Difference | None:
         """Of an arm against the first; None: one of them was not measured."""
         ours, first = self.measured(arm, metric), self.measured(self.first.name, metric)
         if not ours or not first:
             return None
-        return difference(ours, first, METRICS[metric].sign, self.shares_candidates(arm))
+        found = difference(ours, first, METRICS[metric].sign, self.shares_candidates(arm))
+        if not METRICS[metric].is_share or math.isnan(found.low):
+            return found
+        return replace(found, low=max(found.low, -1.0), high=min(found.high, 1.0))  # no shares differ by more
 
     def width(self, arm: str) -> float:
         """How little is known of an arm: the width of the interval that a verdict on it has."""

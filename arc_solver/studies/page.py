@@ -100,19 +100,32 @@ def _begun(words: str) -> str:
 
 def answer(outcome: Outcome) -> str:
     """What a study found, in one line: by the metric that decides, and what can be told by the others."""
-    study, metric = outcome.study, METRICS[outcome.study.decides]
-    title = _begun(metric.title)
+    study = outcome.study
+    title = _begun(METRICS[study.decides].title)
     if study.kind == "scaling":
         law = outcome.power_law
-        return f"**{_law(law, study) if law else f'{title}: nothing is known yet.'}**"
-    if study.kind == "spread":
-        known = {arm.name: outcome.spread(arm.name, study.decides) for arm in study.arms if not arm.again}
-        spreads = [f"`{name}` {_spread(of, metric)}" for name, of in known.items() if of]
-        said = f"{title}, standard deviation over seeds with its 95% interval: {', '.join(spreads) or 'not known yet'}."
-        return f"**{' '.join([said, *_reproducible(outcome)])}**"
-    decided = _compares(outcome, study.decides, VERDICTS) or "Nothing is known yet."
-    others = [_compares(outcome, name, TOLD) for name in study.metrics if name != study.decides]
-    return f"**{' '.join([decided, *filter(None, others)])}**"
+        said = [_law(law, study) if law else f"{title}: nothing is known yet."]
+    elif study.kind == "spread":
+        said = [*_spreads(outcome), *_reproducible(outcome)]
+    else:
+        decided = _compares(outcome, study.decides, VERDICTS) or "Nothing is known yet."
+        others = [_compares(outcome, name, TOLD) for name in study.metrics if name != study.decides]
+        said = [decided, *filter(None, others)]
+    if (missing := [f"`{arm.name}`" for arm in study.arms if arm.name not in outcome.by_arm]) and outcome.by_arm:
+        said.append(f"Not measured yet: {', '.join(missing)}.")
+    return f"**{' '.join(said)}**"
+
+
+def _spreads(outcome: Outcome) -> Iterator[str]:
+    """How much the seeds of each arm differ, and whether more in one than in another."""
+    metric = METRICS[outcome.study.decides]
+    arms = [arm.name for arm in outcome.study.arms if not arm.again]
+    known = {name: of for name in arms if (of := outcome.spread(name, outcome.study.decides))}
+    listed = ", ".join(f"`{name}` {_spread(of, metric)}" for name, of in known.items())
+    title = f"{_begun(metric.title)}, standard deviation over seeds with its 95% interval"
+    yield f"{title}: {listed or 'not known yet'}."
+    if len(known) > 1 and max(of.low for of in known.values()) <= min(of.high for of in known.values()):
+        yield "Which is larger cannot be told: the intervals overlap."
 
 
 _POINTS = " in percentage points"
@@ -399,7 +412,7 @@ def _cost(outcome: Outcome, spent_s: float) -> Iterator[str]:
     machines = Counter(str(result.about.get("machine", "not known")) for result in results)
     threads = sorted({int(result.about.get("threads", 1)) for result in results} or {1})
     commits = sorted({str(result.about.get("commit", ""))[:12] for result in results} - {""})
-    seeds = {name: sorted(of) for name, of in outcome.by_arm.items()}
+    seeds = {arm.name: sorted(outcome.by_arm.get(arm.name, ())) for arm in outcome.study.arms}
     same = len({tuple(of) for of in seeds.values()}) == 1
     of_each = " or ".join(map(str, threads))
     yield f"- Machine: {', '.join(machines) or 'none yet'}; {of_each} thread{'s' * (threads[-1] > 1)} for each run"
@@ -421,7 +434,7 @@ def _cost(outcome: Outcome, spent_s: float) -> Iterator[str]:
         + (
             f"{', '.join(map(str, listed))} in each arm"
             if listed is not None
-            else "; ".join(f"`{name}` {', '.join(map(str, of))}" for name, of in seeds.items())
+            else "; ".join(f"`{name}` {', '.join(map(str, of)) or 'none'}" for name, of in seeds.items())
         )
         + f": {counted(len(results), 'run')}"
     )

@@ -5,7 +5,8 @@ by the other. The seeds: another would have made a better or a worse model, in a
 have the same tasks, and the same seeds draw the same data and first weights. The interval holds both: a bootstrap over
 tasks, to each draw of which the luck of the seeds is added, all of it as wide as a t distribution is with the degrees
 of freedom that the sum has. What a seed and a task have together, that one seed solves a task which another does not,
-is in the spread of both, and counted once.
+is in the spread of both, and counted once. Of few seeds the means may be alike by chance: no interval is narrower than
+that of the tasks alone, in which all of what both have together is.
 """
 
 import math
@@ -99,7 +100,7 @@ def difference(ours: Measured, first: Measured, sign: int, shares_luck: bool = F
     if luck is None:
         return Difference(ours.mean - first.mean, math.nan, math.nan, "cannot tell", 2 - len(common))
     value = float(np.mean([ours.values[seed] - first.values[seed] for seed in common]))
-    low, high = (float(end) for end in np.percentile(luck.draws(value), SURE))
+    low, high = luck.interval(value)
     told = low > 0 or high < 0
     verdict = ("better" if value * sign > 0 else "worse") if told else "cannot tell"
     return Difference(value, low, high, verdict, 0 if told else luck.more_seeds(value))
@@ -114,7 +115,8 @@ class _Luck:
     """
 
     changes_T: np.ndarray  # of each task, the mean over seeds; empty: not all seeds have the same
-    of_tasks: float  # variance that the tasks alone make
+    of_means: float  # variance over tasks, of the mean over so many seeds
+    of_tasks: float  # what the tasks alone make of that
     of_seeds: float  # variance of one seed's difference
     seeds: int
 
@@ -127,7 +129,7 @@ class _Luck:
         of_seeds = 0.0 if shares_luck else float(np.var(apart, ddof=1))
         table_ST = _differences(ours, first, seeds)
         if table_ST is None:
-            return _Luck(np.zeros(0), 0.0, of_seeds, len(seeds))
+            return _Luck(np.zeros(0), 0.0, 0.0, of_seeds, len(seeds))
         changes_T = table_ST.mean(0)
         # Two seeds know too little of what a seed and a task have together.
         both = 0.0 if shares_luck or len(seeds) < 3 else _residual_variance(table_ST) / len(seeds)
@@ -135,26 +137,32 @@ class _Luck:
         of_tasks = max(0.0, of_means - both)
         if not of_tasks and of_seeds < NOTHING:  # as of a task in each seed, another one each time: that is luck too
             of_tasks = of_means
-        return _Luck(changes_T, of_tasks / len(changes_T), of_seeds, len(seeds))
+        count = len(changes_T)
+        return _Luck(changes_T, of_means / count, of_tasks / count, of_seeds, len(seeds))
 
-    def draws(self, value: float) -> np.ndarray:
-        """What the difference might have been with other tasks and seeds."""
-        of_tasks, scale = self._over_tasks(value), math.sqrt(self.of_seeds / self.seeds)
+    def interval(self, value: float) -> tuple[float, float]:
+        """Between which ends the difference would have been with other tasks and seeds, in 95% of cases."""
+        over_tasks, scale = self._over_tasks(value), math.sqrt(self.of_seeds / self.seeds)
+        of_tasks = over_tasks * math.sqrt(self.of_tasks / self.of_means) if self.of_means else over_tasks
         if self.seeds == 2:  # of which Satterthwaite's rule believes too much
-            return value + of_tasks + scale * _evenly(RESAMPLES, 1.0)
-        return value + self._quantile(self.seeds) / NORMAL.inv_cdf(SURE[1] / 100) * (
-            of_tasks + scale * _evenly(RESAMPLES, math.inf)
-        )
+            draws = of_tasks + scale * _evenly(RESAMPLES, 1.0)
+        else:
+            draws = (
+                self._quantile(self.seeds)
+                / NORMAL.inv_cdf(SURE[1] / 100)
+                * (of_tasks + scale * _evenly(RESAMPLES, math.inf))
+            )
+        lows, highs = np.percentile([draws, over_tasks], SURE, axis=1)
+        return value + float(min(lows)), value + float(max(highs))
 
     def _over_tasks(self, value: float) -> np.ndarray:
-        """How far resamples of the tasks are from the difference, scaled to the variance that tasks alone make."""
+        """How far resamples of the tasks are from the difference."""
         count = len(self.changes_T)
-        if not self.of_tasks:
+        if not self.of_means:
             return np.zeros(RESAMPLES)
         values, counts = np.unique(self.changes_T.round(12), return_counts=True)
         draws_RD = named_rng(0, "paired bootstrap").multinomial(count, counts / count, RESAMPLES)
-        scale = math.sqrt(self.of_tasks * count / float(np.var(self.changes_T)))
-        return scale * (np.asarray(draws_RD @ values / count) - value)
+        return np.asarray(draws_RD @ values / count) - value
 
     def _quantile(self, seeds: int) -> float:
         """Of the t distribution that an interval has with so many seeds."""
@@ -166,7 +174,9 @@ class _Luck:
 
     def more_seeds(self, value: float) -> int | None:
         def tells(seeds: int) -> bool:
-            return abs(value) > self._quantile(seeds) * math.sqrt(self.of_tasks + self.of_seeds / seeds)
+            of_means = self.of_tasks + (self.of_means - self.of_tasks) * self.seeds / seeds
+            of_tasks = NORMAL.inv_cdf(SURE[1] / 100) * math.sqrt(of_means)
+            return abs(value) > max(of_tasks, self._quantile(seeds) * math.sqrt(self.of_tasks + self.of_seeds / seeds))
 
         enough = bisect_left(range(self.seeds + 1, MOST_SEEDS + 1), True, key=tells)
         return enough + 1 if self.seeds + 1 + enough <= MOST_SEEDS else None

@@ -69,6 +69,37 @@ def test_an_exponent_of_which_nothing_is_known_has_no_interval(tmp_path):
     assert "p is not known (any fits)" in answer(Outcome(found.study, results))
 
 
+def test_what_was_not_measured_yet_is_said(tmp_path):
+    arms = {name: f'set = ["adapt.steps={steps}"]' for steps, name in enumerate("abc", 1)}
+    found = study_of(tmp_path, "compare", arms, "pass@2", "train = false\n")
+    results = [solved(arm, seed, 0.5) for arm in "ab" for seed in range(2)]
+    page = page_of(found, results, tmp_path)
+    assert page.splitlines()[2].endswith(" Not measured yet: `c`.**")
+    assert page.splitlines()[-1] == "- Seeds: `a` 0, 1; `b` 0, 1; `c` none: 4 runs"
+
+
+@pytest.mark.parametrize(("calm", "is_told"), [(0.01, False), (0.0001, True)])
+def test_spreads_whose_intervals_overlap_cannot_be_told(tmp_path, calm, is_told):
+    found = study_of(tmp_path, "spread", {"wild": "", "calm": 'vary = ["model.seed"]'}, "validation_loss")
+    spreads = {"wild": 0.02, "calm": calm}
+    results = [
+        Result(arm, seed, "", {"validation_loss": {"a": 1 + spread * seed}})
+        for arm, spread in spreads.items()
+        for seed in range(3)
+    ]
+    said = answer(Outcome(found.study, results))
+    assert ("Which is larger cannot be told: the intervals overlap." in said) != is_told
+
+
+def test_no_interval_has_what_shares_cannot_be(tmp_path):
+    found = study_of(tmp_path, "compare", {"a": "", "b": 'set = ["adapt.steps=7"]'}, "pass@2", "train = false\n")
+    results = [solved("a", 0, 0.5), solved("a", 1, 0.5), solved("b", 0, 0.2), solved("b", 1, 0.9)]
+    outcome = Outcome(found.study, results)
+    difference, spread = outcome.difference("b", "pass@2"), outcome.spread("b", "pass@2")
+    assert (difference.low, difference.high, difference.verdict) == (-1.0, 1.0, "cannot tell")
+    assert spread.high == 0.5 > spread.value > spread.low > 0
+
+
 def test_what_differs_between_arms_is_said_of_each(tmp_path):
     arms = {"a": "", "b": 'set = ["adapt.steps=7"]'}
     found = study_of(tmp_path, "compare", arms, "pass@2", "train = false\n")

@@ -144,6 +144,19 @@ def test_another_task_in_each_seed_is_luck():
     assert found.value == pytest.approx(0.01) and found.low < 0.01 < found.high
 
 
+def test_no_interval_is_narrower_than_that_of_the_tasks():
+    """Each seed solves three tasks less than the first, and others each time: that all lose as many is chance."""
+    rng = np.random.default_rng(6)
+    tables = [rng.permuted(np.repeat([1.0, -1.0, 0.0], [5, 8, 147])[None].repeat(3, 0), axis=1) for _ in range(20)]
+    for table_ST in tables:
+        ours, first = (
+            Measured({seed: {f"{i}": float(x) for i, x in enumerate(of)} for seed, of in enumerate(table)})
+            for table in (table_ST, 0 * table_ST)
+        )
+        found, of_tasks = difference(ours, first, 1), float(table_ST.mean(0).std() / np.sqrt(160))
+        assert found.value == pytest.approx(-3 / 160) and found.width > 0.9 * 2 * 1.96 * of_tasks
+
+
 def test_more_seeds_would_tell_and_they_do():
     """With as many as it says, the difference is told about as often as not."""
     rng = np.random.default_rng(4)
