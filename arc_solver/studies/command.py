@@ -86,12 +86,12 @@ def _run(found: StudyFile, out: Path, args: Namespace) -> int:
                 wait.done = before
                 wait.expect_end_in(plan.left_s)
                 for job, result in run_all(plan, runner):
+                    wait.expect_end_in(plan.left_s)
                     if isinstance(result, MachineError):
                         failed.append(result)
                         say(f"failed, and other arms go on: {result}")
                         continue
                     wait.done += 1
-                    wait.expect_end_in(plan.left_s)
                     say(f"{job.arm}, seed {job.seed}: {measured(result, found.study)}")
         except KeyboardInterrupt:
             say(f"interrupted; {counted(len(plan.results), 'run')} kept in {out}, and the same command goes on")
