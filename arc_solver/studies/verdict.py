@@ -27,6 +27,7 @@ FOLLOWS = 4.0  # times the variance that seeds leave: points that are no farther
 EXPONENTS = (0.02, 4.0)  # among which that of a power law is sought
 NOTHING = 1e-18  # a variance that is only rounding
 SURE = (2.5, 97.5)  # percent: the ends of an interval
+NORMAL_END = NORMAL.inv_cdf(SURE[1] / 100)  # where a normal distribution has the upper one
 MOST_SEEDS = 200  # of which it is asked whether they would tell
 
 
@@ -147,11 +148,7 @@ class _Luck:
         if self.seeds == 2:  # of which Satterthwaite's rule believes too much
             draws = of_tasks + scale * _evenly(RESAMPLES, 1.0)
         else:
-            draws = (
-                self._quantile(self.seeds)
-                / NORMAL.inv_cdf(SURE[1] / 100)
-                * (of_tasks + scale * _evenly(RESAMPLES, math.inf))
-            )
+            draws = self._quantile(self.seeds) / NORMAL_END * (of_tasks + scale * _evenly(RESAMPLES, math.inf))
         lows, highs = np.percentile([draws, over_tasks], SURE, axis=1)
         return value + float(min(lows)), value + float(max(highs))
 
@@ -175,8 +172,8 @@ class _Luck:
     def more_seeds(self, value: float) -> int | None:
         def tells(seeds: int) -> bool:
             of_means = self.of_tasks + (self.of_means - self.of_tasks) * self.seeds / seeds
-            of_tasks = NORMAL.inv_cdf(SURE[1] / 100) * math.sqrt(of_means)
-            return abs(value) > max(of_tasks, self._quantile(seeds) * math.sqrt(self.of_tasks + self.of_seeds / seeds))
+            whole = self._quantile(seeds) * math.sqrt(self.of_tasks + self.of_seeds / seeds)
+            return abs(value) > max(whole, NORMAL_END * math.sqrt(of_means))  # as `interval` has them
 
         enough = bisect_left(range(self.seeds + 1, MOST_SEEDS + 1), True, key=tells)
         return enough + 1 if self.seeds + 1 + enough <= MOST_SEEDS else None
